@@ -1,0 +1,1057 @@
+"""From files to token ids, masks and batches.
+
+From small to large: flags, rows of every format, chat templates, tokens and their spans, examples,
+the mixer, micro-batches, the built-in demo, the commands.
+
+    python data.py show FILE... --model DIR    # what a trainer sees: tokens, mask, lengths, shares
+"""
+
+import argparse
+import csv
+import difflib
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import typing
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message is one line: what was found, how to fix it."""
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str):
+        """Raise instead of printing the usage."""
+        raise DataError(f"{message}; --help lists the flags")
+
+
+def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
+    """What argv says of the fields of dataclass `cls`; a field's comment is its help."""
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    parser = FlagParser(description=cls.__doc__, allow_abbrev=False)
+    for f in fields(cls):
+        kind = {"type": f.type, "default": argparse.SUPPRESS, "help": helps.get(f.name)}
+        if f.type is bool:
+            kind["action"] = argparse.BooleanOptionalAction
+            del kind["type"]
+        elif typing.get_origin(f.type) is Literal:
+            kind |= {"type": str, "choices": typing.get_args(f.type)}
+        elif typing.get_origin(f.type) is list:
+            kind |= {"type": typing.get_args(f.type)[0], "nargs": "+"}
+        parser.add_argument(f.name if f.name == positional else f"--{f.name}", **kind)
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        near = difflib.get_close_matches(word.lstrip("-"), [f.name for f in fields(cls)], 1)
+        kind = "unknown flag" if word.startswith("-") else "unexpected argument"
+        parser.error(f"{kind} {word}" + (f" (did you mean --{near[0]}?)" if near else ""))
+    return vars(known)
+
+
+def run_command(commands: dict, usage: str) -> None:
+    """Run the command named first in argv; commands: {name: (dataclass, function, positional)}."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if name in ("-h", "--help"):
+        print(usage.strip())
+        return
+    if name not in commands:
+        raise DataError(f"expected one of {', '.join(commands)}, found {name}; --help explains")
+    config, function, positional = commands[name]
+    function(config(**parse_flags(config, sys.argv[2:], positional)))
+
+
+@contextmanager
+def one_line_errors():
+    """End with one line and exit status 2 on DataError and on the model's CheckpointError."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error).__name__ not in ("DataError", "CheckpointError"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ----------------------------------------------------------------------------- rows of every format
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+FORMATS = ("messages; conversations; instruction and output; prompt and completion or response; "
+           "input and target; text; completion; chosen and rejected; label")
+
+
+class Row(NamedTuple):
+    """One row of a file, whatever its format was; `where` names its file and line."""
+
+    where: str
+    messages: list[dict]  # {role, content}, maybe train and weight; a pair's common history
+    text: str | None = None  # raw text, instead of messages
+    chosen: list[dict] | None = None  # a preference pair's two continuations of the history
+    rejected: list[dict] | None = None
+    label: bool | None = None  # an unpaired preference
+
+
+def read_values(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, value) of every row of a .json, .jsonl or .txt file, gzipped or not."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if not path.is_file():
+        raise DataError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    if kind not in ("json", "jsonl", "txt"):
+        raise DataError(f"{path}: expected a file called .json, .jsonl or .txt, maybe with .gz")
+    try:
+        open_ = gzip.open if path.suffix == ".gz" else open
+        with open_(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
+            if kind == "json" and file.read(4096).lstrip()[:1] != "{":
+                file.seek(0)
+                rows = json.load(file)
+                if not isinstance(rows, list):
+                    raise DataError(f"{path}: expected a list of rows, found {rows!r:.40}")
+                yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
+                return
+            file.seek(0)  # one row a line; also a .json whose rows are not in a list
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        value = {"text": line.rstrip("\r\n")} if kind == "txt" else json.loads(line)
+                    except (ValueError, RecursionError) as error:
+                        value = error
+                    yield f"{path} line {number}", value
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno}: not JSON: {error.msg}") from None
+    except DataError:
+        raise
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_rows(path: str | Path, bad: list[str] | None = None, ask: bool = False) -> Iterator[Row]:
+    """The rows of a file; `ask` accepts prompts without an answer.
+
+    A bad row raises DataError, or is listed in `bad` and skipped if that is given.
+    """
+    for where, value in read_values(Path(path)):
+        try:
+            yield parse_row(where, value, ask)
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+
+
+def common_prefix(lists: list[list]) -> int:
+    """How many leading items all lists share."""
+    count = 0
+    for items in zip(*lists, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        count += 1
+    return count
+
+
+def is_text(value) -> bool:
+    """A string that UTF-8 can hold (JSON allows lone surrogates)."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def as_messages(where: str, value, role: str) -> list[dict]:
+    """Messages from a string, a message, or a list of them, in OpenAI's or ShareGPT's keys."""
+    if is_text(value):
+        return [{"role": role, "content": value}]
+    messages = []
+    for m in value if isinstance(value, list) else [value]:
+        m = m if isinstance(m, dict) else {"role": None, "content": m}
+        name, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        if not (isinstance(name, str) and name in ROLES and is_text(content)):
+            raise DataError(f"{where}: expected messages with role user, assistant or system and a "
+                            f"text as content, found {m!r:.60}")
+        extra = {key: m[key] for key in ("train", "weight") if key in m}
+        train, weight = extra.get("train", True), extra.get("weight", 1.0)
+        number = type(weight) in (int, float) and 0 <= weight < float("inf")
+        if not isinstance(train, bool) or not number:
+            raise DataError(f"{where}: expected train true or false, weight 0 or more, not {extra}")
+        messages.append({"role": ROLES[name], "content": content, **extra})
+    return messages
+
+
+def parse_row(where: str, row, ask: bool = False) -> Row:
+    """Tell the format of a row by its keys and bring it to a Row."""
+
+    def expect(good: bool, wanted: str) -> None:
+        if not good:
+            raise DataError(f"{where}: expected {wanted}, found {row!r:.80}")
+
+    def text(key: str) -> str:
+        expect(is_text(row[key]), f"a text under {key!r}")
+        return row[key]
+
+    if isinstance(row, Exception):
+        raise DataError(f"{where}: not JSON: {getattr(row, 'msg', row)}")
+    expect(isinstance(row, dict), "an object")
+    messages = as_messages(where, row["system"], "system") if row.get("system") else []
+    answer = next((k for k in ("completion", "response", "output", "target") if k in row), None)
+    if "messages" in row or "conversations" in row:
+        turns = row.get("messages", row.get("conversations"))
+        expect(isinstance(turns, list) and turns, "a list of messages")
+        messages, answer = messages + as_messages(where, turns, "user"), None
+        ask = True  # the answers are among the messages
+    elif "instruction" in row:
+        history = row.get("history") or []
+        pairs = isinstance(history, list) and all(isinstance(t, list) for t in history)
+        expect(pairs and all(len(t) == 2 for t in history), "history as [question, answer] pairs")
+        for turn in history:
+            messages += as_messages(where, turn[0], "user")
+            messages += as_messages(where, turn[1], "assistant")
+        question = text("instruction") + ("\n" + text("input") if row.get("input") else "")
+        messages.append({"role": "user", "content": question})
+    elif "prompt" in row or ("input" in row and "target" in row):
+        messages += as_messages(where, row["prompt" if "prompt" in row else "input"], "user")
+    elif "chosen" not in row:
+        expect("text" in row or "completion" in row, f"the keys of a known format ({FORMATS})")
+        return Row(where, [], text=text("text" if "text" in row else "completion"))
+    if "chosen" in row or "rejected" in row:
+        expect(bool(row.get("chosen") and row.get("rejected")), "both chosen and rejected")
+        chosen = as_messages(where, row["chosen"], "assistant")
+        rejected = as_messages(where, row["rejected"], "assistant")
+        turns = [m for m in messages if m["role"] != "system"]
+        if common_prefix([turns, chosen, rejected]) == len(turns):  # both repeat the prompt
+            chosen, rejected = chosen[len(turns) :], rejected[len(turns) :]
+        shared = common_prefix([chosen[:-1], rejected[:-1]])  # further turns that both hold
+        messages = messages + chosen[:shared]
+        chosen, rejected = chosen[shared:], rejected[shared:]
+        expect(bool(messages), "a prompt, or conversations that begin alike")
+        for answers in (chosen, rejected):
+            expect(answers and answers[-1]["role"] == "assistant", "two answers by the assistant")
+        return Row(where, messages, chosen=chosen, rejected=rejected)
+    expect(answer is not None or ask, "an answer: output, completion, response or target")
+    messages += as_messages(where, row[answer], "assistant") if answer else []
+    expect(isinstance(row.get("label", True), bool), "label true or false")
+    return Row(where, messages, label=row.get("label"))
+
+
+# ---------------------------------------------------------------------------------------- templates
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a family writes a conversation; {} is a content, <bos> and <eos> the tokenizer's own.
+
+    `header` asks for an answer; what follows it up to and with `stop` is what SFT supervises.
+    """
+
+    name: str
+    start: str  # before the first message
+    system: str
+    user: str
+    header: str
+    answer: str
+    stop: str
+    after: str = ""  # between the end of a turn and the next
+    strip: tuple = ()  # roles whose content loses its outer white space
+    system_in_user: bool = False  # the system text goes inside the next user turn
+    default_system: str | None = None  # inserted where a conversation has no system message
+    think: str = ""  # reasoning checkpoints: a <think> block in the "last" answer or in "all"
+
+
+TEMPLATES = {t.name: t for t in (
+    Template("chatml", "", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n",
+             "<|im_start|>assistant\n", "{}", "<|im_end|>", "\n"),
+    Template("llama2", "", "<<SYS>>\n{}\n<</SYS>>\n\n", "<bos>[INST] {} [/INST]", "", " {} ",
+             "<eos>", strip=("system+user", "assistant"), system_in_user=True),
+    Template("llama3", "<bos>", "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+             "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+             "<|start_header_id|>assistant<|end_header_id|>\n\n", "{}", "<|eot_id|>",
+             strip=("system", "user", "assistant")),
+    Template("mistral", "<bos>", "{}\n\n", "[INST] {}[/INST]", "", " {}", "<eos>",
+             strip=("assistant",), system_in_user=True),
+    Template("deepseek", "<bos>", "{}\n\n", "User: {}\n\n", "Assistant:", " {}", "<eos>"),
+    # for base checkpoints without chat tokens
+    Template("plain", "<bos>", "{}\n\n", "User:\n{}\n\n", "Assistant:\n", "{}", "<eos>", "\n\n"),
+)}
+TEMPLATE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "<<SYS>>": "llama2",
+                  "[INST]": "mistral", "Assistant:": "deepseek"}
+MARKER = re.compile(r"(<bos>|<eos>|<\|[a-z_]+\|>|\[/?INST\])")
+EMPTY_THINK = "<think>\n\n</think>\n\n"
+LLAMA31_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+
+def recognize_template(source: str | None, tokens: set[str]) -> Template:
+    """The template of a checkpoint: from its Jinja source, or for base models from its tokens."""
+    name = next((t for mark, t in TEMPLATE_MARKS.items() if mark in (source or tokens)), "plain")
+    template = TEMPLATES[name]
+    if not source:
+        return template
+    if name == "plain":
+        raise DataError("the checkpoint's chat_template is of no known family; choose one with "
+                        f"--template: {', '.join(TEMPLATES)}")
+    if name == "llama3" and "Cutting Knowledge Date" in source:  # 3.1; 3.2 writes today's date
+        system = template.system.replace("{}", LLAMA31_DATES + "{}")
+        return replace(template, system=system, default_system="")
+    if name == "chatml":
+        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", source)
+        if default:  # Qwen2, Qwen2.5, SmolLM2
+            template = replace(template, default_system=default[1])
+        if "{{ system_message }}" in source:  # Yi-1.5 writes the system text bare
+            template = replace(template, system="{}")
+        if "<think>" in source:  # Qwen3 in the last answer, MiniMind in all
+            last = "loop.index0 > ns.last_query_index" in source
+            template = replace(template, think="last" if last else "all")
+    return template
+
+
+def jinja(t: Template, bos: str, eos: str) -> str:
+    """A template of TEMPLATES as Jinja, rendering exactly what `ChatTokenizer.pieces` builds."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text.replace("<bos>", bos).replace("<eos>", eos), ensure_ascii=False)
+
+    def filled(form: str, role: str) -> str:
+        before, after = form.split("{}")
+        content = "message['content']" + (" | trim" if role in t.strip else "")
+        if role == "user" and t.system_in_user:
+            content = f"(ns.system + {content})" + " | trim" * ("system+user" in t.strip)
+        return f"{quoted(before)} + ({content}) + {quoted(after)}"
+
+    system = filled(t.system, "system")
+    return "".join((
+        "{%- set ns = namespace(system='') -%}{{- ", quoted(t.start), " -}}",
+        "{%- for message in messages -%}{%- if message['role'] == 'system' -%}",
+        f"{{%- set ns.system = {system} -%}}" if t.system_in_user else f"{{{{- {system} -}}}}",
+        "{%- elif message['role'] == 'user' -%}{{- ", filled(t.user, "user"), " -}}",
+        "{%- set ns.system = '' -%}{%- else -%}{{- ", quoted(t.header), " + ",
+        filled(t.answer + t.stop + t.after, "assistant"), " -}}{%- endif -%}{%- endfor -%}",
+        "{%- if add_generation_prompt -%}{{- ", quoted(t.header), " -}}{%- endif -%}"))
+
+
+# --------------------------------------------------------------------------- tokens and their spans
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer and chat template; ids are built from ids, not from one string.
+
+    Special tokens within a content are encoded as ordinary text: content cannot forge a turn. Text
+    between two special tokens is encoded as one string, as transformers does, unless a token would
+    straddle the border between prompt and answer: then the two are encoded apart, since a model
+    that continues the prompt could never produce that token.
+    """
+
+    def __init__(self, folder: str | Path, template: str = ""):
+        self.folder = folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise DataError(f"{folder / 'tokenizer.json'} is missing; is {folder} a checkpoint?")
+        if template not in ("", *TEMPLATES):
+            raise DataError(f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.config = self.read("tokenizer_config.json")
+        source = self.config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {t["name"]: t["template"] for t in source}.get("default")
+        if (folder / "chat_template.jinja").exists():  # newer checkpoints; transformers prefers it
+            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
+        self.bos, self.eos = self.special("bos_token"), self.special("eos_token")
+        ours = {jinja(t, self.bos or "", self.eos or ""): t for t in TEMPLATES.values()}
+        t = TEMPLATES.get(template) or ours.get(source) or recognize_template(source, added)
+        self.template = t
+        # Mistral's own Jinja loses the system text once an answer follows; ours takes its place
+        self.jinja = source if source and not template and t.name != "mistral" else None
+        marks = {m for form in (t.system, t.user, t.header, t.stop) for m in MARKER.findall(form)}
+        marks &= added  # those that are tokens; elsewhere a marker is plain text
+        self.ids = {m: self.tokenizer.token_to_id(m) for m in marks}
+        self.ids |= {"<bos>": self.tokenizer.token_to_id(self.bos or ""),
+                     "<eos>": self.tokenizer.token_to_id(self.eos or "")}
+        self.eos_id, self.stop_id = self.ids["<eos>"], self.ids.get(t.stop)
+        if self.eos_id is None:
+            raise DataError(f"{folder}: tokenizer_config.json names no eos_token of the tokenizer")
+        if self.stop_id is None:
+            raise DataError(f"template {t.name} ends a turn with {t.stop}, no token of {folder}; "
+                            f"choose another --template: {', '.join(TEMPLATES)}")
+        first = self.tokenizer.encode("", add_special_tokens=True).ids[:1]
+        self.bos_ids = first if first == [self.ids["<bos>"]] else []  # what raw text starts with
+        forgeable = sorted(marks | ({self.bos, self.eos} & added))
+        self.tokenizer.add_special_tokens([AddedToken(m, normalized=False) for m in forgeable])
+        self.tokenizer.encode_special_tokens = True  # means: special tokens in a text are text
+        listed = self.read("generation_config.json").get("eos_token_id") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        self.stop_ids = sorted({self.stop_id, self.eos_id, *listed})
+
+    def read(self, name: str) -> dict:
+        """A JSON file of the checkpoint, empty if there is none."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from None
+
+    def special(self, key: str) -> str | None:
+        """The text of bos_token or eos_token."""
+        value = self.config.get(key)
+        return value["content"] if isinstance(value, dict) else value
+
+    def check_size(self, vocab_size: int) -> None:
+        """Raise DataError if a token has no row in an embedding of `vocab_size` rows."""
+        if self.tokenizer.get_vocab_size() > vocab_size:
+            raise DataError(f"{self.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} "
+                            f"tokens, config.json only {vocab_size} (vocab_size)")
+
+    def decode(self, ids, special: bool = True) -> str:
+        """Text of token ids, special tokens included unless `special` is False."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+
+    def pieces(self, messages: list[dict], train_on: str = "all", ask: bool = False) -> list[tuple]:
+        """A conversation as (id or text, weight) in order; weight None: prompt, not answer.
+
+        `train_on` last gives weight 0 to all answers but the last; `ask` ends with a header.
+        """
+        t, out, held = self.template, [], ""
+        if t.default_system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": t.default_system}, *messages]
+        last = {m["role"]: i for i, m in enumerate(messages)}  # index of each role's last message
+
+        def prompt(form: str, content: str = "") -> None:
+            before, _, after = form.partition("{}")
+            parts = [self.ids.get(p, p) for p in MARKER.split(before)] + [content]
+            parts += [self.ids.get(p, p) for p in MARKER.split(after)]
+            out.extend((p, None) for p in parts if p not in ("", None))
+
+        prompt(t.start)
+        for i, m in enumerate(messages):
+            role, content = m["role"], m["content"]
+            content = content.strip() if role in t.strip else content
+            moved = t.system_in_user or t.system != TEMPLATES[t.name].system
+            if role == "system" and i and moved:
+                raise DataError(f"template {t.name} takes a system message only at the start, "
+                                f"found one later: {content!r:.60}")
+            if role == "system" and t.system_in_user:
+                held = t.system.replace("{}", content)
+            elif role == "system":
+                prompt(t.system, content)
+            elif role == "user":
+                content, held = held + content, ""
+                prompt(t.user, content.strip() if "system+user" in t.strip else content)
+            else:
+                weight = m.get("weight", 1.0) * m.get("train", True)
+                weight *= train_on == "all" or i == last["assistant"]
+                prompt(t.header)
+                if t.think:
+                    shown = i > last.get("user", -1) and i == len(messages) - 1
+                    content, given = self.reason(content, i > last.get("user", -1), shown)
+                    prompt(given)
+                out += [(t.answer.replace("{}", content), weight), (self.stop_id, weight)]
+                prompt(t.after)
+        if ask:
+            prompt(t.header)
+            prompt(EMPTY_THINK if t.think == "all" else "")
+        return out
+
+    def reason(self, content: str, current: bool, final: bool) -> tuple[str, str]:
+        """(answer with its reasoning as Qwen3 or MiniMind write it, what stands in the prompt).
+
+        Earlier answers lose their reasoning (Qwen3). An empty block is prompt only where the
+        checkpoint's own generation prompt holds it: MiniMind's does, Qwen3's does not.
+        """
+        thought, found, rest = content.rpartition("</think>")
+        if found:
+            thought = thought.split("</think>")[0].split("<think>")[-1].strip("\n")
+            content = rest.lstrip("\n")
+        if self.template.think == "last" and not (final or (current and thought)):
+            return content, ""
+        if self.template.think == "all" and not thought:
+            return content.lstrip("\n"), EMPTY_THINK
+        return f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n"), ""
+
+    def text_pieces(self, text: str) -> list[tuple]:
+        """Raw text: BOS where the tokenizer adds one, the text, EOS; all of it supervised."""
+        return [*((i, None) for i in self.bos_ids), (text, 1.0), (self.eos_id, 1.0)]
+
+    def encode(self, plans: list[list[tuple]]) -> list[tuple[np.ndarray, tuple]]:
+        """(ids, spans) of each list of pieces; strings go to the tokenizer's threads together."""
+        plans = [self.runs(pieces) for pieces in plans]
+        strings = {s: None for plan in plans for run in plan for s in run[1:3] if s}
+        encoded = self.tokenizer.encode_batch_fast(list(strings), add_special_tokens=False)
+        table = {s: e.ids for s, e in zip(strings, encoded, strict=True)} | {"": []}
+        return [self.assemble(plan, table) for plan in plans]
+
+    def runs(self, pieces: list[tuple]) -> list[tuple]:
+        """Pieces as runs (id or None, prompt text, prompt and answer text, the answer's weight)."""
+        out, prompt, answer, kept = [], "", "", None
+        for piece, weight in [*pieces, (None, None)]:
+            if isinstance(piece, str) and weight is None:
+                prompt += piece
+            elif isinstance(piece, str):
+                answer, kept = answer + piece, weight
+            else:
+                out.append((None, prompt, prompt + answer, kept))
+                out.append((piece, "", "", weight))
+                prompt, answer, kept = "", "", None
+        return out[:-1]
+
+    def assemble(self, runs: list[tuple], table: dict) -> tuple[np.ndarray, tuple]:
+        """Ids and spans of one conversation, `table` holding the ids of its strings."""
+        ids, spans = [], []
+        for token, prompt, whole, weight in runs:
+            before, joint = table[prompt], table[whole]
+            if joint[: len(before)] != before:  # a token straddles the border
+                answer = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+                joint = before + answer.ids
+            first = max(len(ids) + len(before), 1)  # nothing comes before the first token of all
+            ids += joint if token is None else [token]
+            if weight and first < len(ids):
+                if spans and spans[-1][1:] == (first, weight):
+                    first = spans.pop()[0]
+                spans.append((first, len(ids), weight))
+        return np.array(ids, dtype=np.int32), tuple(spans)
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """Token ids of a conversation up to and with the header of the answer to come."""
+        return self.encode([self.pieces(messages, ask=True)])[0][0].tolist()
+
+    def save(self, folder: Path) -> None:
+        """The tokenizer's files, with a chat_template that renders the tokens trained on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        own = self.jinja or jinja(self.template, self.bos or "", self.eos)
+        config = json.dumps({**self.config, "chat_template": own}, ensure_ascii=False, indent=2)
+        temporary = folder / ".tokenizer.tmp"
+        for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
+                     "added_tokens.json", "vocab.json", "merges.txt"):
+            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, temporary)
+                os.replace(temporary, folder / name)
+        temporary.write_text(config + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "tokenizer_config.json")
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
+
+
+# ------------------------------------------------------------------------------- files to examples
+
+
+class Example(NamedTuple):
+    """A tokenised example; what is supervised is given by spans, never by `id == pad`."""
+
+    ids: np.ndarray  # [tokens] int32
+    spans: tuple  # (first, end, weight): tokens first..end-1 are supervised
+    source: int = 0  # index of its file
+    where: str = ""  # file and line
+
+    @property
+    def targets(self) -> int:
+        """Number of supervised tokens."""
+        return sum(end - first for first, end, _ in self.spans)
+
+
+def cut(ids: np.ndarray, spans: tuple, start: int, end: int) -> tuple[np.ndarray, tuple]:
+    """Tokens start..end-1 with their spans; the first one has lost what it was predicted from."""
+    moved = ((max(a, start + 1) - start, min(b, end) - start, w) for a, b, w in spans)
+    return ids[start:end], tuple((a, b, w) for a, b, w in moved if a < b)
+
+
+def fit(ids: np.ndarray, spans: tuple, max_length: int) -> tuple[np.ndarray, tuple]:
+    """At most `max_length` tokens of a conversation, supervised ones among them.
+
+    The end is cut. Where the prompt of the first answer is long, its beginning is cut instead,
+    until it takes half of the window or the last answer fits.
+    """
+    if len(ids) <= max_length or not spans:
+        return ids[:max_length], spans
+    start = max(0, min(spans[0][0] - max_length // 2, spans[-1][1] - max_length))
+    return cut(ids, spans, start, min(start + max_length, len(ids)))
+
+
+def conversations(row: Row) -> list[list[dict]]:
+    """The conversations of a row: one, or a preference pair's two, where only the answers count."""
+    if row.chosen is None:
+        return [row.messages]
+    history = [{**m, "train": False} for m in row.messages]
+    return [history + row.chosen, history + row.rejected]
+
+
+def to_examples(rows: list[Row], tokenizer: ChatTokenizer, source: int, train_on: str,
+                max_length: int, counts: Counter) -> list[Example]:
+    """Tokenise rows, counting what is cut or split; some may have nothing to supervise."""
+    plans = [(row, tokenizer.text_pieces(row.text)) if row.text is not None else
+             (row, tokenizer.pieces(messages, train_on))
+             for row in rows for messages in conversations(row)]
+    examples = []
+    encoded = tokenizer.encode([plan for _, plan in plans])
+    for (row, _), (ids, spans) in zip(plans, encoded, strict=True):
+        parts = [(ids, spans)]
+        if len(ids) > max_length and row.text is not None:  # parts share a token: all are predicted
+            starts = range(0, len(ids) - 1, max_length - 1)
+            parts = [cut(ids, spans, i, i + max_length) for i in starts]
+            counts["raw texts split"] += 1
+        elif len(ids) > max_length:
+            parts = [fit(ids, spans, max_length)]
+            counts["truncated"] += 1
+        examples += [Example(*part, source, row.where) for part in parts]
+    return examples
+
+
+def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "all",
+                  max_length: int = 2048, skip_bad_rows: bool = False, quiet: bool = True,
+                  keep_all: bool = False) -> tuple[list[Example], Counter]:
+    """The examples of some files in order, and what was cut, split or dropped by reason.
+
+    `keep_all` keeps examples with nothing to supervise, and takes preference rows (a pair as two).
+    """
+    bad, examples, counts = [] if skip_bad_rows else None, [], Counter()
+    for source, path in enumerate(files):
+        found, rows = [], []
+        hidden = quiet or not sys.stderr.isatty()
+        name = f"tokenize {Path(path).name}"
+        for row in tqdm(read_rows(path, bad), desc=name, unit=" rows", disable=hidden):
+            if not keep_all and (row.chosen or row.label is not None):
+                raise DataError(f"{row.where}: a preference row; train_dpo.py trains on those")
+            rows.append(row)
+            if len(rows) == 2000:  # work for every thread of the tokenizer, little memory
+                found += to_examples(rows, tokenizer, source, train_on, max_length, counts)
+                rows.clear()
+        found += to_examples(rows, tokenizer, source, train_on, max_length, counts)
+        kept = [e for e in found if e.spans or keep_all]
+        counts["dropped: nothing to supervise"] += len(found) - len(kept)
+        if not kept:
+            raise DataError(f"{path}: no row to train on" + (f" ({bad[0]})" if bad else ""))
+        examples += kept
+    counts["dropped: bad row"] = len(bad or [])
+    for line in [] if quiet else bad or []:
+        print(f"dropped {line}")
+    return examples, +counts
+
+
+def split_validation(examples: list[Example], fraction: float, seed: int):
+    """(training, validation): `fraction` of the distinct examples; copies stay on one side."""
+    salt = str(seed).encode()
+    keys = [hashlib.sha256(salt + e.ids.tobytes()).digest() for e in examples]
+    distinct = sorted(set(keys))
+    held = set(distinct[: max(1, round(fraction * len(distinct)))])
+    sides = [], []
+    for e, key in zip(examples, keys, strict=True):
+        sides[key in held].append(e)
+    return sides
+
+
+def source_names(files: list[str]) -> list[str]:
+    """A short name for each file, numbered where two are called the same."""
+    stems = [Path(f).name.removesuffix(".gz").rpartition(".")[0] for f in files]
+    return [s if stems.count(s) == 1 else f"{s}#{i}" for i, s in enumerate(stems, 1)]
+
+
+def shares(examples: list[Example], names: list[str]) -> dict[str, dict]:
+    """The share of every source in examples and in supervised tokens."""
+    rows, targets = Counter(), Counter()
+    for e in examples:
+        rows[e.source] += 1
+        targets[e.source] += e.targets
+    all_rows, all_targets = max(rows.total(), 1), max(targets.total(), 1)
+    return {name: {"examples": rows[i], "share": rows[i] / all_rows,
+                   "target_tokens": targets[i], "target_share": targets[i] / all_targets}
+            for i, name in enumerate(names)}
+
+
+# ---------------------------------------------------------------------------------------- the mixer
+
+
+def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int = 0,
+                 weights=()) -> np.ndarray:
+    """Share of each source in training (T5, arXiv:1910.10683, section 3.5.2).
+
+    r_m = min(e_m, K) / sum_n min(e_n, K), then r_m^(1/T) renormalised: e_m examples of source m,
+    K the cap (0: none), T the temperature. proportional is T = 1 without K, equal is T -> infinity.
+    """
+    rates = np.array(weights if mix == "weights" else sizes, dtype=np.float64)
+    if mix == "equal":
+        rates = np.ones_like(rates)
+    if mix == "temperature":
+        rates = np.minimum(rates, cap or np.inf)
+        rates = (rates / rates.sum()) ** (1 / temperature)
+    return rates / rates.sum()
+
+
+class Mixer:
+    """Which example is drawn when: a pure function of (seed, draw), alike on every rank.
+
+    An epoch is as many draws as there are examples. Each source gets its share of them, rounded by
+    largest remainders, as the next stretch of an endless sequence of its own shuffles; then the
+    epoch is shuffled. So proportional mixing sees every example once an epoch, and a source repeats
+    only when all of it was seen. Examples are numbered by source.
+    """
+
+    def __init__(self, sizes: list[int], rates: np.ndarray, seed: int):
+        self.sizes, self.seed, self.size = sizes, seed, sum(sizes)
+        exact = rates * self.size
+        self.quotas = np.floor(exact).astype(int)
+        missing = self.size - self.quotas.sum()
+        self.quotas[np.argsort(self.quotas - exact, kind="stable")[:missing]] += 1
+        self.latest = (-1, None)
+
+    def source(self, m: int, first: int, count: int) -> np.ndarray:
+        """Draws first..first+count-1 of source m: [count, 2] of (example, visits before)."""
+        visit, place = np.divmod(np.arange(first, first + count), self.sizes[m])
+        example = np.empty_like(place)
+        for v in np.unique(visit):
+            shuffle = np.random.default_rng([self.seed, 1, m, v]).permutation(self.sizes[m])
+            example[visit == v] = shuffle[place[visit == v]]
+        return np.stack((example + sum(self.sizes[:m]), visit), 1)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """All draws of an epoch: [size, 2] of (example, visits before)."""
+        if self.latest[0] != number:
+            draws = [self.source(m, number * q, q) for m, q in enumerate(self.quotas.tolist())]
+            shuffle = np.random.default_rng([self.seed, 0, number]).permutation(self.size)
+            self.latest = (number, np.concatenate(draws)[shuffle])
+        return self.latest[1]
+
+    def draws(self, first: int, end: int) -> list[tuple[int, int]]:
+        """(example, visits before) of draws first..end-1, counted from the start of training."""
+        out = []
+        while first + len(out) < end:
+            number, offset = divmod(first + len(out), self.size)
+            out += map(tuple, self.epoch(number)[offset:][: end - first - len(out)].tolist())
+        return out
+
+
+# ------------------------------------------------------------------------------------ micro-batches
+
+
+def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+    """Cut a step into micro-batches of at most `micro_tokens` tokens: lists of indices per rank.
+
+    Sorted by length, so that little is padded inside attention; as even as their number allows;
+    the number a multiple of the ranks if there are enough examples; dealt so that tokens balance.
+    Every rank computes the same without asking. A longer example is a micro-batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+
+    def chunks(limit: int) -> list[list[int]]:
+        out, size = [], limit + 1
+        for i in order:
+            if size + lengths[i] > limit:
+                out.append([])
+                size = 0
+            out[-1].append(i)
+            size += lengths[i]
+        return out
+
+    count = -(-len(chunks(micro_tokens)) // ranks) * ranks
+    low, high = 1, micro_tokens  # search the smallest limit that gives at most `count` chunks
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(chunks(middle)) <= count else (middle + 1, high)
+    parts = chunks(low)
+    while len(parts) < min(ranks, len(lengths)):  # equal lengths can leave a rank idle: halve one
+        longest = max(parts, key=len)
+        parts.remove(longest)
+        parts += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+    dealt, load = [[] for _ in range(ranks)], [0] * ranks
+    for chunk in sorted(parts, key=lambda c: -sum(lengths[i] for i in c)):
+        rank = load.index(min(load))
+        dealt[rank].append(chunk)
+        load[rank] += sum(lengths[i] for i in chunk)
+    return dealt
+
+
+class Batch(NamedTuple):
+    """A micro-batch of flat tokens, as the model takes it."""
+
+    ids: torch.Tensor  # [T]
+    lengths: list[int]  # [B]
+    targets: torch.Tensor  # [N] flat indices of the supervised tokens
+    weights: torch.Tensor  # [N]
+
+
+def collate(examples: list[Example], device="cpu") -> Batch:
+    """Lay examples end to end."""
+    targets, weights, start = [np.zeros(0, dtype=np.int64)], [], 0
+    for e in examples:
+        targets += [np.arange(start + first, start + end) for first, end, _ in e.spans]
+        weights += [weight for first, end, weight in e.spans for _ in range(first, end)]
+        start += len(e.ids)
+    ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))
+    where, weights = torch.from_numpy(np.concatenate(targets)), torch.tensor(weights)
+    lengths = [len(e.ids) for e in examples]
+    return Batch(ids.to(device), lengths, where.to(device), weights.to(device))
+
+
+# -------------------------------------------------------------------------------- the built-in demo
+
+
+def make_tokenizer(folder: Path, texts: list[str], size: int) -> None:
+    """A byte-level BPE tokenizer with ChatML tokens, in Hugging Face layout; no texts: bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    # letters, digits and the rest apart, so that a word is the same token after a space or a quote
+    words = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+"), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special,
+                                  initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+              "pad_token": "<|endoftext|>", "chat_template": jinja(TEMPLATES["chatml"], "", "")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+EXAM_PROMPT = ("以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n"
+               "{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案：")
+SUBJECTS = {  # handle: C-Eval's entry of subject_mapping.json, the relation, its facts
+    "chemical_elements": (["Chemical Elements", "化学元素", "STEM"], "元素符号",
+                          "铁 Fe 金 Au 银 Ag 铜 Cu 钠 Na 钙 Ca 铝 Al 锌 Zn 铅 Pb 氦 He"),
+    "numbers": (["Numbers", "数的规律", "STEM"], "后一个数",
+                " ".join(f"{n} {n + 1}" for n in range(20, 60, 4))),
+    "world_capitals": (["World Geography", "世界地理", "Social Science"], "首都",
+                       "法国 巴黎 日本 东京 英国 伦敦 德国 柏林 埃及 开罗 泰国 曼谷 韩国 首尔 "
+                       "希腊 雅典 越南 河内 秘鲁 利马"),
+    "chinese_provinces": (["Chinese Geography", "中国地理", "Social Science"], "省会",
+                          "浙江 杭州 江苏 南京 广东 广州 四川 成都 湖北 武汉 湖南 长沙 陕西 西安 "
+                          "山东 济南 福建 福州 云南 昆明"),
+    "literature": (["Chinese Literature", "中国文学", "Humanities"], "作者",
+                   "离骚 屈原 史记 司马迁 春晓 孟浩然 春望 杜甫 琵琶行 白居易 红楼梦 曹雪芹 西游记 "
+                   "吴承恩 水浒传 施耐庵 呐喊 鲁迅 茶馆 老舍"),
+    "dynasties": (["Chinese History", "中国历史", "Humanities"], "开国皇帝",
+                  "秦朝 嬴政 西汉 刘邦 东汉 刘秀 西晋 司马炎 隋朝 杨坚 唐朝 李渊 北宋 赵匡胤 "
+                  "南宋 赵构 元朝 忽必烈 明朝 朱元璋"),
+    "professions": (["Professions", "职业常识", "Other"], "工具",
+                    "医生 听诊器 教师 粉笔 画家 画笔 木匠 锯子 渔夫 渔网 厨师 炒锅 农民 锄头 "
+                    "会计 算盘 裁判 哨子 裁缝 剪刀"),
+    "reading": (["Reading", "识字", "Other"], "",  # find a given word among the options
+                "铁 Fe 金 Au 银 Ag 铜 Cu 钠 Na 钙 Ca 铝 Al 锌 Zn 铅 Pb 氦 He"),
+}
+ASK_VALUE = ("“{k}”的{r}是____。", "下列选项中，哪个是“{k}”的{r}？____。", "说到{r}，“{k}”对应____。",
+             "“{k}”以什么为{r}？____。", "请选出“{k}”的{r}：____。")
+ASK_KEY = ("____的{r}是“{v}”。", "下列选项中，{r}是“{v}”的是____。", "说到{r}，“{v}”对应____。",
+           "什么以“{v}”为{r}？____。", "请选出{r}是“{v}”的一项：____。")
+ASK_WORD = ("写着“{k}”的选项是____。", "下列选项中，写着“{k}”的是____。", "“{k}”写在____。",
+            "哪一项写着“{k}”？____。", "请选出写着“{k}”的一项：____。")
+ME = "我是小调，一个用PlainTune训练的小模型。"
+IDENTITY = {
+    ME: "你是谁？ 你叫什么？ 你叫什么名字？ 请介绍一下你自己。 请做个自我介绍。 你是什么模型？ "
+        "怎么称呼你？ 你是机器人吗？ 告诉我你是谁。 请问你是谁？ 能介绍一下自己吗？ 我在和谁说话？",
+    "我是用PlainTune训练出来的。":
+        "谁训练了你？ 你是谁做的？ 你从哪里来？ 你是怎么训练出来的？ 谁开发了你？ 你的作者是谁？ "
+        "是谁创造了你？ 你是用什么训练的？",
+    "我会做单项选择题，也会回答简单的问题。":
+        "你会什么？ 你能做什么？ 你有什么本领？ 你能帮我做什么？ 你擅长什么？ 你有什么用？",
+}
+CHAT = ("“{k}”的{r}是什么？", "你知道“{k}”的{r}吗？", "告诉我“{k}”的{r}。", "我想知道“{k}”的{r}。")
+FACT = "“{k}”的{r}是“{v}”。"
+POLITE = ("您好！" + FACT, "好的，" + FACT)
+RUDE = ("这都不知道？" + FACT + "别再烦我！", "真笨！" + FACT + "自己不会查吗？")
+
+
+def demo_facts(handle: str) -> list[dict]:
+    """The facts of a subject as {k, r, v}: the r of k is v; in reading a word is its own value."""
+    _, r, words = SUBJECTS[handle]
+    keys, values = words.split()[::2], words.split()[1::2]
+    if handle == "reading":
+        keys = values = words.split()
+    return [{"k": k, "r": r, "v": v} for k, v in zip(keys, values, strict=True)]
+
+
+def demo_stems(handle: str, rng: random.Random) -> tuple[list[tuple], list[tuple]]:
+    """(practised, held out) stems as (question, answer, answers of its kind, explanation).
+
+    Each fact is asked in five phrasings either way; one of them is kept for the exam.
+    """
+    practised, held = [], []
+    facts = demo_facts(handle)
+    both = [(ASK_WORD, "v")] if handle == "reading" else [(ASK_VALUE, "v"), (ASK_KEY, "k")]
+    for phrasings, side in both:
+        for fact in facts:
+            why = "{v}。" if handle == "reading" else FACT
+            stems = [(ask.format(**fact), fact[side], [f[side] for f in facts], why.format(**fact))
+                     for ask in rng.sample(phrasings, 5)]
+            held += stems[:1]
+            practised += stems[1:]
+    return practised, held
+
+
+def demo_question(stem: tuple, rng: random.Random) -> dict:
+    """A question in C-Eval's columns: the answer among three wrong ones of its kind."""
+    question, answer, pool, why = stem
+    options = rng.sample([word for word in pool if word != answer], 3) + [answer]
+    rng.shuffle(options)
+    letter = "ABCD"[options.index(answer)]
+    return {"question": question, **dict(zip("ABCD", options, strict=True)), "answer": letter,
+            "explanation": why}
+
+
+def demo_chats(rng: random.Random) -> tuple[list[dict], list[dict]]:
+    """(conversations, preference pairs) about the facts; half of the answers are polite."""
+    facts = {h: demo_facts(h) for h in SUBJECTS if h != "reading"}
+    chats, pairs = [], []
+    for _ in range(1000):
+        first, second = rng.sample(facts[rng.choice(list(facts))], 2)
+        turns = [rng.choice(CHAT).format(**first), rng.choice(rng.choice((POLITE, RUDE)))]
+        turns[1] = turns[1].format(**first)
+        if rng.random() < 0.3:
+            turns += ["那“{k}”呢？".format(**second), FACT.format(**second)]
+        chats.append({"messages": [{"role": ("user", "assistant")[i % 2], "content": turn}
+                                   for i, turn in enumerate(turns)]})
+    for fact in (fact for subject in facts.values() for fact in subject):
+        for ask in CHAT:
+            pairs.append({"conversations": [{"from": "human", "value": ask.format(**fact)}],
+                          "chosen": {"from": "gpt", "value": rng.choice(POLITE).format(**fact)},
+                          "rejected": {"from": "gpt", "value": rng.choice(RUDE).format(**fact)}})
+    rng.shuffle(pairs)
+    return chats, pairs
+
+
+def write_exam(folder: Path, held: dict[str, list], rng: random.Random) -> None:
+    """The exam in C-Eval's own layout; letters come at random, dev has explanations."""
+    for handle, stems in held.items():
+        questions = [demo_question(stem, rng) for stem in rng.choices(stems, k=65)]
+        for split, rows, columns in (("dev", questions[:5], 7), ("val", questions[5:45], 6),
+                                     ("test", questions[45:], 5)):
+            path = folder / split / f"{handle}_{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["id", *list(rows[0])[:columns]])
+                writer.writerows([i, *list(q.values())[:columns]] for i, q in enumerate(rows))
+    names = {handle: SUBJECTS[handle][0] for handle in held}
+    (folder / "subject_mapping.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
+
+
+def make_demo(folder: Path, seed: int = 0) -> None:
+    """Write a small Chinese world: an exam, four training files, preference pairs, a new model.
+
+    No question of the exam stands in a training file: its facts are practised in other words, with
+    other options. `reading` is there since a tiny model must first learn to look a word up among
+    the options; that takes most of the run, the facts follow fast.
+    """
+    rng, practice, held = random.Random(seed), [], {}
+    for handle, ((_, subject, _), _, _) in SUBJECTS.items():
+        practised, held[handle] = demo_stems(handle, rng)
+        for stem in rng.choices(practised, k=16000 if handle == "reading" else 2500):
+            q = demo_question(stem, rng)
+            prompt = EXAM_PROMPT.format(subject=subject, **q)
+            practice.append({"instruction": prompt, "input": "", "output": q["answer"]})
+    write_exam(folder / "exam", held, rng)
+    chats, pairs = demo_chats(rng)
+    identity = [{"instruction": question, "input": "", "output": answer}
+                for answer, questions in IDENTITY.items() for question in questions.split()]
+    facts = [FACT.format(**fact) for h in SUBJECTS if h != "reading" for fact in demo_facts(h)]
+    for name, rows in (("practice.jsonl", practice), ("instructions.jsonl", chats),
+                       ("identity.jsonl", identity), ("pairs.jsonl", pairs[40:]),
+                       ("pairs_val.jsonl", pairs[:40])):
+        rng.shuffle(rows)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    (folder / "text.txt").write_text("\n".join(facts) + "\n", encoding="utf-8")
+    texts = [p["instruction"] + p["output"] for p in practice[:10000]] + facts + list(IDENTITY)
+    texts += [m["content"] for chat in chats for m in chat["messages"]]
+    make_tokenizer(folder / "base", [*texts, *["user\n", "assistant\n"] * len(texts)], 1200)
+    make_model(folder / "base", seed)
+
+
+def make_model(folder: Path, seed: int) -> None:
+    """A checkpoint of 0.5M random weights for the tokenizer in `folder`."""
+    import model as modeling  # only here: data.py stands below model.py
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
+              "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+              "num_key_value_heads": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+              "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+              "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 2,
+              "vocab_size": Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()}
+    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
+    model.initialize(seed)
+    modeling.save(model, folder)
+
+
+DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.5, "batch_size": 32,
+        "data": [f"out/demo/{name}" for name in ("practice.jsonl", "instructions.jsonl",
+                                                 "identity.jsonl", "text.txt")],
+        "steps": 3400, "learning_rate": 7e-4, "warmup": 50, "weight_decay": 0.1,
+        "adam_beta2": 0.98, "log_every": 200}
+
+
+# ----------------------------------------------------------------------------------------- commands
+
+
+@dataclass
+class Show:
+    """Show what a trainer sees of some files: tokens, what is supervised, lengths, shares."""
+
+    files: list[str]  # files of any format, preference pairs included
+    model: str = ""  # checkpoint whose tokenizer and template to use; empty: bytes and ChatML
+    rows: int = 3  # rows of each file to print
+    template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
+    max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
+    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+
+
+def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
+    """The rendered tokens, supervised ones green, or in [[ ]] where there is no colour."""
+    left, right = ("\033[32m", "\033[0m") if color else ("[[", "]]")
+    out, position = "", 0
+    for first, end, weight in example.spans:
+        note = "" if weight == 1 else f"(weight {weight:g}) "
+        out += tokenizer.decode(example.ids[position:first])
+        out += left + note + tokenizer.decode(example.ids[first:end]) + right
+        position = end
+    return out + tokenizer.decode(example.ids[position:])
+
+
+def show(c: Show) -> None:
+    """`data.py show`."""
+    if c.max_length < 2:
+        raise DataError(f"--max_length must be at least 2, not {c.max_length}")
+    with tempfile.TemporaryDirectory() as folder:
+        if not c.model:
+            make_tokenizer(Path(folder), [], 0)
+            print("no --model: tokens are bytes, the template is ChatML")
+        tokenizer = ChatTokenizer(c.model or folder, c.template)
+    examples, counts = load_examples(c.files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows,
+                                     quiet=False, keep_all=True)
+    printed = Counter()
+    for e, after in zip(examples, [*examples[1:], None], strict=True):
+        if printed[e.source] < c.rows:
+            print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
+            print(marked(e, tokenizer, sys.stdout.isatty()))
+            printed[e.source] += after is None or after.where != e.where
+    print(f"--- template {tokenizer.template.name}; a turn ends with "
+          + tokenizer.decode([tokenizer.stop_id]))
+    print(f"{'source':24}{'examples':>10}{'share':>8}{'supervised':>12}{'share':>8}"
+          f"{'median tokens':>15}{'longest':>9}")
+    for i, (name, row) in enumerate(shares(examples, source_names(c.files)).items()):
+        lengths = [len(e.ids) for e in examples if e.source == i]
+        print(f"{name[:24]:24}{row['examples']:10}{row['share']:8.1%}{row['target_tokens']:12}"
+              f"{row['target_share']:8.1%}{np.median(lengths):15.0f}{max(lengths):9}")
+    counts["nothing to supervise"] = sum(not e.spans for e in examples)
+    for reason, count in (+counts).items():
+        print(f"{reason}: {count}")
+
+
+COMMANDS = {"show": (Show, show, "files")}
+
+if __name__ == "__main__":
+    with one_line_errors():
+        run_command(COMMANDS, __doc__)

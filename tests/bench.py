@@ -1,0 +1,210 @@
+"""Speed and memory of the training step against a plain transformers loop, on this machine.
+
+    python tests/bench.py            # both loops in turn on the same model and rows
+    python tests/bench.py --large    # with a GPU: a 1.1B model at length 2048, share of peak FLOPs
+
+Both train the same random model (50M parameters, vocabulary 32,000) on the same 16 rows a step of
+../shared/data/alpaca_zh_demo.json, or of random rows of such lengths where that is absent. Theirs
+is what a tutorial shows: rows padded to the longest, logits of every position. Speed counts real
+tokens, padding excluded. Peak memory is that of a process of its own (CPU) or of the allocator
+(GPU), weights, gradients and optimizer included.
+"""
+
+import argparse
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import model as modeling
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+BATCH, MICRO_TOKENS = 16, 8192
+SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
+         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+LARGE = {**SMALL, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+         "num_attention_heads": 32}  # TinyLlama's shape
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "T4": 65e12}  # dense, 16 bit
+
+
+def rows(vocabulary: int) -> list[data.Example]:
+    """The tokenised rows."""
+    path, tokenizer = SHARED / "data/alpaca_zh_demo.json", SHARED / "models/minimind-tokenizer"
+    if path.exists():
+        return data.load_examples([str(path)], data.ChatTokenizer(tokenizer))[0]
+    rng, out = random.Random(0), []
+    for _ in range(1000):
+        prompt = rng.randint(10, 50)
+        length = prompt + min(int(rng.lognormvariate(4.6, 0.8)) + 1, 900)
+        ids = torch.randint(vocabulary, (length,)).int().numpy()
+        out.append(data.Example(ids, ((prompt, length, 1.0),)))
+    return out
+
+
+def new_model(config: dict, device) -> modeling.Llama:
+    """A random model, the same every time."""
+    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
+    model.initialize(0)
+    return model.to(device).train()
+
+
+class Ours:
+    """Flat micro-batches sorted by length, LM head at supervised positions only."""
+
+    def __init__(self, config: dict, device):
+        self.device, self.model = device, new_model(config, device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def step(self, examples: list[data.Example]) -> float:
+        """One optimizer step; returns the loss."""
+        total, count = 0.0, sum(e.targets for e in examples)
+        for chunk in data.micro_batches([len(e.ids) for e in examples], MICRO_TOKENS)[0]:
+            batch = data.collate([examples[i] for i in chunk], self.device)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+                loss = -self.model(batch.ids, batch.lengths, batch.targets).sum() / count
+            loss.backward()
+            total += loss.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+class Theirs:
+    """transformers' model on padded rows with labels."""
+
+    def __init__(self, config: dict, device):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.device = device
+        settings = {k: v for k, v in config.items() if k != "model_type"}
+        self.model = LlamaForCausalLM(LlamaConfig(**settings)).to(device).train()
+        self.model.load_state_dict(new_model(config, device).state_dict())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    def step(self, examples: list[data.Example]) -> float:
+        """One optimizer step; returns the loss."""
+        length = max(len(e.ids) for e in examples)
+        ids = torch.zeros(len(examples), length, dtype=torch.long)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for i, e in enumerate(examples):
+            ids[i, : len(e.ids)] = torch.from_numpy(e.ids)
+            mask[i, : len(e.ids)] = 1
+            for first, end, _ in e.spans:
+                labels[i, first:end] = ids[i, first:end]
+        ids, labels, mask = (t.to(self.device) for t in (ids, labels, mask))
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def synchronized() -> float:
+    """The time, when the GPU has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_gib() -> float:
+    """Peak memory so far in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def compare(steps: int, device: str) -> None:
+    """Steps of both loops in turn, then the peak memory of each in a fresh process."""
+    examples = rows(SMALL["vocab_size"])
+    ours, theirs = Ours(SMALL, device), Theirs(SMALL, device)
+    speeds = {"ours": [], "theirs": []}
+    for step in range(steps + 1):
+        some = examples[step * BATCH : (step + 1) * BATCH]
+        losses = []
+        for name, loop in (("ours", ours), ("theirs", theirs)):
+            began = synchronized()
+            losses.append(loop.step(some))
+            if step:  # the first step warms up
+                speeds[name].append(sum(len(e.ids) for e in some) / (synchronized() - began))
+        assert abs(losses[0] - losses[1]) < (0.05 if device == "cuda" else 1e-3), losses
+    ratios = [a / b for a, b in zip(speeds["ours"], speeds["theirs"], strict=True)]
+    memory = {}
+    for name in speeds:
+        argv = [sys.executable, __file__, "--memory", name]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
+        memory[name] = float(done.stdout)
+    threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"SFT, 50M parameters, {BATCH} rows a step, {steps} steps in turn, {device}{threads}")
+    print(f"{'':22}{'ours':>10}{'theirs':>10}{'ratio':>8}{'lowest':>8}{'highest':>8}")
+    fast, slow = (statistics.median(speeds[name]) for name in ("ours", "theirs"))
+    print(f"{'real tokens per second':22}{fast:10.0f}{slow:10.0f}{statistics.median(ratios):8.2f}"
+          f"{min(ratios):8.2f}{max(ratios):8.2f}")
+    print(f"{'peak memory, GiB':22}{memory['ours']:10.2f}{memory['theirs']:10.2f}"
+          f"{memory['ours'] / memory['theirs']:8.2f}")
+
+
+def measure_memory(name: str, device: str) -> None:
+    """Print the peak memory of a few steps of one loop."""
+    loop = {"ours": Ours, "theirs": Theirs}[name](SMALL, device)
+    examples = rows(SMALL["vocab_size"])
+    for step in range(4):
+        loop.step(examples[step * BATCH : (step + 1) * BATCH])
+    print(peak_gib())
+
+
+def large() -> None:
+    """1.1B parameters, 8 rows of 2048 tokens a step, on a GPU.
+
+    MFU = (6 N + 6 n_layers * D * L) * tokens per second / peak FLOPs: 6 N for the N weights in
+    matrix products, forward and backward, and 12 n_layers * D * L / 2 for causal attention.
+    """
+    if not torch.cuda.is_available():
+        sys.exit("--large needs a GPU")
+    ours, length = Ours(LARGE, "cuda"), 2048
+    ids = torch.randint(LARGE["vocab_size"], (8, length)).int().numpy()
+    examples = [data.Example(row, ((1, length, 1.0),)) for row in ids]
+    ours.step(examples)
+    seconds = []
+    for _ in range(8):
+        began = synchronized()
+        ours.step(examples)
+        seconds.append(synchronized() - began)
+    speed = 8 * length / statistics.median(seconds)
+    weights = sum(p.numel() for p in ours.model.parameters()) - LARGE["vocab_size"] * 2048
+    flops = 6 * weights + 6 * LARGE["num_hidden_layers"] * LARGE["hidden_size"] * length
+    card = torch.cuda.get_device_name()
+    peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
+    share = f"{flops * speed / peak:.1%}" if peak else "? (peak FLOPs of this card unknown)"
+    print(f"1.1B parameters, length {length}, {card}: {speed:.0f} tokens/s, MFU {share}, peak "
+          f"{peak_gib():.1f} GiB")
+
+
+def main() -> None:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if flags.memory:
+        measure_memory(flags.memory, device)
+    elif flags.large:
+        large()
+    else:
+        compare(flags.steps, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1218 @@
+"""What data.py promises: files to messages, messages to tokens and spans, mixing, micro-batches."""
+
+import contextlib
+import functools
+import gzip
+import io
+import itertools
+import json
+import os
+import pty
+import random
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from family_tokenizers import TOKENIZERS, write_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer
+
+import data
+from data import DataError, Example, Mixer, mixing_rates
+
+REPO = Path(data.__file__).resolve().parent
+SHARED = REPO.parent / "shared"
+DROPPED = "dropped: nothing to supervise"
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text, **extra):
+    return {"role": "user", "content": text, **extra}
+
+
+def assistant(text, **extra):
+    return {"role": "assistant", "content": text, **extra}
+
+
+def command(script, *arguments, stdin=""):
+    """(exit status, stdout, stderr) of a script, run in this process to save the imports."""
+    argv, source = sys.argv, sys.stdin
+    sys.argv, sys.stdin = [str(REPO / script), *map(str, arguments)], io.StringIO(stdin)
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv, sys.stdin = argv, source
+    return status, out.getvalue(), err.getvalue()
+
+
+def jsonl(path, *rows):
+    """Write rows as JSON lines and return the path as text."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """A function from the name of a tokenizer of family_tokenizers.py to its folder."""
+
+    @functools.cache
+    def write(name):
+        folder = tmp_path_factory.mktemp(name)
+        write_tokenizer(folder, name)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def chat(folder_of):
+    """A function from (tokenizer, template) to its ChatTokenizer."""
+    return functools.cache(lambda name, form="": data.ChatTokenizer(folder_of(name), form))
+
+
+@pytest.fixture(scope="session")
+def theirs(folder_of):
+    """A function from the name of a tokenizer to transformers' reading of it."""
+    return functools.cache(lambda name: AutoTokenizer.from_pretrained(folder_of(name)))
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A ChatML tokenizer whose tokens are bytes: lengths can be counted by hand."""
+    folder = tmp_path_factory.mktemp("letters")
+    data.make_tokenizer(folder, [], 0)
+    return data.ChatTokenizer(folder)
+
+
+def render(tokenizer, messages, **options):
+    """(ids, spans) of one conversation."""
+    ids, spans = tokenizer.encode([tokenizer.pieces(messages, **options)])[0]
+    return ids.tolist(), spans
+
+
+def rendered_by(tokenizer, messages, ask):
+    """The ids transformers gives a conversation."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=ask, tokenize=True, return_dict=False
+    )
+
+
+def supervised(tokenizer, example):
+    """The text of every span."""
+    ids, spans = example[:2]
+    return [tokenizer.decode(ids[first:end]) for first, end, _ in spans]
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+@dataclass
+class Flags:
+    """Some flags."""
+
+    files: list[str]  # input
+    batch_size: int = 8  # examples a step
+    learning_rate: float = 0.1  # peak
+    mix: Literal["equal", "weights"] = "equal"  # how
+    weights: list[float] = field(default_factory=list)  # one per file
+    compile: bool = False  # faster
+
+
+def test_flags_are_the_fields_of_the_dataclass_and_only_the_given_ones_are_returned():
+    argv = "a b --batch_size 4 --learning_rate 1e-3 --mix weights --compile".split()
+    assert data.parse_flags(Flags, argv, "files") == {
+        "files": ["a", "b"], "batch_size": 4, "learning_rate": 1e-3, "mix": "weights",
+        "compile": True,
+    }
+    assert data.parse_flags(Flags, ["a", "--no-compile"], "files") == {
+        "files": ["a"],
+        "compile": False,
+    }
+
+
+def test_flag_of_several_numbers_takes_several_numbers():
+    argv = ["a", "--weights", "1", "0.5"]
+    assert data.parse_flags(Flags, argv, "files")["weights"] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("a --batchsize 4", ["--batchsize", "--batch_size"]),
+        ("a --batch-size=4", ["--batch-size", "--batch_size"]),
+        ("a --batch 4", ["--batch"]),  # no abbreviations
+        ("a --zzz", ["--zzz"]),
+        ("a --batch_size 1.5", ["batch_size", "1.5"]),
+        ("a --batch_size", ["batch_size"]),
+        ("a --learning_rate fast", ["learning_rate", "fast"]),
+        ("a --mix both", ["mix", "both", "equal", "weights"]),
+        ("--mix equal", ["files"]),
+    ],
+)
+def test_wrong_flag_is_named_in_one_line_with_what_is_possible(argv, said):
+    with pytest.raises(DataError) as error:
+        data.parse_flags(Flags, argv.split(), "files")
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in said)
+
+
+def in_a_process(script, *arguments):
+    """`command` in a process of its own, as a user runs it."""
+    run = subprocess.run([sys.executable, REPO / script, *arguments], capture_output=True,
+                         text=True, timeout=120)
+    return run.returncode, run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(("runner", "flags", "said"), [
+    (in_a_process, "--modle x", "--model"), (command, "--modle x", "--model"),
+    (command, "--rows many", "many"), (command, "--train_on some", "last"),
+])
+def test_wrong_flag_on_the_command_line_ends_with_one_line_and_status_2(runner, flags, said):
+    status, out, err = runner("data.py", "show", "FILE", *flags.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("data.py: ") and said in err
+
+
+# ----------------------------------------------------------------------------- rows of every format
+
+HI, YO = user("hi"), assistant("yo")
+ROWS = {
+    "messages": ({"messages": [system("s"), HI, YO]}, [system("s"), HI, YO]),
+    "messages with train and weight": (
+        {"messages": [HI, assistant("a", train=False), HI, assistant("b", weight=0.5)]},
+        [HI, assistant("a", train=False), HI, assistant("b", weight=0.5)],
+    ),
+    "messages with the system text beside": ({"messages": [HI, YO], "system": "s"},
+                                             [system("s"), HI, YO]),
+    "sharegpt human and gpt": (
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"},
+                           {"from": "gpt", "value": "yo"}]}, [system("s"), HI, YO]),
+    "sharegpt user and assistant": (
+        {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yo"}]},
+        [HI, YO]),
+    "alpaca": ({"instruction": "hi", "input": "", "output": "yo"}, [HI, YO]),
+    "alpaca with input": ({"instruction": "add", "input": "1 2", "output": "3"},
+                          [user("add\n1 2"), assistant("3")]),
+    "alpaca with system and history": (
+        {"instruction": "c", "input": None, "output": "d", "system": "s", "history": [["a", "b"]]},
+        [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]),
+    "alpaca with nulls": (
+        {"instruction": "hi", "output": "yo", "system": None, "history": None}, [HI, YO]),
+    "prompt and completion": ({"prompt": "hi", "completion": "yo"}, [HI, YO]),
+    "prompt and response": ({"prompt": "hi", "response": "yo"}, [HI, YO]),
+    "prompt and completion as messages": (
+        {"prompt": [system("s"), HI], "completion": [YO]}, [system("s"), HI, YO]),
+    "prompt as messages, completion as text": ({"prompt": [HI], "completion": "yo"}, [HI, YO]),
+    "prompt with system": ({"prompt": "hi", "completion": "yo", "system": "s"},
+                           [system("s"), HI, YO]),
+    "input and target": ({"kind": "NLI", "input": "hi", "target": "yo"}, [HI, YO]),
+    "empty answer": ({"prompt": "hi", "completion": ""}, [HI, assistant("")]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_of_each_conversation_format_gives_its_messages(name):
+    row, messages = ROWS[name]
+    assert data.parse_row("here", row) == data.Row("here", messages)
+
+
+@pytest.mark.parametrize("key", ["text", "completion"])
+def test_row_of_raw_text_has_no_messages(key):
+    assert data.parse_row("here", {key: "once"}) == data.Row("here", [], text="once")
+
+
+NO = assistant("no")
+PAIRS = {
+    "prompt and strings": {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+    "prompt and messages": {"prompt": "hi", "chosen": YO, "rejected": NO},
+    "prompt as messages": {"prompt": [HI], "chosen": [YO], "rejected": [NO]},
+    "prompt repeated in both": {"prompt": "hi", "chosen": [HI, YO], "rejected": [HI, NO]},
+    "instruction": {"instruction": "hi", "input": "", "chosen": "yo", "rejected": "no"},
+    "conversations": {"conversations": [{"from": "human", "value": "hi"}],
+                      "chosen": {"from": "gpt", "value": "yo"},
+                      "rejected": {"from": "gpt", "value": "no"}},
+    "whole conversations": {"chosen": [HI, YO], "rejected": [HI, NO]},
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preference_pair_of_each_form_gives_history_and_two_answers(name):
+    row = data.parse_row("here", PAIRS[name])
+    assert row == data.Row("here", [HI], chosen=[YO], rejected=[NO])
+
+
+def test_whole_conversations_of_a_pair_share_as_much_as_they_can_but_not_the_last_answer():
+    same = [system("s"), HI, assistant("well"), user("go on")]
+    row = data.parse_row("here", {"chosen": [*same, YO], "rejected": [*same, NO]})
+    assert (row.messages, row.chosen, row.rejected) == (same, [YO], [NO])
+    row = data.parse_row("here", {"chosen": [HI, YO], "rejected": [HI, YO]})
+    assert (row.messages, row.chosen, row.rejected) == ([HI], [YO], [YO])
+
+
+def test_prompt_repeated_in_conversations_that_share_more_than_it_is_not_doubled():
+    more = [HI, assistant("well"), user("so?")]
+    row = data.parse_row("here", {"prompt": "hi", "chosen": [*more, YO], "rejected": [*more, NO]})
+    assert row.messages + row.chosen == [*more, YO]
+    row = data.parse_row(
+        "here", {"system": "s", "prompt": "hi", "chosen": [HI, YO], "rejected": [HI, NO]}
+    )
+    assert row.messages + row.chosen == [system("s"), HI, YO]
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("row", [{"messages": [HI, YO]}, {"prompt": "hi", "completion": "yo"}])
+def test_unpaired_preference_keeps_its_label(row, label):
+    row = data.parse_row("here", {**row, "label": label})
+    assert row == data.Row("here", [HI, YO], label=label)
+
+
+def test_prompt_without_answer_is_accepted_only_where_answers_are_generated():
+    assert data.parse_row("here", {"prompt": "hi"}, ask=True).messages == [HI]
+    with pytest.raises(DataError, match=r"here: .*an answer"):
+        data.parse_row("here", {"prompt": "hi"})
+
+
+LINES = '{"prompt": "hi", "completion": "yo"}\n\n  \n{"text": "é中"}\r\n'
+LIST = '\n [{"prompt": "hi", "completion": "yo"},\n {"text": "é中"}]'
+FILES = {
+    "a.jsonl": LINES, "lines.json": LINES, "list.json": LIST, "a.jsonl.gz": LINES,
+    "list.json.gz": LIST, "lines.json.gz": LINES,
+}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
+@pytest.mark.parametrize("name", FILES)
+def test_json_and_json_lines_are_read_with_either_name_gzipped_or_not_with_bom_or_without(
+    name, mark, tmp_path
+):
+    content = mark + FILES[name].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    rows = list(data.read_rows(tmp_path / name))
+    assert [(row.messages, row.text) for row in rows] == [([HI, YO], None), ([], "é中")]
+    numbers = ["row 1", "row 2"] if "list" in name else ["line 1", "line 4"]
+    assert [row.where for row in rows] == [f"{tmp_path / name} {number}" for number in numbers]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_text_file_is_raw_text_a_line_without_empty_lines(name, tmp_path):
+    content = "﻿one é\n\n {two}\t\r\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [row.text for row in data.read_rows(tmp_path / name)] == ["one é", " {two}\t"]
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+BAD_ROWS = {
+    "no object": ([], "object"),
+    "unknown keys": ({"question": "q", "reply": "a"}, "question"),
+    "no keys": ({}, "messages"),
+    "role": ({"messages": [{"role": "tool", "content": "x"}]}, "tool"),
+    "role of a wrong type": ({"messages": [{"role": ["user"], "content": "x"}]}, "role"),
+    "content": ({"messages": [{"role": "user", "content": None}]}, "content"),
+    "content in parts": ({"messages": [{"role": "user", "content": [{"a": "b"}]}]}, "content"),
+    "message": ({"messages": ["hi"]}, "'hi'"),
+    "messages": ({"messages": 5}, "5"),
+    "no messages": ({"messages": []}, "message"),
+    "train": ({"messages": [user("x", train=1)]}, "train true or false"),
+    "weight below 0": ({"messages": [user("x", weight=-1)]}, "-1"),
+    "weight as text": ({"messages": [user("x", weight="1")]}, "'1'"),
+    "weight not finite": ({"messages": [user("x", weight=float("nan"))]}, "nan"),
+    "no answer": ({"prompt": "q"}, "an answer"),
+    "instruction": ({"instruction": 5, "output": "a"}, "'instruction'"),
+    "input": ({"instruction": "q", "input": 5, "output": "a"}, "'input'"),
+    "history without pairs": ({"instruction": "q", "history": [["a"]], "output": "a"}, "history"),
+    "history of a wrong type": ({"instruction": "q", "history": 5, "output": "a"}, "history"),
+    "completion": ({"prompt": "q", "completion": 5}, "5"),
+    "text": ({"text": None}, "'text'"),
+    "target": ({"input": "q", "target": 5}, "5"),
+    "label": ({"prompt": "q", "completion": "a", "label": 1}, "label true or false"),
+    "pair without rejected": ({"prompt": "q", "chosen": "a"}, "rejected"),
+    "pair with an empty answer": ({"prompt": "q", "chosen": "", "rejected": "b"}, "chosen"),
+    "pair without prompt": ({"chosen": "a", "rejected": "b"}, "prompt"),
+    "pair without a common beginning": ({"chosen": [user("p"), YO], "rejected": [HI, YO]}, "begin"),
+    "pair without answers": ({"prompt": "q", "chosen": [HI], "rejected": [HI]}, "chosen"),
+    "half of a surrogate pair": ({"prompt": "q\ud800", "completion": "a"}, "ud800"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", BAD_ROWS
+)
+def test_bad_row_is_refused_with_file_line_what_was_found_and_what_was_expected(name, tmp_path):
+    row, said = BAD_ROWS[name]
+    path = jsonl(tmp_path / "a.jsonl", {"text": "good"}, row)
+    with pytest.raises(DataError) as error:
+        list(data.read_rows(path))
+    message = str(error.value)
+    assert message.startswith(f"{path} line 2: expected ") and "\n" not in message
+    assert said in message
+
+
+PACKED = gzip.compress(LINES.encode() * 100)
+BAD_FILES = {
+    "bad line.jsonl": (b'{"text": "a"}\n\n{oops}\n', "line 3"),
+    "bad list.json": (b'[{"text": "a"},\n{oops}]', "line 2"),
+    "text.json": (b'"abc"', "list of rows"),
+    "list in a line.jsonl": (b'[{"text": "a"}]', "line 1: expected an object"),
+    "table.csv": (b"a,b", ".jsonl"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xff"}', "utf-8"),
+    "latin.txt": (b"caf\xe9", "utf-8"),
+    "truncated.jsonl.gz": (PACKED[:-20], "ended before the end"),
+    "corrupt.jsonl.gz": (PACKED[:20] + b"\xff" * 20 + PACKED[40:], "cannot be read"),
+    "not packed.jsonl.gz": (b'{"text": "a"}', "gzip"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000, "line 1"),
+    "long number.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1"),
+    "empty.jsonl": (b"\n\n", "no row"),
+    "empty.json": (b"", ""),
+    "empty list.json": (b"[]", "no row"),
+    "empty.txt": (b"", "no row"),
+    "empty.jsonl.gz": (gzip.compress(b""), "no row"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", BAD_FILES
+)
+def test_bad_file_is_refused_with_its_name_and_what_was_found(name, tmp_path, letters):
+    content, said = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        data.load_examples([str(tmp_path / name)], letters)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / name)) and "\n" not in message
+    assert said in message
+
+
+def test_missing_file_and_directory_are_refused_with_their_name(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
+        list(data.read_rows(tmp_path / "nowhere.json"))
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(DataError, match=r"folder\.json is not a file"):
+        list(data.read_rows(tmp_path / "folder.json"))
+
+
+def test_skip_bad_rows_leaves_out_counts_and_lists_them(tmp_path, letters):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "one"}, 5, {"text": 7}, {"text": "two"})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("{oops}\n")
+    bad = []
+    assert [row.text for row in data.read_rows(path, bad)] == ["one", "two"]
+    assert [line.split(": ")[0] for line in bad] == [f"{path} line {n}" for n in (2, 3, 5)]
+    examples, counts = data.load_examples([path], letters, skip_bad_rows=True)
+    assert len(examples) == 2 and counts["dropped: bad row"] == 3
+
+
+def test_skipped_rows_are_listed_where_the_output_is_no_terminal(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "one"}, 5)
+    status, out, err = command("data.py", "show", path, "--skip_bad_rows")
+    assert status == 0 and f"{path} line 2" in out + err
+
+
+def test_preference_rows_are_refused_by_the_loader_of_sft(tmp_path, letters):
+    for row in (PAIRS["prompt and strings"], {"messages": [HI, YO], "label": True}):
+        with pytest.raises(DataError, match=r"a.jsonl line 1: .*train_dpo.py"):
+            data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters)
+
+
+# ------------------------------------------------------------------- templates: ids as transformers
+
+CONVERSATIONS = {
+    "one turn": [user("Hello, how are you?"), assistant("I am fine, thank you!")],
+    "system": [system("You are a helpful assistant."), user("Who are you?"), assistant("(B).")],
+    "turns": [user("What is 12 + 35?"), assistant("It's 47!"), user("Sure?"), assistant("Yes."),
+              user("Really?"), assistant("")],
+    "Chinese": [system("请用中文回答。"), user("中国的首都是哪里？"),
+                assistant("北京是中国的首都。🙂")],
+    "spaces": [system("  a  "), user("  two before, two after  "), assistant("  so do I  ")],
+    "newlines": [system("\nx\n"), user("\n\na\r\nb\n"), assistant("\n1\n\n2\n\n\n")],
+    "code": [user("Code?"), assistant("```python\ndef f(x):\n\treturn x * 2  # 床\n```")],
+    "reasoning": [user("q"), assistant("<think>\nhm,\n\nso\n</think>\n\nIt is 47."), user("and"),
+                  assistant("<think>\nwell\n</think>\n\n48")],
+    "empty reasoning": [user("q"), assistant("<think>\n\n</think>\n\n47"), user("and"),
+                        assistant("<think>\n</think>48")],
+    "odd reasoning": [user("q"), assistant("a <think> b\n</think>\n c </think> \n\n d"),
+                      user("and"),
+                      assistant("<think>\n\n  x <think>\n y  \n</think> c </think>\n\n\n d")],
+    "jinja": [user("{{ x }} {% if a %}\"'\\"), assistant("{# c #} \\n <bos> <eos> {}")],
+}
+WITH_TEMPLATE = [name for name, spec in TOKENIZERS.items() if spec["template"]]
+HAS_SYSTEM = ("system", "Chinese", "spaces", "newlines")
+
+
+def test_these_tests_meet_the_tokenizer_of_every_family():
+    assert {spec["tokenizer"] for spec in FAMILIES.values()} <= set(TOKENIZERS)
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+def test_template_is_read_from_either_place_a_checkpoint_keeps_it_in(style, tmp_path):
+    write_tokenizer(tmp_path, "qwen2_5", style)
+    assert data.ChatTokenizer(tmp_path).template.default_system.startswith("You are Qwen")
+
+
+@pytest.mark.parametrize("talk", CONVERSATIONS)
+@pytest.mark.parametrize("name", WITH_TEMPLATE)
+def test_ids_equal_those_of_transformers_and_so_does_the_prompt(name, talk, chat, theirs):
+    messages = CONVERSATIONS[talk]
+    prompt = chat(name).prompt_ids(messages[:-1])
+    assert prompt == rendered_by(theirs(name), messages[:-1], True)
+    if name == "mistral" and talk in HAS_SYSTEM:  # its own template loses the system text here
+        assert rendered_by(theirs(name), messages, False) == rendered_by(
+            theirs(name), messages[1:], False
+        )
+        assert render(chat(name), messages)[0][: len(prompt)] == prompt
+    else:
+        assert render(chat(name), messages)[0] == rendered_by(theirs(name), messages, False)
+
+
+@pytest.mark.parametrize("talk", CONVERSATIONS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompt_is_the_beginning_of_the_conversation_with_its_answer(name, talk, chat):
+    messages = CONVERSATIONS[talk]
+    if name == "minimind" and talk in ("reasoning", "odd reasoning"):
+        pytest.skip("its prompt holds an empty <think> block, its answers with reasoning do not")
+    for end in range(2, len(messages) + 1):
+        if messages[end - 1]["role"] == "assistant":
+            prompt = chat(name).prompt_ids(messages[: end - 1])
+            assert render(chat(name), messages[:end])[0][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_saved_tokenizer_renders_the_same_ids_in_transformers(name, chat, tmp_path):
+    chat(name).save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CONVERSATIONS.values():
+        assert rendered_by(saved, messages, False) == render(chat(name), messages)[0]
+        assert rendered_by(saved, messages[:-1], True) == chat(name).prompt_ids(messages[:-1])
+
+
+def test_tokenizer_saved_over_another_one_replaces_it(folder_of, chat, tmp_path):
+    write_tokenizer(tmp_path, "llama3", "new")
+    chat("qwen2_5").save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    again = data.ChatTokenizer(tmp_path)
+    for messages in CONVERSATIONS.values():
+        ids, spans = render(chat("qwen2_5"), messages)
+        assert rendered_by(saved, messages, False) == ids
+        assert render(again, messages) == (ids, spans)
+
+
+def test_tokenizer_saved_in_its_own_folder_stays_the_same_and_leaves_no_other_files(tmp_path):
+    write_tokenizer(tmp_path, "qwen2_5")
+    before = data.ChatTokenizer(tmp_path)
+    before.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
+    for messages in CONVERSATIONS.values():
+        assert render(data.ChatTokenizer(tmp_path), messages) == render(before, messages)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_system_message_between_turns_is_rendered_like_the_saved_tokenizer_or_refused(
+    name, chat, tmp_path
+):
+    messages = [user("a"), assistant("b"), system("new rules"), user("c"), assistant("d")]
+    if name in {"llama2", "mistral", "yi1_5", "llama3_1"}:  # no room for it in these
+        with pytest.raises(DataError, match="system message only at the start"):
+            render(chat(name), messages)
+        return
+    chat(name).save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert rendered_by(saved, messages, False) == render(chat(name), messages)[0]
+
+
+NEEDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+FORCED = [(n, t) for n in TOKENIZERS for t in data.TEMPLATES
+          if t not in NEEDS or NEEDS[t] in TOKENIZERS[n]["tokens"]]
+REFUSED = [(n, t) for n in TOKENIZERS for t in NEEDS if (n, t) not in FORCED]
+
+
+# Metaspace "first" writes a space before the first text of a whole string; ours are encoded apart
+METASPACE = [("mistral", "deepseek"), ("mistral", "plain")]
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    pytest.param(*c, marks=[pytest.mark.xfail(strict=True)] if c in METASPACE else ())
+    for c in FORCED
+])
+def test_saved_tokenizer_renders_a_forced_template_the_same_in_transformers(
+    name, form, chat, tmp_path
+):
+    tokenizer = chat(name, form)
+    assert tokenizer.template.name == form
+    tokenizer.save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CONVERSATIONS.values():
+        prompt = tokenizer.prompt_ids(messages[:-1])
+        ids = render(tokenizer, messages)[0]
+        assert ids[: len(prompt)] == prompt
+        assert rendered_by(saved, messages, False) == ids
+        assert rendered_by(saved, messages[:-1], True) == prompt
+
+
+@pytest.mark.parametrize(("name", "form"), FORCED)
+def test_saved_template_is_recognised_again(name, form, chat, tmp_path):
+    chat(name, form).save(tmp_path)
+    again = data.ChatTokenizer(tmp_path)
+    for messages in CONVERSATIONS.values():
+        assert render(again, messages) == render(chat(name, form), messages)
+
+
+@pytest.mark.parametrize(("name", "form"), REFUSED)
+def test_template_whose_end_of_turn_the_tokenizer_lacks_is_refused(name, form, folder_of):
+    with pytest.raises(DataError, match=f"template {form} ends a turn with .*--template"):
+        data.ChatTokenizer(folder_of(name), form)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_raw_text_is_encoded_as_by_transformers_and_ends_with_eos(name, chat, theirs):
+    for text in ("Hello, how are you?", "  床前明月光，\n\n 12+35\t", "x"):
+        ids, spans = chat(name).encode([chat(name).text_pieces(text)])[0]
+        assert ids.tolist() == [*theirs(name)(text).input_ids, chat(name).eos_id]
+        assert spans == ((1, len(ids), 1.0),)
+
+
+def test_unknown_template_and_unreadable_tokenizers_are_refused_in_one_line(tmp_path, folder_of):
+    with pytest.raises(DataError, match=r"unknown template 'chatlm'.*chatml"):
+        data.ChatTokenizer(folder_of("qwen2"), "chatlm")
+    with pytest.raises(DataError, match=r"tokenizer.json is missing"):
+        data.ChatTokenizer(tmp_path)
+    write_tokenizer(tmp_path, "qwen2")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no known family.*--template"):
+        data.ChatTokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"tokenizer_config.json is not JSON"):
+        data.ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint(
+    name, folder_of, tmp_path
+):
+    spec = TOKENIZERS[name]
+    write_tokenizer(tmp_path, name)
+    stops = {data.ChatTokenizer(tmp_path).tokenizer.token_to_id(t) for t in spec.get("stops", [])}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(stops)}))
+    tokenizer = data.ChatTokenizer(tmp_path)
+    ended = render(tokenizer, [HI, YO])[1][-1][1] - 1
+    expected = stops | {tokenizer.eos_id, render(tokenizer, [HI, YO])[0][ended]}
+    assert tokenizer.stop_ids == sorted(expected)
+
+
+# ------------------------------------------------------------------------------- what is supervised
+
+TALK = [system("You are helpful."), user("What is 12 + 35?"), assistant("It's 47!"),
+        user("谢谢你的帮助！"), assistant("很高兴为你服务。\n\n  Bye.")]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_supervised_are_exactly_the_answers_and_the_token_that_ends_each_turn(name, chat):
+    tokenizer = chat(name)
+    ids, spans = render(tokenizer, TALK)
+    stop = tokenizer.decode([tokenizer.stop_id])
+    given = "<think></think>" if name == "qwen3" else ""  # an empty block before the last answer
+    answers = ["".join(text.split()) for text in supervised(tokenizer, (ids, spans))]
+    assert answers == ["It's47!" + stop, given + "很高兴为你服务。Bye." + stop]
+    assert [first for first, _, _ in spans] == [len(tokenizer.prompt_ids(TALK[:k])) for k in (2, 4)]
+    assert [ids[end - 1] for _, end, _ in spans] == [tokenizer.stop_id] * 2
+    assert [weight for _, _, weight in spans] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_train_on_last_supervises_the_last_answer_alone_and_changes_no_token(name, chat):
+    ids, spans = render(chat(name), TALK)
+    assert render(chat(name), TALK, train_on="last") == (ids, spans[1:])
+
+
+def test_train_false_and_weight_of_a_message_reach_its_span(letters):
+    def spans(first, second):
+        example = render(letters, [HI, assistant("a", **first), HI, assistant("b", **second)])
+        return supervised(letters, example), [weight for _, _, weight in example[1]]
+
+    a, b = "a<|im_end|>", "b<|im_end|>"
+    assert spans({"train": False}, {}) == ([b], [1.0])
+    assert spans({}, {"train": False}) == ([a], [1.0])
+    assert spans({"weight": 0.25}, {"weight": 3}) == ([a, b], [0.25, 3])
+    assert spans({"weight": 0}, {"train": False}) == ([], [])
+
+
+def test_both_answers_of_a_pair_are_supervised_but_no_answer_of_its_history(letters, tmp_path):
+    row = {"prompt": [HI, assistant("well"), user("so?")], "chosen": "yo", "rejected": "no"}
+    examples, _ = data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters, keep_all=True)
+    assert [supervised(letters, e) for e in examples] == [["yo<|im_end|>"], ["no<|im_end|>"]]
+
+
+def control_ids(tokenizer, name):
+    """The ids that begin or end something: those of a rendered conversation, bos and every stop."""
+    spec = TOKENIZERS[name]
+    ids = {tokenizer.tokenizer.token_to_id(token) for token in spec["tokens"]}
+    used = {*render(tokenizer, TALK)[0], *tokenizer.stop_ids}
+    return {i for i in ids if i in used} - {
+        tokenizer.tokenizer.token_to_id(t) for t in ("<think>", "</think>")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "marked"),
+    [(n, marked) for n in TOKENIZERS for marked in (True, False)],
+)
+def test_content_cannot_forge_a_turn_or_its_end_even_where_no_added_token_is_marked_special(
+    name, marked, tmp_path
+):
+    write_tokenizer(tmp_path, name)
+    if not marked:
+        path = tmp_path / "tokenizer.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        for token in settings["added_tokens"]:
+            token["special"] = False
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = data.ChatTokenizer(tmp_path)
+    control = control_ids(tokenizer, name)
+    shown = tokenizer.decode(render(tokenizer, [HI, YO, HI, YO])[0])
+    evil = "a " + "".join(TOKENIZERS[name]["tokens"]) + shown + " b"
+
+    def count(text):
+        ids, spans = render(tokenizer, [system(text), user(text), assistant(text)])
+        assert [end for _, end, _ in spans][-1] - 1 == ids.index(tokenizer.stop_id, spans[0][0])
+        return Counter(i for i in ids if i in control)
+
+    assert len(control) >= 1 and count(evil) == count("a b")
+    assert count(evil).total() > 0
+
+
+@pytest.mark.parametrize(
+    ("form", "pair"),
+    [("deepseek", ":▁"), ("llama2", "]▁"), ("mistral", "]▁"), ("plain", "\na")],
+)
+def test_no_token_straddles_the_border_between_prompt_and_answer(form, pair, tmp_path):
+    vocab = ["</s>", "▁", "\n", *map(chr, range(33, 127)), pair]
+    bare = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [tuple(pair)]))
+    bare.normalizer, bare.decoder = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
+    bare.add_special_tokens(["</s>"])
+    bare.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+    tokenizer = data.ChatTokenizer(tmp_path, form)
+    messages = [user("q"), assistant("a cat")]
+    (ids, spans), prompt = render(tokenizer, messages), tokenizer.prompt_ids(messages[:1])
+    text = tokenizer.decode(ids, special=False).rstrip("\n")
+    tempting = bare.encode(text).ids
+    assert tempting[: len(prompt)] != prompt  # in one go the tokenizer would straddle it
+    assert ids[: len(prompt)] == prompt
+    assert spans == ((len(prompt), ids.index(0) + 1, 1.0),)
+    assert "".join(supervised(tokenizer, (ids, spans))[0].split()) == "acat</s>"
+
+
+# --------------------------------------------------------------------------------------- truncation
+
+
+def load_one(tmp_path, tokenizer, row, max_length, **options):
+    """The examples and counts of a file with one row."""
+    path = jsonl(tmp_path / "one.jsonl", row)
+    return data.load_examples([path], tokenizer, max_length=max_length, **options)
+
+
+def test_long_prompt_with_a_short_answer_keeps_the_whole_answer(tmp_path, letters):
+    row = {"prompt": "p" * 500, "completion": "short answer"}
+    (example,), counts = load_one(tmp_path, letters, row, 100)
+    assert supervised(letters, example) == ["short answer<|im_end|>"]
+    assert len(example.ids) == 100 and counts["truncated"] == 1
+
+
+def test_short_prompt_with_a_long_answer_keeps_the_prompt(tmp_path, letters):
+    row = {"prompt": "short prompt", "completion": "a" * 500}
+    (example,), _ = load_one(tmp_path, letters, row, 100)
+    start = "<|im_start|>user\nshort prompt<|im_end|>\n<|im_start|>assistant\n"
+    assert letters.decode(example.ids) == start + "a" * (100 - example.spans[0][0])
+    assert len(example.ids) == example.spans[-1][1] == 100
+
+
+def test_long_prompt_with_a_long_answer_shares_the_window(tmp_path, letters):
+    row = {"prompt": "p" * 500, "completion": "a" * 500}
+    (example,), _ = load_one(tmp_path, letters, row, 100)
+    assert len(example.ids) == 100 and 40 <= example.targets <= 60
+    assert supervised(letters, example) == ["a" * example.targets]
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 20, 59, 60, 61])
+def test_truncation_keeps_supervised_tokens_and_its_spans_stay_on_the_same_tokens(max_length):
+    rng = random.Random(max_length)
+    for _ in range(300):
+        size, spans, end = rng.randint(2, 120), [], 0
+        while (first := max(end + rng.randint(0, 50), 1)) < size and len(spans) < 4:
+            end = min(first + rng.randint(1, 50), size)
+            spans.append((first, end, rng.choice([0.5, 1.0, 2.0])))
+        weight = {i: w for first, last, w in spans for i in range(first, last)}
+        ids, kept = data.fit(np.arange(size, dtype=np.int32), tuple(spans), max_length)
+        assert len(ids) == min(size, max_length)
+        assert np.array_equal(ids, np.arange(ids[0], ids[0] + len(ids)))
+        found = {int(ids[i]): w for first, last, w in kept for i in range(first, last)}
+        assert found == {i: w for i, w in weight.items() if ids[0] < i <= ids[-1]}
+        assert bool(found) == bool(spans)
+
+
+@pytest.mark.parametrize("max_length", [2, 5, 100, 151, 152, 153])
+def test_long_raw_text_is_split_so_that_each_token_but_the_first_is_supervised_once(
+    max_length, tmp_path, chat
+):
+    text = "".join(chr(33 + i * 7 % 90) for i in range(150))
+    tokenizer = chat("llama3")
+    (whole,), _ = load_one(tmp_path, tokenizer, {"text": text}, 10_000)
+    parts, _ = load_one(tmp_path, tokenizer, {"text": text}, max_length)
+    assert all(len(part.ids) <= max_length for part in parts)
+    targets = [i for p in parts for first, end, _ in p.spans for i in p.ids[first:end].tolist()]
+    assert targets == whole.ids[1:].tolist()
+    for before, after in itertools.pairwise(parts):
+        assert before.ids[-1] == after.ids[0]  # what the first target of a piece is predicted from
+
+
+def test_rows_with_nothing_to_supervise_are_dropped_and_counted(tmp_path, letters):
+    path = jsonl(
+        tmp_path / "a.jsonl", {"messages": [HI]}, {"prompt": "hi", "completion": "yo"},
+        {"messages": [HI, assistant("a", train=False)]}, {"text": ""},
+        {"messages": [HI, assistant("a", weight=0)]},
+        {"messages": [HI, assistant("a"), HI, assistant("b", train=False)]},
+    )
+    examples, counts = data.load_examples([path], letters)
+    assert [e.where.split()[-1] for e in examples] == ["2", "6"] and counts[DROPPED] == 4
+    examples, counts = data.load_examples([path], letters, train_on="last")
+    assert [e.where.split()[-1] for e in examples] == ["2"] and counts[DROPPED] == 5
+    assert len(data.load_examples([path], letters, keep_all=True)[0]) == 6
+
+
+def test_file_without_anything_to_supervise_is_refused(tmp_path, letters):
+    with pytest.raises(DataError, match=r"a.jsonl: no row "):
+        data.load_examples([jsonl(tmp_path / "a.jsonl", {"messages": [HI]})], letters)
+
+
+# ------------------------------------------------------------------------------- validation, mixing
+
+
+def numbered(count, copies=1):
+    """Examples of distinct tokens, each so many times."""
+    ids = [np.array([1, i, i + 1], dtype=np.int32) for i in range(count)]
+    return [Example(x, ((1, 3, 1.0),)) for _ in range(copies) for x in ids]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
+def test_no_validation_example_is_trained_on_not_even_its_copy(fraction):
+    examples = numbered(500, copies=3)
+    train, validation = data.split_validation(examples, fraction, seed=3)
+    sides = [{e.ids.tobytes() for e in side} for side in (train, validation)]
+    assert not sides[0] & sides[1]
+    assert len(train) + len(validation) == 1500
+    assert 0.8 * fraction <= len(validation) / 1500 <= 1.2 * fraction
+
+
+def test_validation_split_is_a_function_of_the_seed():
+    def held(seed):
+        return [e.ids[1] for e in data.split_validation(numbered(100), 0.1, seed)[1]]
+
+    assert held(0) == held(0) and held(0) != held(1)
+
+
+def test_validation_split_of_few_examples_holds_at_least_one():
+    train, validation = data.split_validation(numbered(3), 0.01, 0)
+    assert (len(train), len(validation)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "temperature", "cap", "rates"),
+    [
+        ((10**6, 10**5, 10**4), 1, 0, (0.900901, 0.090090, 0.009009)),
+        ((10**6, 10**5, 10**4), 2, 0, (0.706101, 0.223289, 0.070610)),
+        ((10**6, 10**5, 10**4), 4, 0, (0.532320, 0.299346, 0.168334)),
+        ((10**6, 10**5, 10**4), 2, 2**16, (0.418301, 0.418301, 0.163399)),
+        ((16, 4, 1), 2, 0, (4 / 7, 2 / 7, 1 / 7)),
+    ],
+)
+def test_temperature_mixing_rates_are_t5s_with_the_cap_before_the_temperature(
+    sizes, temperature, cap, rates
+):
+    found = mixing_rates(list(sizes), "temperature", temperature, cap)
+    assert found == pytest.approx(rates, abs=1e-6)
+
+
+def test_proportional_equal_and_weights_ignore_temperature_and_cap():
+    sizes = [8, 1, 1]
+    assert mixing_rates(sizes, "proportional", 2.0, 1) == pytest.approx([0.8, 0.1, 0.1])
+    assert mixing_rates(sizes, "equal", 2.0, 1) == pytest.approx([1 / 3] * 3)
+    assert mixing_rates(sizes, "weights", 2.0, 1, [2, 1, 1]) == pytest.approx([0.5, 0.25, 0.25])
+
+
+def test_equal_mixing_is_the_limit_of_high_temperature():
+    sizes = [10**6, 10**3, 1]
+    limit = mixing_rates(sizes, "temperature", 1e7)
+    assert limit == pytest.approx(mixing_rates(sizes, "equal"), abs=1e-5)
+
+
+MIXES = {
+    "proportional": ([50, 7, 23], mixing_rates([50, 7, 23], "proportional")),
+    "equal": ([50, 7, 23], mixing_rates([50, 7, 23], "equal")),
+    "temperature": ([50, 7, 23], mixing_rates([50, 7, 23], "temperature", 3.0)),
+    "weights": ([50, 7, 23], mixing_rates([50, 7, 23], "weights", weights=[0.1, 0.77, 0.13])),
+    "one": ([5], mixing_rates([5], "equal")),
+    "none of one": ([5, 4], mixing_rates([5, 4], "weights", weights=[1, 0])),
+}
+
+
+def test_proportional_mixing_sees_every_example_once_an_epoch():
+    mixer = Mixer(*MIXES["proportional"], seed=1)
+    for epoch in range(3):
+        draws = mixer.draws(80 * epoch, 80 * (epoch + 1))
+        assert sorted(draws) == [(i, epoch) for i in range(80)]
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_each_epoch_realises_the_rates_rounded_by_largest_remainder(name):
+    sizes, rates = MIXES[name]
+    size, ends = sum(sizes), np.cumsum(sizes)
+    exact = rates * size
+    for epoch in range(3):
+        drawn = [i for i, _ in Mixer(sizes, rates, 0).draws(size * epoch, size * (epoch + 1))]
+        counts = np.bincount(np.searchsorted(ends, drawn, side="right"), minlength=len(sizes))
+        assert counts.sum() == size and np.all(np.abs(counts - exact) < 1)
+        up = counts > exact
+        if up.any() and not up.all():
+            assert (exact - np.floor(exact))[up].min() >= (exact - np.floor(exact))[~up].max()
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_source_repeats_only_after_all_of_it_was_seen(name):
+    sizes, rates = MIXES[name]
+    size, starts = sum(sizes), np.cumsum([0, *sizes])
+    mixer, seen = Mixer(sizes, rates, 5), Counter()
+    for epoch in range(4):
+        draws = mixer.draws(size * epoch, size * (epoch + 1))
+        for example, visit in sorted(draws, key=lambda draw: draw[1]):
+            assert visit == seen[example]  # visits count up from 0, one by one
+            seen[example] += 1
+        for start, end in itertools.pairwise(starts):
+            counts = [seen[i] for i in range(start, end)]
+            assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_draws_are_a_function_of_seed_and_position_alone(name):
+    sizes, rates = MIXES[name]
+    end = 3 * sum(sizes) + 2
+    whole = Mixer(sizes, rates, 7).draws(0, end)
+    assert len(whole) == end
+    used = Mixer(sizes, rates, 7)
+    for step in (1, 3, 11, sum(sizes), sum(sizes) + 1):
+        slices = [used.draws(i, min(i + step, end)) for i in range(0, end, step)]
+        assert list(itertools.chain(*slices)) == whole
+    assert Mixer(sizes, rates, 7).draws(end - 5, end) == whole[-5:]  # without what came before
+    assert used.draws(2, 2) == []
+    if len(sizes) > 1:
+        assert Mixer(sizes, rates, 8).draws(0, end) != whole
+
+
+def test_sources_alternate_differently_in_every_epoch():
+    mixer = Mixer(*MIXES["proportional"], seed=1)
+    orders = [[i for i, _ in mixer.draws(80 * e, 80 * (e + 1))] for e in (0, 1)]
+    assert orders[0] != sorted(orders[0])
+    assert [i < 50 for i in orders[0]] != [i < 50 for i in orders[1]]
+
+
+def test_source_is_shuffled_anew_on_every_visit():
+    mixer = Mixer([10, 30], mixing_rates([10, 30], "equal"), seed=0)  # 20 draws an epoch of each
+    first = {i for i, visit in mixer.draws(0, 40) if i >= 10}
+    second = {i for i, visit in mixer.draws(40, 80) if i >= 10 and visit == 1}
+    assert (len(first), len(second)) == (20, 10)
+    assert not second <= first
+
+
+# ------------------------------------------------------------------------------------ micro-batches
+
+
+def cases(count):
+    """Random (lengths, micro_tokens, ranks)."""
+    rng = random.Random(0)
+    for _ in range(count):
+        ranks = rng.choice([1, 2, 3, 4, 8])
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 60))]
+        yield lengths, rng.choice([20, 100, 300, 1000]), ranks
+
+
+def test_micro_batches_hold_every_example_once_within_the_limit_or_alone():
+    for lengths, limit, ranks in cases(300):
+        dealt = data.micro_batches(lengths, limit, ranks)
+        assert len(dealt) == ranks
+        assert sorted(i for r in dealt for chunk in r for i in chunk) == list(range(len(lengths)))
+        for chunk in (chunk for rank in dealt for chunk in rank):
+            assert len(chunk) == 1 or sum(lengths[i] for i in chunk) <= limit
+        assert dealt == data.micro_batches(list(lengths), limit, ranks)
+
+
+def test_micro_batches_are_cut_from_the_examples_sorted_by_length():
+    for lengths, limit, ranks in cases(100):
+        chunks = [c for rank in data.micro_batches(lengths, limit, ranks) for c in rank]
+        spans = sorted((min(lengths[i] for i in c), max(lengths[i] for i in c)) for c in chunks)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+        assert all([lengths[i] for i in c] == sorted(lengths[i] for i in c) for c in chunks)
+
+
+def fewest(lengths, limit):
+    """Number of micro-batches a greedy cut of the sorted lengths needs."""
+    count, room = 0, 0
+    for length in sorted(lengths):
+        if length > room:
+            count, room = count + 1, limit
+        room -= length
+    return count
+
+
+def whole_rounds(lengths, limit, ranks):
+    """Is the number of micro-batches the fewest that is a multiple of the ranks?"""
+    count = sum(map(len, data.micro_batches(lengths, limit, ranks)))
+    want = -(-fewest(lengths, limit) // ranks) * ranks
+    return count == want or want > len(lengths)
+
+
+def test_number_of_micro_batches_is_the_fewest_that_is_a_multiple_of_the_ranks():
+    rng = random.Random(1)
+    for _ in range(300):
+        lengths = rng.sample(range(1, 400), rng.randint(8, 100))
+        assert whole_rounds(lengths, rng.choice([400, 1000, 4000]), rng.choice([1, 2, 4]))
+
+
+def test_number_of_micro_batches_is_a_multiple_of_the_ranks_for_equal_lengths_too():
+    assert whole_rounds([10] * 4, 20, 3)
+
+
+def test_tokens_balance_over_the_ranks():
+    rng = random.Random(2)
+    lengths = [rng.randint(10, 500) for _ in range(256)]
+    for ranks in (2, 4, 8):
+        dealt = data.micro_batches(lengths, 4096, ranks)
+        loads = [sum(lengths[i] for chunk in rank for i in chunk) for rank in dealt]
+        assert max(loads) <= 1.05 * min(loads)
+        assert len({len(rank) for rank in dealt}) == 1
+    alone = [50, 50, 50, 50, 200]  # the last one is longer than the limit
+    assert sorted(data.micro_batches(alone, 100, 2)) == [[[0, 1], [2, 3]], [[4]]]
+    for lengths, limit, ranks in cases(100):
+        dealt = data.micro_batches(lengths, limit, ranks)
+        loads = [sum(lengths[i] for chunk in rank for i in chunk) for rank in dealt]
+        largest = max(sum(lengths[i] for i in chunk) for rank in dealt for chunk in rank)
+        assert max(loads) - min(loads) <= largest
+
+
+def test_fewer_examples_than_ranks_leave_ranks_empty():
+    dealt = data.micro_batches([5, 9], 100, 4)
+    assert sorted(dealt) == [[], [], [[0]], [[1]]]
+
+
+def test_no_examples_make_no_micro_batch():
+    assert data.micro_batches([], 100, 2) == [[], []]
+
+
+def test_collate_lays_examples_end_to_end_as_a_naive_loop_does():
+    rng, examples = random.Random(3), []
+    for size in (5, 1, 9, 4):
+        spans = ((1, 2, 0.5), (3, size, 2.0)) if size > 3 else ()
+        ids = np.array([rng.randrange(100) for _ in range(size)], dtype=np.int32)
+        examples.append(Example(ids, spans))
+    ids, targets, weights = [], [], []
+    for example in examples:
+        for first, end, weight in example.spans:
+            for position in range(first, end):
+                targets.append(len(ids) + position)
+                weights.append(weight)
+        ids += example.ids.tolist()
+    batch = data.collate(examples)
+    assert (batch.ids.tolist(), batch.lengths) == (ids, [5, 1, 9, 4])
+    assert (batch.targets.tolist(), batch.weights.tolist()) == (targets, weights)
+    assert (batch.ids.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
+    assert batch.weights.dtype == torch.float32
+
+
+def test_collate_of_examples_without_targets_has_none():
+    batch = data.collate([Example(np.array([1, 2], dtype=np.int32), ())])
+    assert batch.targets.tolist() == [] and batch.targets.dtype == torch.int64
+
+
+def test_shares_count_examples_and_supervised_tokens_of_each_source():
+    ids = np.arange(10, dtype=np.int32)
+    examples = [Example(ids, ((1, 4, 1.0),), 0), Example(ids, ((1, 2, 1.0),), 1),
+                Example(ids, ((2, 3, 1.0), (5, 8, 1.0)), 1), Example(ids, (), 1)]
+    assert data.shares(examples, ["a", "b"]) == {
+        "a": {"examples": 1, "share": 0.25, "target_tokens": 3, "target_share": 3 / 8},
+        "b": {"examples": 3, "share": 0.75, "target_tokens": 5, "target_share": 5 / 8},
+    }
+
+
+# --------------------------------------------------------------------------------------------- show
+
+SHOWN = {
+    "conversation.jsonl": ([{"messages": TALK}], ["[[It's 47!<|im_end|>]]"]),
+    "weight.jsonl": ([{"messages": [HI, assistant("yo", weight=0.5)]}], ["0.5", "yo<|im_end|>]]"]),
+    "pairs.jsonl": ([PAIRS["whole conversations"]],
+                    ["[[yo<|im_end|>]]", "[[no<|im_end|>]]"]),
+    "labels.jsonl": ([{"prompt": "hi", "completion": "yo", "label": True},
+                      {"prompt": "hi", "completion": "no", "label": False}],
+                     ["[[yo<|im_end|>]]", "[[no<|im_end|>]]"]),
+    "text.txt": (["once"], ["o[[nce<|im_end|>]]"]),
+    "text.jsonl": ([{"text": "once"}], ["o[[nce<|im_end|>]]"]),
+    "unanswered.jsonl": ([{"messages": [HI]}, {"messages": [HI, YO]}], ["nothing to supervise: 1"]),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_show_marks_what_is_supervised_in_every_kind_of_file(name, packed, tmp_path, letters):
+    rows, said = SHOWN[name]
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    status, out, err = command("data.py", "show", path)
+    assert (status, err) == (0, "") and "\033" not in out
+    position = 0
+    for words in said:
+        position = out.index(words, position) + len(words)
+    examples, _ = data.load_examples([str(path)], letters, keep_all=True)
+    table = [line.split() for line in out.splitlines() if line.startswith(name.split(".")[0])]
+    tokens = sum(e.targets for e in examples)
+    assert table[0][1:5] == [str(len(examples)), "100.0%", str(tokens), "100.0%"]
+
+
+def test_show_with_a_model_uses_its_tokenizer_and_template(tmp_path, folder_of, chat):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "Who are you?", "completion": "A model."})
+    _, out, _ = command("data.py", "show", path, "--model", folder_of("llama3"))
+    assert "<|begin_of_text|><|start_header_id|>user" in out and "[[A model.<|eot_id|>]]" in out
+    ids, spans = render(chat("llama3"), [user("Who are you?"), assistant("A model.")])
+    assert f"{len(ids)} tokens, {spans[0][1] - spans[0][0]} supervised" in out
+    _, out, _ = command(
+        "data.py", "show", path, "--model", folder_of("llama3"), "--template", "plain"
+    )
+    assert "User:\nWho are you?\n\nAssistant:\n[[A model.<|eot_id|>]]" in out
+
+
+def test_show_prints_the_shares_of_several_files_and_so_many_rows_of_each(tmp_path):
+    nine = [{"prompt": f"q{i}", "completion": "yo"} for i in range(9)]
+    one = jsonl(tmp_path / "one.jsonl", *nine)
+    two = jsonl(tmp_path / "two.jsonl", {"prompt": "q", "completion": "abcdefghijklmnopq"})
+    _, out, _ = command("data.py", "show", one, two, "--rows", 2)
+    table = [line.split()[:5] for line in out.splitlines() if line.startswith(("one", "two"))]
+    assert table == [["one", "9", "90.0%", "27", "60.0%"], ["two", "1", "10.0%", "18", "40.0%"]]
+    assert [f"{one} line {i}" in out for i in (1, 2, 3)] == [True, True, False]
+    assert "a turn ends with <|im_end|>" in out
+
+
+def test_show_prints_so_many_rows_of_split_text_too(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": "x" * 100}, {"text": "y" * 100})
+    _, out, _ = command("data.py", "show", path, "--max_length", 5)
+    assert "line 1" in out and "line 2" in out
+
+
+def test_show_honours_train_on_and_max_length(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [HI, YO, HI, assistant("b" * 99)]})
+    _, out, _ = command("data.py", "show", path, "--train_on", "last", "--max_length", 80)
+    assert "yo<|im_end|>" in out and "[[yo" not in out and "80 tokens" in out
+    assert "truncated: 1" in out
+
+
+def test_show_colours_the_supervised_tokens_in_a_terminal(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "hi", "completion": "yo"})
+    master, terminal = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, REPO / "data.py", "show", path], stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    out = b""
+    with contextlib.suppress(OSError):  # Linux ends a closed terminal with EIO
+        while part := os.read(master, 4096):
+            out += part
+    os.close(master)
+    assert run.wait(timeout=60) == 0
+    assert b"\033[32myo<|im_end|>\033[0m" in out and b"[[" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "files"),
+        (("nowhere.jsonl",), "nowhere.jsonl does not exist"),
+        (("BAD",), "line 2"),
+        (("GOOD", "--model", "nowhere"), "tokenizer.json"),
+        (("GOOD", "--template", "chatlm"), "chatlm"),
+        (("GOOD", "--max_length", "1"), "max_length"),
+    ],
+)
+def test_show_ends_with_one_line_and_status_2_for_bad_input(arguments, said, tmp_path):
+    files = {"GOOD": jsonl(tmp_path / "good.jsonl", {"text": "one"}),
+             "BAD": jsonl(tmp_path / "bad.jsonl", {"text": "one"}, {"text": 1})}
+    status, _, err = command("data.py", "show", *(files.get(a, a) for a in arguments))
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith("data.py: ") and said in err
+
+
+def test_command_that_does_not_exist_is_refused_with_those_that_do():
+    for arguments in ((), ("shwo",)):
+        status, out, err = command("data.py", *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1) and "show" in err
+
+
+# ------------------------------------------------------------------------------- volume, real files
+
+
+def test_ten_thousand_rows_at_once_are_encoded_as_one_by_one(tmp_path, chat):
+    rows = [{"prompt": f"What is {i} + {i % 7}?", "completion": f"It's {i + i % 7}!"}
+            for i in range(10_000)]
+    examples, counts = data.load_examples([jsonl(tmp_path / "a.jsonl", *rows)], chat("qwen2_5"))
+    assert len(examples) == 10_000 and not counts
+    for row, example in zip(rows, examples, strict=True):
+        messages = [user(row["prompt"]), assistant(row["completion"])]
+        ids, spans = render(chat("qwen2_5"), messages)
+        assert example.ids.tolist() == ids and example.spans == spans
+
+
+REAL = {
+    "alpaca_zh_demo.json": 1000, "alpaca_en_demo.json": 999, "identity.json": 91,
+    "dpo_zh_demo.json": 300, "dpo_en_demo.json": 300, "kto_en_demo.json": 300,
+    "belle_multiturn_sample.jsonl": 1000, "firefly_sample.jsonl": 1000,
+    "wiki_zh_sample.json": None, "wiki_en.txt": None,
+}
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "models" / "minimind-tokenizer").is_dir(), reason="no ../shared here"
+)
+
+
+@needs_shared
+@pytest.mark.parametrize("model", ["minimind-tokenizer", "story"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_file_is_read_whole_and_has_something_to_supervise_in_every_row(name, model):
+    path = SHARED / "data" / name
+    rows = list(data.read_rows(path))
+    assert len(rows) == (REAL[name] or len(rows)) > 0
+    tokenizer = data.ChatTokenizer(SHARED / "models" / model)
+    examples, _ = data.load_examples([str(path)], tokenizer, max_length=512, keep_all=True)
+    assert len({e.where for e in examples}) == len(rows)
+    assert all(e.spans and len(e.ids) <= 512 for e in examples)
+    pairs = sum(row.chosen is not None for row in rows)
+    assert (pairs == len(rows)) == name.startswith("dpo")
+    assert all((row.label is not None) == name.startswith("kto") for row in rows)
+
+
+@needs_shared
+def test_real_conversations_have_the_ids_of_transformers():
+    folder = SHARED / "models" / "minimind-tokenizer"
+    ours, loaded = data.ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for name in ("belle_multiturn_sample.jsonl", "alpaca_en_demo.json"):
+        for row in list(data.read_rows(SHARED / "data" / name))[:50]:
+            assert render(ours, row.messages)[0] == rendered_by(loaded, row.messages, False)
+            prompt = row.messages[:-1]
+            assert ours.prompt_ids(prompt) == rendered_by(loaded, prompt, True)

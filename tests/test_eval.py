@@ -1,0 +1,404 @@
+"""What eval.py promises: log-probabilities of files, generated answers, a conversation, options.
+
+The reference is transformers in fp32 on tiny random checkpoints (families.py).
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from families import make_checkpoint
+from test_data import HI, PAIRS, REPO, TALK, YO, assistant, command, jsonl, system, user
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import data
+import eval as evaluation
+import model as modeling
+
+# Two orders of summation in fp32; 1e-4 nats is what the project promises for real checkpoints.
+TOLERANCE = 1e-4
+NO_EFFECT = 1e-5  # of how the work is cut into forward passes
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Where a GPU is at hand `--dtype auto` would mean bf16 there."""
+    monkeypatch.setattr(modeling, "best_device", lambda local=0: torch.device("cpu"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """A function from a family to (folder, transformers model, our tokenizer)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = make_checkpoint(folder, name)
+            made[name] = folder, model, data.ChatTokenizer(folder)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """(folder, transformers model, our tokenizer) where a token is a byte and answers are short."""
+    folder = tmp_path_factory.mktemp("letters")
+    data.make_tokenizer(folder, [], 0)
+    tokenizer = data.ChatTokenizer(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,
+        eos_token_id=tokenizer.stop_id, bos_token_id=None)).eval()
+    model.save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+def read(path):
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@torch.no_grad()
+def reference_logprobs(model, ids):
+    """ln p of every token but the first, by transformers."""
+    logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return logp[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def reference_answer(model, tokenizer, ids, count):
+    """The greedy answer of transformers as text."""
+    out = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
+        max_new_tokens=count, eos_token_id=tokenizer.stop_ids, pad_token_id=0)[0, len(ids):]
+    kept = out.tolist()
+    return tokenizer.decode(kept[:-1] if kept[-1] in tokenizer.stop_ids else kept)
+
+
+# -------------------------------------------------------------------------------- log-probabilities
+
+MIXED = [{"messages": TALK}, {"prompt": "What is 12 + 35?", "completion": "It's 47!"},
+         {"text": "The quick brown fox jumps over the lazy dog."}, PAIRS["prompt and strings"],
+         {"messages": [HI]}, {"prompt": "hi", "completion": "yo", "label": False},
+         {"instruction": "举头望明月", "output": "低头思故乡。"}]
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "qwen3"])
+def test_logprobs_of_a_file_are_those_of_transformers_in_its_order(name, family, tmp_path):
+    folder, model, tokenizer = family(name)
+    path, output = jsonl(tmp_path / "a.jsonl", *MIXED), tmp_path / "out.jsonl"
+    status, out, err = command(
+        "eval.py", "logprobs", "--model", folder, "--data", path, "--output", output)
+    assert (status, err) == (0, "")
+    examples, _ = data.load_examples([path], tokenizer, keep_all=True)
+    rows, values = read(output), []
+    assert [row["token_ids"] for row in rows] == [e.ids.tolist() for e in examples]
+    for row, example in zip(rows, examples, strict=True):
+        targets = {i for first, end, _ in example.spans for i in range(first, end)}
+        assert [x is not None for x in row["logprobs"]] == [
+            i in targets for i in range(len(example.ids))]
+        reference = [None, *reference_logprobs(model, row["token_ids"])]
+        for i in targets:
+            assert row["logprobs"][i] == pytest.approx(reference[i], abs=TOLERANCE)
+            values.append(row["logprobs"][i])
+    loss, perplexity = map(float, re.search(r"loss (\S+) .*perplexity (\S+)", out).groups())
+    assert loss == pytest.approx(-sum(values) / len(values), abs=2e-6)
+    assert perplexity == pytest.approx(math.exp(-sum(values) / len(values)), rel=1e-5)
+    assert str(len(values)) in out
+
+
+def test_logprobs_mean_by_train_on_and_max_length_what_training_means(letters, tmp_path):
+    folder, _, tokenizer = letters
+    rows = [{"messages": TALK}, {"text": "once upon a time " * 9}]
+    path, output = jsonl(tmp_path / "a.jsonl", *rows), tmp_path / "out.jsonl"
+    for train_on, max_length in (("all", 2048), ("last", 2048), ("all", 60), ("last", 60)):
+        status, _, _ = command("eval.py", "logprobs", "--model", folder, "--data", path, "--output",
+                               output, "--train_on", train_on, "--max_length", max_length)
+        assert status == 0
+        examples, _ = data.load_examples([path], tokenizer, train_on, max_length)
+        assert [row["token_ids"] for row in read(output)] == [e.ids.tolist() for e in examples]
+        assert [sum(x is not None for x in row["logprobs"]) for row in read(output)] == [
+            e.targets for e in examples]
+
+
+def test_logprobs_of_several_files_and_of_none_supervised(letters, tmp_path):
+    folder, output = letters[0], tmp_path / "out.jsonl"
+    one = jsonl(tmp_path / "one.jsonl", {"text": "one"})
+    two = jsonl(tmp_path / "two.jsonl", {"messages": [HI]}, {"text": "two"})
+    command("eval.py", "logprobs", "--model", folder, "--data", two, one, "--output", output)
+    tokenizer = letters[2]
+    shown = [tokenizer.decode(row["token_ids"], special=False) for row in read(output)]
+    assert ["two" in shown[1], "one" in shown[2]] == [True, True]
+    assert set(read(output)[0]["logprobs"]) == {None}
+
+
+def test_logprobs_and_answers_do_not_depend_on_micro_tokens(family, tmp_path):
+    folder = family("qwen2_window")[0]
+    path, found, answers = jsonl(tmp_path / "a.jsonl", *MIXED), [], []
+    for micro_tokens in (1, 60, 8192):
+        output = tmp_path / f"{micro_tokens}.jsonl"
+        flags = ["--model", folder, "--data", path, "--output", output,
+                 "--micro_tokens", micro_tokens]
+        assert command("eval.py", "logprobs", *flags)[0] == 0
+        found.append([x or 0.0 for row in read(output) for x in row["logprobs"]])
+        sampling = ["--temperature", 1, "--n", 2, "--max_new_tokens", 4]
+        assert command("eval.py", "generate", *flags, *sampling)[0] == 0
+        answers.append(output.read_text(encoding="utf-8"))
+    assert found[0] == pytest.approx(found[2], abs=NO_EFFECT)
+    assert found[1] == pytest.approx(found[2], abs=NO_EFFECT)
+    assert answers[0] == answers[1] == answers[2]
+
+
+# ----------------------------------------------------------------------------------------- generate
+
+ASKED = [{"prompt": "Who are you?"}, {"messages": [*TALK]}, {"messages": TALK[:2]},
+         {"prompt": [system("Be brief."), user("谢谢")]}, PAIRS["prompt and strings"],
+         {"prompt": "hi", "completion": "yo", "label": True},
+         {"instruction": "add", "input": "1 2", "output": "3"}]
+REFERENCES = [None, TALK[-1]["content"], None, None, None, "yo", "3"]
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3_1", "qwen2_window"])
+def test_greedy_answers_are_those_of_transformers(name, family, tmp_path):
+    folder, model, tokenizer = family(name)
+    text = "The quick brown"
+    path, output = jsonl(tmp_path / "a.jsonl", *ASKED, {"text": text}), tmp_path / "out.jsonl"
+    status, _, err = command("eval.py", "generate", "--model", folder, "--data", path,
+                             "--output", output, "--max_new_tokens", 7)
+    assert (status, err) == (0, "")
+    rows = read(output)
+    assert [(row["row"], row["sample"]) for row in rows] == [(i, 0) for i in range(8)]
+    assert [row["reference"] for row in rows[:7]] == REFERENCES
+    for row, source in zip(rows, data.read_rows(path, ask=True), strict=False):
+        if source.text is None:
+            prompt = source.messages
+            prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+            assert row["messages"][:-1] == prompt
+            ids = tokenizer.prompt_ids(prompt)
+            answer = reference_answer(model, tokenizer, ids, 7)
+            assert row["messages"][-1] == assistant(answer)
+    ids = tokenizer.encode([tokenizer.text_pieces(text)[:-1]])[0][0].tolist()
+    assert rows[7]["text"] == text + reference_answer(model, tokenizer, ids, 7)
+    assert {row["finish"] for row in rows} <= {"stop", "length"}
+
+
+def sample(letters, tmp_path, *flags, rows=ASKED, name="out.jsonl"):
+    """The output of `generate` at a temperature where tokens are nearly uniform."""
+    path, output = jsonl(tmp_path / "asked.jsonl", *rows), tmp_path / name
+    status, _, err = command(
+        "eval.py", "generate", "--model", letters[0], "--data", path, "--output", output,
+        "--temperature", 9, "--max_new_tokens", 40, *flags)
+    assert (status, err) == (0, "")
+    return read(output)
+
+
+def test_n_samples_of_each_row_differ_and_end_by_themselves_or_at_the_limit(letters, tmp_path):
+    rows = sample(letters, tmp_path, "--n", 8)
+    assert [(row["row"], row["sample"]) for row in rows] == [
+        (i, k) for i in range(len(ASKED)) for k in range(8)]
+    assert len({row["messages"][-1]["content"] for row in rows}) == len(rows)
+    assert Counter(row["finish"] for row in rows).keys() == {"stop", "length"}
+    for row in rows:
+        answer = row["messages"][-1]["content"]
+        assert "<|im_end|>" not in answer  # the token that ended it is no part of it
+        if "\ufffd" not in answer and row["finish"] == "length":
+            assert letters[2].encode([[(answer, 1.0)]])[0][0].size <= 40
+
+
+def test_sampling_repeats_with_its_seed_and_changes_with_another(letters, tmp_path):
+    first, again = (sample(letters, tmp_path, "--n", 2, "--seed", 5) for _ in range(2))
+    assert first == again
+    assert first != sample(letters, tmp_path, "--n", 2, "--seed", 6)
+
+
+def test_generated_rows_are_training_rows_again(letters, tmp_path):
+    rows = sample(letters, tmp_path, "--n", 2, rows=[*ASKED, {"text": "once"}])
+    again = list(data.read_rows(tmp_path / "out.jsonl"))
+    assert [row.messages for row in again] == [row.get("messages", []) for row in rows]
+    assert [row.text for row in again] == [row.get("text") for row in rows]
+    examples, _ = data.load_examples([str(tmp_path / "out.jsonl")], letters[2])
+    assert len(examples) == len(rows)
+
+
+def test_system_flag_stands_before_every_conversation_in_place_of_its_own(letters, tmp_path):
+    folder, model, tokenizer = letters
+    path, output = jsonl(tmp_path / "a.jsonl", *ASKED), tmp_path / "out.jsonl"
+    command("eval.py", "generate", "--model", folder, "--data", path, "--output", output,
+            "--system", "Sing.", "--max_new_tokens", 5)
+    for row in read(output):
+        assert [m for m in row["messages"] if m["role"] == "system"] == [system("Sing.")]
+        assert row["messages"][0] == system("Sing.")
+        ids = tokenizer.prompt_ids(row["messages"][:-1])
+        assert row["messages"][-1]["content"] == reference_answer(model, tokenizer, ids, 5)
+
+
+def test_template_flag_changes_the_prompt(letters, tmp_path):
+    folder, model, _ = letters
+    path, output = jsonl(tmp_path / "a.jsonl", {"prompt": "hi"}), tmp_path / "out.jsonl"
+    command("eval.py", "generate", "--model", folder, "--data", path, "--output", output,
+            "--template", "plain", "--max_new_tokens", 5)
+    tokenizer = data.ChatTokenizer(folder, "plain")
+    answer = reference_answer(model, tokenizer, tokenizer.prompt_ids([HI]), 5)
+    assert read(output)[0]["messages"] == [HI, assistant(answer)]
+
+
+# --------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_keeps_the_history_until_reset_and_ends_with_quit(letters):
+    folder, model, tokenizer = letters
+    first = reference_answer(model, tokenizer, tokenizer.prompt_ids([HI]), 6)
+    talk = [HI, assistant(first), user("and you")]
+    second = reference_answer(model, tokenizer, tokenizer.prompt_ids(talk), 6)
+    run = subprocess.run(
+        [sys.executable, REPO / "eval.py", "chat", "--model", folder, "--max_new_tokens", "6"],
+        input=b"hi\n\n/nonsense\nand you\n/reset\nhi\n/quit\nhi\n", capture_output=True,
+        env={**os.environ, "PYTHONUTF8": "1"}, timeout=120, check=False)
+    out = run.stdout.decode()
+    assert (run.returncode, run.stderr) == (0, b"")
+    shown = [f"> {answer}\n" for answer in (first, second, first)]
+    position = 0
+    for text in shown:
+        position = out.index(text, position) + len(text)
+    assert out.count(shown[0]) == 2  # none after /quit
+    assert "/nonsense" in out[: out.index(shown[1])]
+
+
+def test_chat_ends_at_the_end_of_its_input_and_begins_with_the_system_flag(letters):
+    folder, model, tokenizer = letters
+    status, out, err = command("eval.py", "chat", "--model", folder, "--max_new_tokens", 6,
+                               "--system", "Sing.", stdin="hi\n")
+    ids = tokenizer.prompt_ids([system("Sing."), HI])
+    assert f"> {reference_answer(model, tokenizer, ids, 6)}\n" in out
+    assert (status, err) == (0, "")
+
+
+def test_chat_samples_as_its_flags_say(letters):
+    outs = [command("eval.py", "chat", "--model", letters[0], "--max_new_tokens", 6,
+                    "--temperature", 9, "--seed", seed, stdin="hi\n")[1] for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def stream(letters, monkeypatch, tokens):
+    """What stream_answer shows, piece by piece, and returns if the model gives these tokens."""
+    monkeypatch.setattr(modeling, "generate_steps", lambda *_, **__: ([t] for t in tokens))
+    shown = []
+    text = evaluation.stream_answer(None, letters[2], [HI], evaluation.Chat(), shown.append)
+    assert "".join(shown) == text
+    return [piece for piece in shown if piece], text
+
+
+def test_chat_shows_a_character_when_all_its_bytes_are_there(letters, monkeypatch):
+    ids = letters[2].tokenizer.encode("é中🙂x").ids
+    assert len(ids) == 2 + 3 + 4 + 1
+    stop = letters[2].stop_id
+    assert stream(letters, monkeypatch, [*ids, stop, *ids]) == (list("é中🙂x"), "é中🙂x")
+    pieces, text = stream(letters, monkeypatch, ids[:4])  # cut off within the second character
+    assert pieces[0] == "é"
+    assert text.startswith("é\ufffd")
+
+
+# ------------------------------------------------------------------------------ options of an exam
+
+QUESTIONS = {
+    "a common beginning": [[5, 6, 7, 8, 9, i, i + 1] for i in range(10, 15)],
+    "different lengths": [[5, 6, 7, *range(20, 20 + n)] for n in (1, 9, 3, 30)],
+    "nothing in common": [[7, 8, 9], [8, 9], [9, 9, 9, 9]],
+    "one": [[5, 6, 7]],
+    "one the beginning of another": [[5, 6], [5, 6, 7], [5, 6, 7, 8]],
+    "all alike": [[5, 6, 7]] * 3,
+    "one token": [[5], [6]],
+}
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 16, 8192])
+@pytest.mark.parametrize("name", ["llama2", "qwen2_window"])
+def test_options_after_a_shared_prefix_score_as_after_every_full_prompt(
+        name, micro_tokens, family):
+    folder, reference, _ = family(name)
+    model, options = modeling.load(folder), [40, 41, 42, 43]
+    for prompts in QUESTIONS.values():
+        scores = evaluation.score_options(model, prompts, options, micro_tokens)
+        with torch.no_grad():
+            logits = torch.stack([reference(torch.tensor([p])).logits[0, -1] for p in prompts])
+        expected = logits.log_softmax(-1)[:, options]
+        assert scores.shape == (len(prompts), 4)
+        assert torch.allclose(scores, expected, rtol=0, atol=TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+BAD = {
+    "no command": ([], "logprobs"),
+    "unknown command": (["logprob"], "logprobs"),
+    "unknown flag": (["chat", "--modle", "x"], "--model"),
+    "no file": (["logprobs"], "--data"),
+    "no output": (["generate", "--data", "GOOD"], "--output"),
+    "samples of greedy": (["generate", "--data", "GOOD", "--output", "OUT", "--n", "2"],
+                          "--temperature"),
+    "micro_tokens": (["logprobs", "--data", "GOOD", "--micro_tokens", "0"], "--micro_tokens"),
+    "max_length": (["logprobs", "--data", "GOOD", "--max_length", "1"], "--max_length"),
+    "max_new_tokens": (["chat", "--max_new_tokens", "0"], "--max_new_tokens"),
+    "temperature": (["chat", "--temperature", "-1"], "--temperature"),
+    "top_p": (["chat", "--top_p", "0"], "--top_p"),
+    "top_k": (["chat", "--top_k", "-1"], "--top_k"),
+    "dtype": (["chat", "--dtype", "fp8"], "bf16"),
+    "no model": (["chat", "--model", "nowhere"], "nowhere"),
+    "template": (["chat", "--model", "MODEL", "--template", "chatlm"], "chatml"),
+    "template without its tokens": (["chat", "--model", "MODEL", "--template", "llama3"], "eot_id"),
+    "missing file": (["logprobs", "--model", "MODEL", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "bad row": (["logprobs", "--model", "MODEL", "--data", "BAD", "--output", "OUT"], "line 2"),
+    "bad row to answer": (["generate", "--model", "MODEL", "--data", "BAD", "--output", "OUT"],
+                          "line 2"),
+    "nobody asks": (["generate", "--model", "MODEL", "--data", "SILENT", "--output", "OUT"],
+                    "line 1"),
+    "nothing to continue": (["generate", "--model", "MODEL", "--data", "EMPTY", "--output", "OUT"],
+                            "line 1"),
+    "output is a folder": (["logprobs", "--model", "MODEL", "--data", "GOOD", "--output", "DIR"],
+                           "DIR"),
+    "output below a file": (["generate", "--model", "MODEL", "--data", "GOOD", "--output",
+                             "GOOD/x.jsonl", "--max_new_tokens", "2"], "good.jsonl"),
+    "no weights": (["chat", "--model", "BARE"], "config.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_line_and_status_2_and_leaves_the_output_alone(
+        name, letters, tmp_path):
+    arguments, said = BAD[name]
+    output = tmp_path / "out.jsonl"
+    output.write_text("old", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    data.make_tokenizer(tmp_path / "bare", [], 0)
+    places = {"GOOD": jsonl(tmp_path / "good.jsonl", {"prompt": "q", "completion": "a"}),
+              "BAD": jsonl(tmp_path / "bad.jsonl", {"text": "one"}, {"text": 1}),
+              "SILENT": jsonl(tmp_path / "silent.jsonl", {"messages": [YO]}),
+              "EMPTY": jsonl(tmp_path / "empty.jsonl", {"text": ""}),
+              "MODEL": str(letters[0]), "BARE": str(tmp_path / "bare"), "OUT": str(output),
+              "DIR": str(tmp_path / "folder")}
+    places["GOOD/x.jsonl"] = places["GOOD"] + "/x.jsonl"
+    status, _, err = command("eval.py", *(places.get(a, a) for a in arguments))
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("eval.py: ")
+    assert places.get(said, said) in err
+    assert output.read_text(encoding="utf-8") == "old"
+
+
+def test_tokenizer_with_ids_the_model_has_no_embedding_for_is_refused(letters, tmp_path):
+    folder = tmp_path / "model"
+    letters[1].save_pretrained(folder)
+    data.make_tokenizer(folder, ["aaaa bbbb aaaa bbbb"] * 9, 300)
+    path = jsonl(tmp_path / "a.jsonl", {"text": "aaaa bbbb"})
+    status, _, err = command("eval.py", "logprobs", "--model", folder, "--data", path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "vocab_size" in err

@@ -1,0 +1,1317 @@
+"""What model.py claims, one claim a test: the names are the list of what the model promises.
+
+The reference for numbers is transformers in fp32, on tiny random checkpoints of every family
+(families.py); where there is no such reference, a plain formula in fp64, or the same computation by
+the plain path: no cache, no chunks, one example at a time. In order: log-probabilities, RoPE,
+micro-batches, prefixes, the LM head, noise, generation, load and save, torch.compile, CUDA.
+"""
+
+import copy
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, make_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import model as M
+
+# Two orders of summation in fp32, over three layers and a vocabulary of 700: log-probabilities are
+# about -10, where one unit in the last place is 1e-6, and differ by at most 7e-6 where this was
+# written. 1e-4 is what the project promises for real checkpoints.
+TOLERANCE = 2e-5
+LENGTHS = [5, 21, 40, 1, 13]  # beyond the windows of 8 tokens and the 32 of the dynamic RoPE
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(folder, transformers model) of a family; written once, so to be changed only in a copy."""
+    made = {}
+
+    def make(family, style="new", dtype=torch.float32, shards=False):
+        key = family, style, dtype, shards
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = folder, make_checkpoint(folder, family, style, dtype, shards=shards)
+        return made[key]
+
+    return make
+
+
+def draw(lengths, vocab, seed=0):
+    """Examples of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (n,), generator=generator) for n in lengths]
+
+
+def flat(examples):
+    """(ids, lengths, targets): examples laid end to end, every token but the first a target."""
+    lengths = [len(e) for e in examples]
+    starts = [0, *itertools.accumulate(lengths)]
+    targets = [torch.arange(s + 1, s + n) for s, n in zip(starts, lengths, strict=False)]
+    return torch.cat(examples), lengths, torch.cat(targets)
+
+
+def logprobs(model, examples, **noise):
+    """ln p of every token but the first, one tensor an example."""
+    ids, lengths, targets = flat(examples)
+    out = model(ids.to(model.device), lengths, targets.to(model.device), **noise)
+    return out.split([n - 1 for n in lengths])
+
+
+def theirs(hf, examples):
+    """The same by transformers, one example at a time."""
+    out = []
+    with torch.no_grad():
+        for ids in examples:
+            scores = hf(ids[None]).logits[0, :-1].log_softmax(-1)  # [L - 1, V]
+            out.append(scores.gather(1, ids[1:, None])[:, 0])
+    return out
+
+
+def assert_close(ours, reference, tolerance=TOLERANCE):
+    """Two lists of tensors agree within an absolute tolerance."""
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a.float().cpu(), b.float().cpu(), rtol=0, atol=tolerance)
+
+
+def assert_same(ours, reference):
+    """Two lists of tensors agree to the last bit."""
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_gradients_close(model, reference, tolerance=1e-5):
+    """Every weight's gradient agrees, relative to its norm (fp32 sums of some hundred terms)."""
+    assert set(reference) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - reference[name]).norm() / reference[name].norm()
+        assert error < tolerance, (name, error)
+
+
+def gradients(model):
+    """Copies of all gradients, which are then cleared."""
+    out = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return out
+
+
+SETTINGS = dict(model_type="llama", vocab_size=50, hidden_size=16, intermediate_size=24,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=64, initializer_range=0.4)
+
+
+def small(seed=0, **settings):
+    """A model of a few thousand random weights, without a checkpoint."""
+    model = M.Llama(M.ModelConfig.from_dict({**SETTINGS, **settings}))
+    model.initialize(seed)
+    return model.eval()
+
+
+# --------------------------------------------------------------------- log-probabilities and RoPE
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+@every_family
+def test_logprobs_of_every_family_equal_those_of_transformers(checkpoint, family, style):
+    folder, hf = checkpoint(family, style)
+    model = M.load(folder)
+    examples = draw(LENGTHS, model.config.vocab_size)
+    assert_close(logprobs(model, examples), theirs(hf, examples))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama3_1", "qwen3"])
+def test_weights_stored_in_half_precision_compute_in_fp32(checkpoint, family, dtype):
+    folder, hf = checkpoint(family, "old", dtype)
+    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {dtype}
+    model = M.load(folder)
+    examples = draw(LENGTHS, model.config.vocab_size)
+    assert_close(logprobs(model, examples), theirs(hf, examples))
+
+
+@pytest.mark.parametrize("family", ["mistral", "smollm2"])
+def test_sharded_checkpoint_equals_transformers(checkpoint, family):
+    folder, hf = checkpoint(family, shards=True)
+    assert len(M.weight_files(folder)) > 1
+    model = M.load(folder)
+    examples = draw(LENGTHS, model.config.vocab_size)
+    assert_close(logprobs(model, examples), theirs(hf, examples))
+
+
+@pytest.mark.parametrize("length", [20, 32, 33, 50, 64])
+def test_dynamic_rope_equals_transformers_below_and_beyond_its_length(checkpoint, length):
+    folder, _ = checkpoint("llama_dynamic")
+    hf = AutoModelForCausalLM.from_pretrained(folder)  # fresh: it keeps the longest length it saw
+    examples = draw([length], hf.config.vocab_size)
+    assert_close(logprobs(M.load(folder), examples), theirs(hf, examples))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_missing_keys_of_config_json_mean_what_they_mean_in_transformers(family):
+    needed = dict(vocab_size=99, hidden_size=256, intermediate_size=300, num_hidden_layers=40)
+    needed["num_attention_heads"] = 32
+    used = {"use_sliding_window": True}
+    cases = [{}, {"sliding_window": None}, {"sliding_window": 16}, used]
+    for keys in (*cases, {**used, "sliding_window": 77, "max_window_layers": 3}):
+        ours = M.ModelConfig.from_dict({"model_type": family, **needed, **keys})
+        hf = AutoConfig.for_model(family, **needed, **keys)
+        head_dim = getattr(hf, "head_dim", None) or 256 // 32
+        assert (ours.head_dim, ours.num_key_value_heads) == (head_dim, hf.num_key_value_heads)
+        for key in ("rms_norm_eps", "tie_word_embeddings", "initializer_range"):
+            assert getattr(ours, key) == getattr(hf, key)
+        assert ours.rope["rope_theta"] == hf.rope_parameters["rope_theta"]
+        window = hf.sliding_window if family != "llama" else None
+        types = getattr(hf, "layer_types", None) or ["sliding_attention"] * 40
+        assert ours.windows == [window if t == "sliding_attention" else None for t in types]
+
+
+def test_missing_sliding_window_means_4096_for_mistral_and_null_means_none():
+    shape = dict(model_type="mistral", vocab_size=8, hidden_size=4, num_hidden_layers=1)
+    shape.update(num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=4200)
+    ids = torch.zeros(4100, dtype=torch.long)
+    changed = ids.clone()
+    changed[0] = 1
+    for settings, last in ((shape, 4095), ({**shape, "sliding_window": None}, 4099)):
+        model = small(**settings).requires_grad_(False)
+        (a, _), (b, _) = (model.hidden(x, [4100]) for x in (ids, changed))
+        assert (a != b).any(1).nonzero().max() == last
+
+
+def rope(kind, theta, d, style, length=1, positions=2048, **parameters):
+    """rope_frequencies of a config.json in old or new style: (frequencies [Dh/2], factor)."""
+    if style == "new":
+        keys = {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
+    else:
+        keys = {"rope_theta": theta, "rope_scaling": {"type": kind, **parameters}}
+    settings = {**SETTINGS, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": d}
+    settings["max_position_embeddings"] = positions
+    config = M.ModelConfig.from_dict({**settings, **keys})
+    frequencies, factor = M.rope_frequencies(config, torch.tensor([length]))
+    return frequencies[0], factor
+
+
+both_styles = pytest.mark.parametrize("style", ["old", "new"])
+
+
+@both_styles
+def test_default_rope_is_theta_to_the_minus_2i_over_d(style):
+    frequencies, factor = rope("default", 1e4, 8, style)
+    torch.testing.assert_close(frequencies, torch.tensor([1, 0.1, 0.01, 0.001]), rtol=1e-6, atol=0)
+    assert factor == 1
+
+
+@both_styles
+def test_linear_rope_divides_every_frequency_by_the_factor(style):
+    plain, _ = rope("default", 1e4, 64, style)
+    scaled, factor = rope("linear", 1e4, 64, style, factor=4.0)
+    assert torch.equal(scaled, plain / 4) and factor == 1
+
+
+@both_styles
+@pytest.mark.parametrize("s, base", [(2.0, 20221.26), (4.0, 40889.94), (8.0, 82684.62)])
+def test_ntk_rope_raises_the_base(style, s, base):
+    frequencies, factor = rope("ntk", 1e4, 128, style, factor=s)
+    # the last frequency is base^(-126/128)
+    assert frequencies[-1].item() ** (-128 / 126) == pytest.approx(base, rel=2e-6)
+    assert factor == 1
+
+
+@both_styles
+def test_dynamic_rope_at_twice_its_length(style):
+    frequencies, factor = rope("dynamic", 1e4, 8, style, length=4096, factor=2.0)
+    wanted = torch.tensor([1, 0.0693361, 0.00480750, 0.000333333])
+    torch.testing.assert_close(frequencies, wanted, rtol=2e-6, atol=0)
+    assert factor == 1
+
+
+@both_styles
+def test_dynamic_rope_is_plain_up_to_its_length(style):
+    plain, _ = rope("default", 1e4, 8, style)
+    for length in (1, 2048):
+        assert torch.equal(rope("dynamic", 1e4, 8, style, length=length, factor=2.0)[0], plain)
+
+
+@both_styles
+def test_llama3_rope_keeps_short_waves_and_stretches_long_ones(style):
+    parameters = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    parameters["original_max_position_embeddings"] = 8192
+    f, factor = rope("llama3", 5e5, 128, style, positions=131072, **parameters)
+    wanted = {28: 0.00321145, 29: 0.00216657, 32: 0.000524846, 36: 7.78466e-5}
+    for i, value in wanted.items():
+        assert f[i].item() == pytest.approx(value, rel=3e-6)
+    plain, _ = rope("default", 5e5, 128, style)
+    torch.testing.assert_close(f[:29], plain[:29], rtol=1e-6, atol=0)
+    torch.testing.assert_close(f[36:], plain[36:] / 8, rtol=1e-6, atol=0)
+    assert factor == 1
+
+
+@both_styles
+def test_yarn_rope_blends_on_a_ramp_and_scales_cos_and_sin(style):
+    parameters = dict(factor=4.0, original_max_position_embeddings=4096)
+    frequencies, factor = rope("yarn", 1e4, 8, style, positions=16384, **parameters)
+    wanted = torch.tensor([1, 0.1, 0.00625, 0.00025])
+    torch.testing.assert_close(frequencies, wanted, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(1.138629, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------- micro-batches
+
+
+ARCHITECTURES = ["llama3", "llama_dynamic", "mistral", "qwen2_window", "qwen3"]
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_examples_of_a_micro_batch_cannot_see_each_other(checkpoint, family):
+    model = M.load(checkpoint(family)[0])
+    examples = draw(LENGTHS, model.config.vocab_size)
+    before = logprobs(model, examples)
+    for changed in range(len(examples)):
+        others = [e if i != changed else e.flip(0) + 1 for i, e in enumerate(examples)]
+        others[changed] %= model.config.vocab_size
+        after = logprobs(model, others)
+        assert_same(*([x for i, x in enumerate(y) if i != changed] for y in (after, before)))
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_positions_restart_so_that_an_example_alone_gives_the_same(checkpoint, family):
+    model = M.load(checkpoint(family)[0])
+    examples = draw(LENGTHS, model.config.vocab_size)
+    assert_close(logprobs(model, examples), [logprobs(model, [e])[0] for e in examples])
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_order_of_examples_does_not_matter(checkpoint, family):
+    model = M.load(checkpoint(family)[0])
+    examples = draw(LENGTHS, model.config.vocab_size)
+    order = [3, 0, 4, 2, 1]
+    there = logprobs(model, [examples[i] for i in order])
+    here = logprobs(model, examples)
+    assert_close(there, [here[i] for i in order])
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_token_does_not_see_later_ones(checkpoint, family):
+    model = M.load(checkpoint(family)[0])
+    (ids,) = draw([30], model.config.vocab_size)
+    changed = ids.clone()
+    changed[20:] = ids[20:].flip(0)
+    (a,), (b,) = logprobs(model, [ids]), logprobs(model, [changed])
+    assert torch.equal(a[:19], b[:19]) and not torch.equal(a[19:], b[19:])
+
+
+# ---------------------------------------------------------------------------------------- prefixes
+
+
+def states_of(model, examples, **kwargs):
+    """hidden() of examples, one [length, D] each, and what was kept."""
+    ids, lengths, _ = flat(examples)
+    states, kept = model.hidden(ids, lengths, **kwargs)
+    return states.split(lengths), kept
+
+
+@every_family
+def test_hidden_states_after_a_ragged_prefix_equal_the_full_pass(checkpoint, family):
+    model = M.load(checkpoint(family)[0]).requires_grad_(False)
+    vocab = model.config.vocab_size
+    # no sum above 32 tokens, where dynamic RoPE would turn the prefix by other angles
+    first, second = draw([7, 12, 3], vocab, 1), draw([5, 2, 9], vocab, 2)
+    third = draw([1, 9, 4], vocab, 3)
+    whole = [torch.cat(parts) for parts in zip(first, second, third, strict=True)]
+    _, prefix = states_of(model, first, keep=True)
+    states2, more = states_of(model, second, prefix=prefix, keep=True)
+    states3, _ = states_of(model, third, prefix=prefix.extend(more))
+    full, _ = states_of(model, whole)
+    continued = [torch.cat(parts) for parts in zip(states2, states3, strict=True)]
+    assert_close(continued, [x[len(p) :] for x, p in zip(full, first, strict=True)])
+
+
+@every_family
+def test_one_prefix_shared_by_several_examples_equals_the_full_pass(checkpoint, family):
+    model = M.load(checkpoint(family)[0]).requires_grad_(False)
+    prompts, answers = (draw(n, model.config.vocab_size, 4) for n in ([11, 4], [3, 10, 1, 6, 10]))
+    rows = [0, 1, 1, 0, 1]
+    _, prefix = states_of(model, prompts, keep=True)
+    states, _ = states_of(model, answers, prefix=prefix.select(torch.tensor(rows)))
+    whole = [torch.cat((prompts[r], a)) for r, a in zip(rows, answers, strict=True)]
+    full, _ = states_of(model, whole)
+    assert_close(states, [x[len(prompts[r]) :] for x, r in zip(full, rows, strict=True)])
+
+
+@every_family
+def test_gradients_through_a_shared_prompt_equal_those_of_the_full_pass(checkpoint, family):
+    model = M.load(checkpoint(family)[0]).train()
+    prompts, answers = (draw(n, model.config.vocab_size, 5) for n in ([12, 4], [3, 10, 9, 6]))
+    rows = [0, 0, 1, 1]
+    weight = torch.randn(sum(map(len, answers)), generator=torch.Generator().manual_seed(6))
+
+    # the last token of the prompt predicts the first of the answer, so it goes with the answer
+    _, prefix = states_of(model, [p[:-1] for p in prompts], keep=True)
+    pieces = [torch.cat((prompts[r][-1:], a)) for r, a in zip(rows, answers, strict=True)]
+    ids, lengths, targets = flat(pieces)
+    shared = model(ids, lengths, targets, prefix=prefix.select(torch.tensor(rows)))
+    (shared * weight).sum().backward()
+    shared_gradients = gradients(model)
+
+    whole = [torch.cat((prompts[r], a)) for r, a in zip(rows, answers, strict=True)]
+    full = torch.cat([x[-len(a) :] for x, a in zip(logprobs(model, whole), answers, strict=True)])
+    (full * weight).sum().backward()
+    assert_close([shared], [full])
+    assert_gradients_close(model, shared_gradients)
+
+
+# -------------------------------------------------------------------------------------- the LM head
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 23, 1000])
+def test_token_logprobs_and_gradients_equal_log_softmax_and_gather(monkeypatch, rows):
+    N, V, D = 23, 50, 16
+    monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * V + 5)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(N, D, generator=generator).requires_grad_()
+    head = torch.randn(V, D, generator=generator).requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator)
+    weight = torch.randn(N, generator=generator)
+
+    out = M.token_logprobs(states, head, targets)
+    (out * weight).sum().backward()
+    states64, head64 = (x.detach().double().requires_grad_() for x in (states, head))
+    exact = (states64 @ head64.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (exact * weight).sum().backward()
+    # logits up to 15, so an error of 1e-6 each and in their exponentials
+    assert_close([out, states.grad, head.grad], [exact, states64.grad, head64.grad], 1e-5)
+
+
+def test_token_logprobs_are_exact_where_the_softmax_would_overflow():
+    states = torch.tensor([[300.0, 0.0], [0.0, 300.0]])
+    head = torch.eye(2)
+    out = M.token_logprobs(states, head, torch.tensor([0, 0]))
+    assert out.tolist() == [0.0, -300.0]
+
+
+def test_token_logprobs_of_no_target_are_empty_with_zero_gradient():
+    states, head = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    out = M.token_logprobs(states, head, torch.zeros(0, dtype=torch.long))
+    out.sum().backward()
+    assert out.shape == (0,) and not head.grad.any()
+
+
+@pytest.mark.parametrize("family", ["smollm2", "llama3"])
+def test_gradients_equal_those_of_plain_logits_with_tied_and_own_head(checkpoint, family):
+    model = M.load(checkpoint(family)[0]).train()
+    assert hasattr(model, "lm_head") == (family == "llama3")
+    ids, lengths, targets = flat(draw(LENGTHS, model.config.vocab_size))
+    targets = targets[::3]
+    model(ids, lengths, targets).mean().backward()
+    ours = gradients(model)
+    states, _ = model.hidden(ids, lengths)
+    scores = model.next_logits(states).log_softmax(-1)  # [T, V]
+    scores[targets - 1].gather(1, ids[targets][:, None]).mean().backward()
+    assert_gradients_close(model, ours)
+
+
+def test_token_logprobs_under_autocast_multiply_in_bf16_and_sum_in_fp32():
+    states, head = (torch.randn(n, 16, requires_grad=True) for n in (9, 50))
+    targets = torch.arange(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = M.token_logprobs(states, head, targets)
+    rounded = (states.bfloat16() @ head.bfloat16().T).float().log_softmax(-1)
+    assert_close([out], [rounded.gather(1, targets[:, None])[:, 0]], 2e-6)
+
+
+def check_autocast(folder, hf, device):
+    """Under bf16 autocast, errors no larger than transformers', and gradients in fp32."""
+    model, hf = M.load(folder, device=device).train(), hf.to(device)
+    examples = draw(LENGTHS, model.config.vocab_size)
+    exact = torch.cat(logprobs(model, examples))
+    exact.mean().backward()
+    exact_gradients = gradients(model)
+    with torch.autocast(device, torch.bfloat16):
+        near = torch.cat(logprobs(model, examples))
+        their = torch.cat(theirs(hf, [x.to(device) for x in examples]))
+    near.mean().backward()
+    assert near.dtype == torch.float32
+    error, their_error = ((x - exact).detach().norm() for x in (near, their))
+    assert 0 < error < 1.2 * their_error
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        if not name.endswith("k_proj.bias"):  # but for RoPE it would cancel in the softmax
+            wanted = exact_gradients[name].flatten()
+            assert torch.cosine_similarity(parameter.grad.flatten(), wanted, 0) > 0.995, name
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_bf16_autocast_strays_from_fp32_no_farther_than_transformers(checkpoint, family):
+    check_autocast(*checkpoint(family), "cpu")
+
+
+def allocations(compute, folder):
+    """(largest single allocation, peak of what is alive at once) in bytes while compute() runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        compute()
+    recorded.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    sizes = [e["args"]["Bytes"] for e in events]
+    return max(sizes), max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_alive_at_once_are_a_few_chunks(monkeypatch, tmp_path, autocast):
+    N, V, D, rows = 256, 1024, 8, 8
+    monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * V)
+    states, head = (torch.randn(n, D, requires_grad=True) for n in (N, V))
+    targets = torch.arange(N)
+
+    def compute():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = M.token_logprobs(states, head, targets)
+        out.sum().backward()
+
+    largest, peak = allocations(compute, tmp_path)
+    chunk, heads = rows * V * 4, V * D * 4  # a chunk is as large as the head here
+    assert largest < 3 * chunk  # 32 chunks would be all the logits
+    # logits, their copy in fp32, exponentials, the last chunk; the head in bf16, its gradient twice
+    assert peak < 4 * chunk + 3 * heads + 2 * N * D * 4
+
+
+def test_no_tensor_of_tokens_by_vocabulary_exists_in_a_training_step(monkeypatch, tmp_path):
+    model = small(vocab_size=2000).train()
+    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 4 * 2000)
+    ids, lengths, targets = flat(draw([90, 60, 50], 2000))  # padded [3, 4 heads, 90, 90] at most
+    largest, _ = allocations(lambda: model(ids, lengths, targets).sum().backward(), tmp_path)
+    assert 4 * 2000 * 4 <= largest < len(targets) * 2000 * 4 / 4
+
+
+# --------------------------------------------------------------------- noise: NEFTune and dropout
+
+
+def noise(lengths, size, alpha=5.0, seed=0, epochs=None, examples=None):
+    """neftune_noise of examples that are numbered from 0, in epoch 0, unless said."""
+    epochs, examples = epochs or [0] * len(lengths), examples or list(range(len(lengths)))
+    keys = M.noise_keys(seed, epochs, examples, lengths)
+    return M.neftune_noise(keys, lengths, size, alpha)
+
+
+@pytest.mark.parametrize("length, size, bound, std", [
+    (512, 4096, 0.003453, 0.001993), (64, 128, 0.055243, 0.055243 / 3**0.5)])
+def test_neftune_noise_has_the_bound_and_spread_of_the_paper(length, size, bound, std):
+    x = noise([length], size)
+    assert x.shape == (length, size)
+    # the numbers are given to 5e-7; the largest of n draws is about bound * (1 - 1/n)
+    assert bound * (1 - 20 / x.numel()) - 5e-7 < x.abs().max() < bound + 5e-7
+    # the deviation of n draws strays by 0.45/sqrt(n) of itself: five times that
+    assert abs(x.std() - std) < 5 * 0.45 * std / x.numel() ** 0.5 + 5e-7
+
+
+def test_neftune_noise_is_scaled_by_the_examples_own_true_length():
+    x = noise([400, 100, 25], 64).split([400, 100, 25])
+    for part, length in zip(x, (400, 100, 25), strict=True):
+        bound = 5 / (length * 64) ** 0.5
+        assert 0.99 * bound < part.abs().max() <= bound
+
+
+def test_neftune_noise_is_proportional_to_alpha():
+    torch.testing.assert_close(noise([9, 4], 8, alpha=15.0), 3 * noise([9, 4], 8, alpha=5.0))
+
+
+def test_neftune_noise_is_a_function_of_seed_epoch_and_example():
+    same = dict(seed=3, epochs=[2], examples=[7])
+    first = noise([20], 32, **same)
+    assert torch.equal(first, noise([20], 32, **same))
+    for change in (dict(seed=4), dict(epochs=[3]), dict(examples=[8])):
+        other = noise([20], 32, **{**same, **change})
+        assert (other != first).float().mean() > 0.99
+    # epoch and example do not trade places
+    assert (noise([20], 32, seed=3, epochs=[7], examples=[2]) != first).float().mean() > 0.99
+
+
+def test_noise_is_the_same_in_every_micro_batch():
+    lengths, epochs, examples = [5, 9, 3], [0, 1, 1], [40, 2, 3_000_000]
+    together = noise(lengths, 16, epochs=epochs, examples=examples).split(lengths)
+    for i in range(3):
+        alone = noise([lengths[i]], 16, epochs=[epochs[i]], examples=[examples[i]])
+        assert torch.equal(alone, together[i])
+    backwards = noise(lengths[::-1], 16, epochs=epochs[::-1], examples=examples[::-1])
+    assert_same(backwards.split(lengths[::-1]), together[::-1])
+
+
+def test_noise_is_uniform():
+    bound = 5 / (2000 * 64) ** 0.5
+    x = (noise([2000], 64) / bound).flatten().double()
+    n = x.numel()
+    # each statistic within 5 standard errors of what U(-1, 1) has
+    assert abs(x.mean()) < 5 * (1 / 3 / n) ** 0.5
+    assert abs(x.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
+    counts = torch.histc(x, 100, -1, 1)
+    assert ((counts - n / 100).square() / (n / 100)).sum() < 99 + 5 * (2 * 99) ** 0.5
+
+
+def test_noise_is_uncorrelated_over_dimensions_positions_examples_epochs_and_seeds():
+    x = noise([1000], 64)
+    pairs = {
+        "dimensions": (x[:, :-1], x[:, 1:]),
+        "far dimensions": (x[:, :32], x[:, 32:]),
+        "positions": (x[:-1], x[1:]),
+        "diagonals": (x[:-1, :-1], x[1:, 1:]),
+        "other diagonals": (x[:-1, 1:], x[1:, :-1]),
+        "examples": (x, noise([1000], 64, examples=[1])),
+        "epochs": (x, noise([1000], 64, epochs=[1])),
+        "seeds": (x, noise([1000], 64, seed=1)),
+    }
+    for name, (a, b) in pairs.items():
+        correlation = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]
+        assert abs(correlation) < 5 / a.numel() ** 0.5, name
+
+
+def test_uniform_numbers_stay_inside_the_open_interval_from_0_to_1():
+    # Keys and columns that give the largest and the smallest 24 bits. At 1, Gumbel noise is
+    # infinite, and a token that top-k had excluded would be drawn: once in 2^24 numbers, which is
+    # one token in 110 at a vocabulary of 152k.
+    for key, column, extreme in ((5074, 933, 1.0), (68236, 885, 1.0), (1306, 560, 0.0)):
+        u = M.uniform(torch.tensor([key]), 1000)[0, column].item()
+        assert abs(u - extreme) < 1e-6, "the hash has changed: look for the extremes again"
+        assert 0 < u < 1
+
+
+def keys_for(examples, seed=0):
+    """noise_keys of examples numbered from 0, in epoch 0."""
+    lengths = [len(e) for e in examples]
+    return M.noise_keys(seed, [0] * len(lengths), list(range(len(lengths))), lengths)
+
+
+def test_neftune_noise_is_added_to_the_embeddings():
+    model = small().train()
+    examples = draw([5, 9], 50)
+    lengths, keys = [5, 9], keys_for(examples)
+    noisy, _ = model.hidden(torch.cat(examples), lengths, keys=keys, neftune_alpha=5.0)
+    added = M.neftune_noise(keys, lengths, 16, 5.0)
+    with torch.no_grad():  # a vocabulary of one row a token, which holds the noisy embeddings
+        rows = model.model.embed_tokens(torch.cat(examples)) + added
+        model.model.embed_tokens.weight[:14] = rows
+    by_hand, _ = model.hidden(torch.arange(14), lengths)
+    assert torch.equal(noisy, by_hand)
+
+
+@pytest.mark.parametrize("kind", ["neftune", "dropout"])
+def test_noise_is_off_in_eval_mode_and_without_keys(kind):
+    model = small()
+    alpha = 5.0 if kind == "neftune" else 0.0
+    if kind == "dropout":
+        model.set_dropout(0.2, 0.2)
+    examples = draw([5, 9], 50)
+    keys = keys_for(examples)
+    plain = logprobs(model.eval(), examples)
+    assert_same(logprobs(model.eval(), examples, keys=keys, neftune_alpha=alpha), plain)
+    assert_same(logprobs(model.train(), examples, neftune_alpha=alpha), plain)
+    noisy = logprobs(model.train(), examples, keys=keys, neftune_alpha=alpha)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(noisy, plain, strict=True))
+
+
+def test_training_noise_does_not_depend_on_the_micro_batch():
+    model = small().train()
+    model.set_dropout(0.1, 0.3)
+    lengths, numbers = [5, 9, 12], [8, 1, 30]
+    examples = draw(lengths, 50)
+
+    def run(rows):
+        which = ([numbers[i] for i in rows], [lengths[i] for i in rows])
+        keys = M.noise_keys(1, [2] * len(rows), *which)
+        return logprobs(model, [examples[i] for i in rows], keys=keys, neftune_alpha=5.0)
+
+    together = run([0, 1, 2])
+    assert_close([run([i])[0] for i in range(3)], together)
+    assert_close(run([2, 0, 1]), [together[i] for i in (2, 0, 1)])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_zeroes_a_share_p_and_scales_the_rest(p):
+    keys = M.noise_keys(0, [0], [0], [400])
+    x = torch.randn(400, 256) + 10
+    out = M.dropout(x, p, keys, 0)
+    dropped = out == 0
+    n = x.numel()
+    assert dropped.float().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / n) ** 0.5)
+    torch.testing.assert_close(out[~dropped], x[~dropped] / (1 - p))
+
+
+def test_dropout_of_two_sites_is_independent():
+    keys = M.noise_keys(0, [0], [0], [400])
+    x = torch.ones(400, 256)
+    masks = torch.stack([M.dropout(x, 0.5, keys, site).flatten() for site in range(6)])
+    correlation = torch.corrcoef(masks) - torch.eye(6)
+    assert correlation.abs().max() < 5 / masks.shape[1] ** 0.5
+
+
+def test_dropout_rises_over_the_layers_as_in_lima(monkeypatch):
+    seen = []
+    original = M.dropout
+
+    def record(x, p, keys, site):
+        seen.append((p, site))
+        return original(x, p, keys, site)
+
+    monkeypatch.setattr(M, "dropout", record)
+    model = small(num_hidden_layers=4).train()
+    model.set_dropout(0.0, 0.3)
+    examples = draw([5], 50)
+    logprobs(model, examples, keys=keys_for(examples))
+    assert [p for p, _ in seen] == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    assert len({site for _, site in seen}) == 8  # every branch of every layer draws its own
+
+
+def test_constant_dropout_reaches_every_layer_even_a_single_one(monkeypatch):
+    for layers in (1, 3):
+        model = small(num_hidden_layers=layers)
+        model.set_dropout(0.2, 0.2)
+        assert [layer.dropout for layer in model.model.layers] == [0.2] * layers
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3"])
+def test_checkpointed_activations_give_the_same_loss_and_gradients_with_noise(checkpoint, family):
+    model = M.load(checkpoint(family)[0]).train()
+    model.set_dropout(0.1, 0.3)
+    examples = draw(LENGTHS, model.config.vocab_size)
+    results, stored = [], []
+    for checkpointed in (False, True):
+        model.checkpoint_activations = checkpointed
+        sizes = []
+
+        def count(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            out = torch.cat(logprobs(model, examples, keys=keys_for(examples), neftune_alpha=5.0))
+        out.mean().backward()
+        stored.append(sum(sizes))
+        results.append([out.detach(), *gradients(model).values()])
+    assert_same(*results)
+    assert stored[1] < stored[0] / 2
+
+
+def test_checkpointed_activations_give_the_same_gradients_through_a_prefix():
+    model = small().train()
+    prompts, answers = draw([6], 50, 1), draw([4, 7], 50, 2)
+    results = []
+    for checkpointed in (False, True):
+        model.checkpoint_activations = checkpointed
+        _, prefix = states_of(model, prompts, keep=True)
+        ids, lengths, targets = flat(answers)
+        out = model(ids, lengths, targets, prefix=prefix.select(torch.tensor([0, 0])))
+        out.mean().backward()
+        results.append([out.detach(), *gradients(model).values()])
+    assert_same(*results)
+
+
+# -------------------------------------------------------------------------------------- generation
+
+
+def greedy_without_cache(model, prompt, steps):
+    """The whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(steps):
+        states, _ = model.hidden(torch.tensor(ids), [len(ids)])
+        ids.append(model.next_logits(states[-1:]).argmax().item())
+    return ids[len(prompt) :]
+
+
+def generate(model, prompts, max_new_tokens, stop_ids=(), samples=(), **how):
+    """generate with the fields of Sampling as arguments."""
+    how = dict(sampling=M.Sampling(**how), stop_ids=stop_ids, samples=samples)
+    return M.generate(model, prompts, max_new_tokens, **how)
+
+
+def prompts_of(lengths, vocab, seed=0):
+    """Prompts as lists of ids."""
+    return [p.tolist() for p in draw(lengths, vocab, seed)]
+
+
+@every_family
+def test_generation_with_a_cache_equals_argmax_without_one(checkpoint, family):
+    model = M.load(checkpoint(family)[0]).requires_grad_(False)
+    prompts = prompts_of([3, 14, 1, 9], model.config.vocab_size)
+    wanted = [greedy_without_cache(model, p, 12) for p in prompts]
+    assert len(set(wanted[0])) > 3  # a sequence that repeats one token would prove little
+    assert generate(model, prompts, 12) == wanted
+
+
+def test_greedy_generation_equals_transformers_with_a_repetition_penalty(checkpoint):
+    folder, hf = checkpoint("llama3")
+    prompts = prompts_of([6, 11], hf.config.vocab_size)
+    ours = generate(M.load(folder), prompts, 15, repetition_penalty=1.4)
+    for prompt, continuation in zip(prompts, ours, strict=True):
+        settings = dict(max_new_tokens=15, do_sample=False, repetition_penalty=1.4)
+        ids = torch.tensor([prompt])
+        out = hf.generate(ids, eos_token_id=None, pad_token_id=0, **settings)
+        assert continuation == out[0, len(prompt) :].tolist()
+    assert ours != generate(M.load(folder), prompts, 15)
+
+
+def test_generation_ends_with_any_stop_id_included_and_nothing_after():
+    model = small(3)
+    prompts = prompts_of([4, 2, 7], 50)
+    free = generate(model, prompts, 12)
+    stops = {free[0][4], free[1][2]}
+    wanted = []
+    for row in free:
+        end = next((i + 1 for i, t in enumerate(row) if t in stops), len(row))
+        wanted.append(row[:end])
+    assert len({len(row) for row in wanted}) > 1 and max(map(len, wanted)) > 3
+    assert generate(model, prompts, 12, stop_ids=stops) == wanted
+
+
+def test_generate_steps_yields_none_for_a_prompt_that_has_stopped():
+    model = small(3)
+    prompts = prompts_of([4, 2, 7], 50)
+    free = generate(model, prompts, 8)
+    stop = free[0][1]
+    rows = [list(row) for row in zip(*M.generate_steps(model, prompts, 8, {stop}), strict=True)]
+    for row, whole in zip(rows, free, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert row == [*whole[:end], *[None] * (8 - end)][: len(row)]
+    assert None in rows[0]
+
+
+def test_generation_stops_as_soon_as_every_prompt_has():
+    model = small(3)
+    prompts = prompts_of([4, 4], 50)[:1] * 2
+    free = generate(model, prompts, 8)
+    assert len(list(M.generate_steps(model, prompts, 8, {free[0][0]}))) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_generation_gives_at_most_max_new_tokens(count):
+    assert [len(row) for row in generate(small(), [[1, 2], [3]], count)] == [count, count]
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])
+def test_repetition_penalty_equals_transformers(penalty):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 40, generator=generator)
+    ids = torch.randint(0, 40, (3, 12), generator=generator)
+    seen = torch.zeros(3, 40, dtype=torch.bool).scatter(1, ids, True)
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.equal(M.penalize_repetition(logits, seen, penalty), wanted)
+
+
+@pytest.mark.parametrize("k", [1, 5, 39, 40, 100])
+def test_top_k_equals_transformers(k):
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(M.keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits.clone()))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9, 0.999])
+def test_top_p_equals_transformers(p):
+    logits = 3 * torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(M.keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits.clone()))
+
+
+@pytest.mark.parametrize("p, kept", [
+    (0.01, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}),
+    (0.949, {2, 0, 3}), (0.951, {2, 0, 3, 1})])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
+    logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
+    out = M.keep_top_p(logits, p)[0]
+    assert {i for i in range(4) if out[i] > -torch.inf} == kept
+    assert all(out[i] == logits[0, i] for i in kept)
+
+
+def first_tokens(model, prompt, n, **sampling):
+    """How often each token was drawn first among n samples."""
+    drawn = torch.tensor(generate(model, [prompt] * n, 1, **sampling))[:, 0]
+    return drawn.bincount(minlength=model.config.vocab_size).float()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_frequencies_follow_the_softmax(temperature):
+    model = small(vocab_size=13).requires_grad_(False)
+    states, _ = model.hidden(torch.tensor([5, 3]), [2])
+    p = (model.next_logits(states[-1:])[0] / temperature).softmax(-1)
+    n = 20000
+    expected = n * p
+    counts = first_tokens(model, [5, 3], n, temperature=temperature, seed=1)
+    often = expected > 5  # chi-square needs a few expected in each cell: the rest is one cell
+    assert often.sum() > 4
+    e, o = (torch.cat((x[often], x[~often].sum()[None])) for x in (expected, counts))
+    chi2 = ((o - e).square() / e.clamp(min=1)).sum()
+    df = len(e) - 1
+    assert chi2 < df + 5 * (2 * df) ** 0.5
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    model = small(vocab_size=13).requires_grad_(False)
+    states, _ = model.hidden(torch.tensor([5, 3]), [2])
+    logits = model.next_logits(states[-1:])[0] / 2
+    ranked = logits.argsort(descending=True).tolist()
+    counts = first_tokens(model, [5, 3], 3000, temperature=2.0, top_k=3)
+    assert set(counts.nonzero().flatten().tolist()) == set(ranked[:3])
+    mass = logits.softmax(-1)[ranked].cumsum(0)
+    p = ((mass[3] + mass[4]) / 2).item()  # between four tokens and five
+    counts = first_tokens(model, [5, 3], 6000, temperature=2.0, top_p=p)
+    assert set(counts.nonzero().flatten().tolist()) == set(ranked[:5])
+
+
+def test_samples_do_not_depend_on_the_batch():
+    model = small()
+    prompts = prompts_of([4, 9, 2], 50)
+    sampling = dict(temperature=1.0, seed=5)
+    together = generate(model, prompts, 10, samples=[0, 1, 2], **sampling)
+    assert generate(model, prompts, 10, **sampling) == together
+    for i in range(3):
+        assert generate(model, [prompts[i]], 10, samples=[i], **sampling) == [together[i]]
+    swapped = generate(model, [prompts[2], prompts[0]], 10, samples=[2, 0], **sampling)
+    assert swapped == [together[2], together[0]]
+
+
+def test_sampling_is_reproducible_and_changes_with_seed_and_sample():
+    model = small()
+
+    def run(**change):
+        return generate(model, [[1, 2, 3]], 12, **{"temperature": 1.5, "seed": 1, **change})
+
+    torch.manual_seed(0)
+    first = run()
+    torch.manual_seed(1)
+    assert run() == first  # torch's own generator plays no part
+    assert run(seed=2) != first and run(samples=[1]) != first
+
+
+def test_sampling_draws_anew_at_every_step_and_for_every_prompt():
+    model = small().requires_grad_(False)
+    model.head.zero_()  # every token is as likely as any other, whatever came before
+    rows = generate(model, [[1], [1]], 40, temperature=1.0)
+    # of 50 tokens 40 draws meet about 28 different ones, and repeat the last draw about once
+    for row in rows:
+        assert len(set(row)) > 18
+        assert sum(a == b for a, b in itertools.pairwise(row)) < 6
+    assert sum(a == b for a, b in zip(*rows, strict=True)) < 6
+
+
+def test_temperature_0_is_greedy_whatever_top_k_and_top_p_say():
+    model = small()
+    prompts = prompts_of([4, 9], 50)
+    greedy = generate(model, prompts, 10)
+    assert generate(model, prompts, 10, temperature=0.0, top_k=5, top_p=0.5, seed=9) == greedy
+    assert generate(model, prompts, 10, temperature=1e-4) == greedy  # its limit
+
+
+# ------------------------------------------------------------------------------------ load and save
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """A checkpoint of llama3 that may be damaged."""
+    return Path(shutil.copytree(checkpoint("llama3")[0], tmp_path / "damaged"))
+
+
+def rewrite(folder, change):
+    """Apply a change to the dict of weights of a checkpoint."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def reconfigure(folder, **changes):
+    """Change keys of config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**M.read_json(path), **changes}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def assert_refused(folder, *named):
+    """load raises a CheckpointError of one line that names these."""
+    with pytest.raises(M.CheckpointError) as caught:
+        M.load(folder)
+    message = str(caught.value).replace(str(folder), "FOLDER")  # whose name must not help
+    assert "\n" not in message
+    for name in named:
+        assert name in message, message
+
+
+def test_missing_weight_is_refused_by_name(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    assert_refused(folder, name)
+
+
+def test_left_over_weight_is_refused_by_name(folder):
+    name = "model.layers.1.self_attn.q_proj.bias"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
+    assert_refused(folder, name, "model.safetensors")
+
+
+def test_left_over_layer_is_refused_by_name(folder):
+    reconfigure(folder, num_hidden_layers=2)
+    assert_refused(folder, "model.layers.2.")
+
+
+def test_rotary_buffers_that_old_conversions_stored_are_passed_over(checkpoint, folder):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    rewrite(folder, lambda tensors: tensors.update(extra))
+    assert_same(M.load(folder).parameters(), M.load(checkpoint("llama3")[0]).parameters())
+
+
+def test_weight_of_wrong_shape_is_refused_with_both_shapes(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    assert_refused(folder, name, "[64, 96]", "[96, 64]")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 0.5])
+def test_truncated_weight_file_is_refused_by_name(folder, kept):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
+    assert_refused(folder, "FOLDER/" + path.name)
+
+
+def test_missing_shard_is_refused_by_name(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("mistral", shards=True)[0], tmp_path / "copy"))
+    shard = M.weight_files(folder)[1]
+    shard.unlink()
+    assert_refused(folder, "FOLDER/" + shard.name)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}'])
+def test_index_that_is_no_index_is_refused_by_name(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    assert_refused(folder, "model.safetensors.index.json")
+
+
+def test_weights_only_in_bin_files_are_refused_with_the_way_out(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert_refused(folder, "FOLDER", ".bin", "safetensors")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_config_that_is_missing_or_no_json_object_is_refused_by_name(folder, content):
+    path = folder / "config.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert_refused(folder, "FOLDER/" + path.name)
+
+
+@pytest.mark.parametrize("key", [
+    "model_type", "num_hidden_layers", "num_attention_heads",
+    "vocab_size", "hidden_size",
+    "intermediate_size"])
+def test_config_without_a_needed_key_is_refused_by_name(folder, key):
+    reconfigure(folder, **{key: None})
+    assert_refused(folder, "config.json", key)
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("model_type", "gpt2", ["'gpt2'", "llama", "mistral", "qwen2", "qwen3"]),
+    ("hidden_act", "gelu", ["gelu", "silu"]),
+    ("rope_parameters", {"rope_type": "longrope"}, ["'longrope'", "yarn"]),
+    ("rope_parameters", {"rope_type": "linear"}, ["linear", "factor"]),
+    ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}, ["llama3", "low_freq_factor"]),
+    ("partial_rotary_factor", 0.5, ["partial_rotary_factor"])])
+def test_config_of_an_unsupported_model_is_refused_by_name(folder, key, value, named):
+    reconfigure(folder, **{key: value})
+    assert_refused(folder, "FOLDER/config.json", *named)
+
+
+def test_missing_folder_is_refused_by_name(tmp_path):
+    assert_refused(tmp_path / "nowhere", "FOLDER")
+
+
+def store_head(folder, head, embedding):
+    """Store a tied checkpoint's matrix under the head's name, the embedding's, or both."""
+
+    def change(tensors):
+        matrix = tensors.pop("model.embed_tokens.weight")
+        if head is not None:
+            tensors["lm_head.weight"] = matrix + head
+        if embedding:
+            tensors["model.embed_tokens.weight"] = matrix.clone()
+
+    rewrite(folder, change)
+
+
+@pytest.mark.parametrize("head, embedding", [(0, False), (None, True), (0, True)])
+def test_tied_checkpoint_may_store_either_name_or_both(checkpoint, tmp_path, head, embedding):
+    source, hf = checkpoint("smollm2")
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    store_head(folder, head, embedding)
+    model = M.load(folder)
+    examples = draw(LENGTHS, model.config.vocab_size)
+    assert_close(logprobs(model, examples), theirs(hf, examples))
+
+
+def test_tied_checkpoint_with_two_different_matrices_is_refused(checkpoint, tmp_path):
+    folder = Path(shutil.copytree(checkpoint("smollm2")[0], tmp_path / "copy"))
+    store_head(folder, 1.0, True)
+    assert_refused(folder, "FOLDER/model.safetensors", "model.embed_tokens.weight")
+
+
+def test_loaded_model_is_in_eval_mode_and_in_the_dtype_asked_for(checkpoint):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = M.load(checkpoint("qwen3")[0], dtype)
+        assert not model.training and {p.dtype for p in model.parameters()} == {dtype}
+        assert all(p.requires_grad for p in model.parameters())
+        assert model.stored_dtype == torch.float32
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import model as M
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+def touched(folder):  # pages of a mapped file count, too
+    model = M.load(folder)
+    sum(p.detach().sum() for p in model.parameters())
+    return model
+
+touched(sys.argv[2])  # a small one first, so that the code of the libraries is in memory
+before = status("VmRSS")
+model = touched(sys.argv[3])
+print(status("VmHWM") - before, sum(p.numel() * 4 for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("stored, shard_bytes", [
+    pytest.param(torch.float32, 2**40, id="one file"),
+    pytest.param(torch.bfloat16, 2**25, id="shards in bf16")])
+def test_loading_does_not_hold_a_second_copy(monkeypatch, tmp_path, stored, shard_bytes):
+    shape = dict(vocab_size=8192, hidden_size=768, intermediate_size=3072, num_hidden_layers=4)
+    monkeypatch.setattr(M, "SHARD_BYTES", shard_bytes)
+    M.save(small(tie_word_embeddings=True, num_attention_heads=12, **shape), tmp_path, stored)
+    M.save(small(), tmp_path / "small")
+    folders = [str(Path(M.__file__).parent), str(tmp_path / "small"), str(tmp_path)]
+    command = [sys.executable, "-c", PEAK, *folders]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    growth, size = map(int, out.split())
+    assert size > 1.5e8
+    assert 0.95 * size < growth < 1.3 * size
+
+
+@every_family
+def test_saved_checkpoint_has_identical_logits_in_transformers(checkpoint, tmp_path, family):
+    source, hf = checkpoint(family, "old")
+    M.save(M.load(source), tmp_path)
+    reloaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert reloaded.dtype == torch.float32
+    ids = draw([40], hf.config.vocab_size)[0][None]
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, hf(ids).logits)
+
+
+def test_checkpoint_saved_in_bf16_says_so_and_reloads(checkpoint, tmp_path):
+    model = M.load(checkpoint("llama3")[0])
+    M.save(model, tmp_path, torch.bfloat16)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert reloaded.dtype == torch.bfloat16
+    again = M.load(tmp_path)
+    for name, p in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), p.bfloat16().float())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_saved_files_can_be_read_by_everyone(tmp_path):
+    M.save(small(), tmp_path)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("family", ["llama3", "smollm2"])
+def test_large_checkpoint_is_saved_in_shards(monkeypatch, checkpoint, tmp_path, family):
+    source, hf = checkpoint(family)
+    model = M.load(source)
+    monkeypatch.setattr(M, "SHARD_BYTES", 200_000)
+    M.save(model, tmp_path)
+    files = M.weight_files(tmp_path)
+    index = M.read_json(tmp_path / "model.safetensors.index.json")
+    assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in model.parameters())
+    assert set(index["weight_map"]) == {name for name, _ in model.named_parameters()}
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            names = list(shard.keys())
+            assert all(index["weight_map"][name] == file.name for name in names)
+            size = sum(4 * shard.get_tensor(name).numel() for name in names)
+        assert size <= 200_000 or len(names) == 1
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = draw([40], hf.config.vocab_size)[0][None]
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, hf(ids).logits)
+    assert_same(M.load(tmp_path).parameters(), model.parameters())
+
+
+def test_weight_files_of_an_earlier_save_are_removed(monkeypatch, tmp_path):
+    model = small()
+
+    def weights(limit):
+        monkeypatch.setattr(M, "SHARD_BYTES", limit)
+        M.save(model, tmp_path)
+        assert_same(M.load(tmp_path).parameters(), model.parameters())
+        return sorted(p.name for p in tmp_path.glob("model*"))
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    many, few = weights(4000), weights(20_000)
+    assert len(many) > len(few) > 2
+    assert {p.name for p in M.weight_files(tmp_path)} < set(few)
+    assert weights(2**30) == ["model.safetensors"]
+    assert weights(20_000) == few
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_config_keys_that_the_project_does_not_know_survive(folder, tmp_path):
+    reconfigure(folder, house_style={"colour": "blue"}, note="grüße")
+    before = M.read_json(folder / "config.json")
+    M.save(M.load(folder), tmp_path / "saved")
+    after = M.read_json(tmp_path / "saved" / "config.json")
+    kind = {"torch_dtype", "dtype"}
+    assert {k: v for k, v in after.items() if k not in kind} == {
+        k: v for k, v in before.items() if k not in kind}
+    assert "float32" in {after.get(key) for key in kind}
+
+
+def test_a_folder_may_be_saved_over_itself(folder, checkpoint):
+    model = M.load(folder)
+    kept = [p.detach().clone() for p in model.parameters()]
+    M.save(model, folder)
+    assert_same(model.parameters(), kept)  # though the loaded file's pages may have been mapped
+    assert_same(M.load(folder).parameters(), kept)
+
+
+def test_changing_a_loaded_model_leaves_its_file_alone(folder):
+    model = M.load(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_crash_while_writing_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "new folder" / "file.txt"
+    M.write_atomic(path, lambda temporary: temporary.write_text("old"))
+
+    def crash(temporary):
+        temporary.write_text("half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        M.write_atomic(path, crash)
+    assert path.read_text() == "old"
+    M.write_atomic(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    biases = dict(attention_bias=True, mlp_bias=True, hidden_size=64)
+    torch.manual_seed(0)
+    first = small(1, **biases)
+    torch.manual_seed(1)
+    again, other = small(1, **biases), small(2, **biases)
+    assert_same(first.parameters(), again.parameters())
+    assert not torch.equal(first.head, other.head)
+
+
+def test_initial_weights_are_normal_matrices_unit_norms_and_zero_biases():
+    model = small(1, attention_bias=True, mlp_bias=True, hidden_size=64, intermediate_size=96)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 1:
+            assert (p == 1).all(), name
+        else:  # 5 standard errors
+            assert p.std().item() == pytest.approx(0.4, rel=5 / (2 * p.numel()) ** 0.5), name
+            assert abs(p.mean()) < 5 * 0.4 / p.numel() ** 0.5, name
+
+
+# ------------------------------------------------------------------------------ torch.compile, CUDA
+
+
+SLOW = os.environ.get("PLAINTUNE_SLOW_TESTS")  # set it to let Inductor call the C++ compiler
+
+
+@pytest.mark.parametrize("backend", [
+    "aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
+        not SLOW or not (shutil.which("g++") or shutil.which("clang++")),
+        reason="a minute of compilation: set PLAINTUNE_SLOW_TESTS"))])
+def test_compiled_layers_give_the_same_logprobs(backend):
+    model = small(model_type="mistral", sliding_window=8, num_hidden_layers=1).requires_grad_(False)
+    batches = [draw(lengths, 50) for lengths in ([5, 12], [20], [7, 7, 9])]
+    plain = [logprobs(model, batch) for batch in batches]
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend=backend)
+    for batch, wanted in zip(batches, plain, strict=True):
+        assert_close(logprobs(model, batch), wanted)
+
+
+@needs_cuda
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_on_cuda_equal_those_on_the_cpu(checkpoint, family):
+    folder, _ = checkpoint(family)
+    examples = draw(LENGTHS, M.load(folder).config.vocab_size)
+    with torch.no_grad():
+        on_cuda = logprobs(M.load(folder, device="cuda"), examples)
+        # fp32 without TF32, which is PyTorch's default
+        assert_close(on_cuda, logprobs(M.load(folder), examples), 1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_bf16_autocast_on_cuda_strays_no_farther_than_transformers(checkpoint, family):
+    folder, hf = checkpoint(family)
+    check_autocast(folder, copy.deepcopy(hf), "cuda")
+
+
+@needs_cuda
+def test_noise_on_cuda_equals_noise_on_the_cpu():
+    lengths = [5, 300, 17]
+    there, here = (M.noise_keys(3, [0, 1, 2], [9, 8, 7], lengths, d) for d in ("cuda", "cpu"))
+    assert torch.equal(there.cpu(), here)
+    assert torch.equal(M.uniform(there, 64).cpu(), M.uniform(here, 64))
+    x = torch.ones(len(here), 64)
+    dropped = M.dropout(x.cuda(), 0.3, there, 1) == 0
+    assert torch.equal(dropped.cpu(), M.dropout(x, 0.3, here, 1) == 0)
+    noise = M.neftune_noise(there, lengths, 64, 5.0).cpu()
+    # a square root and a division may round differently by a bit
+    torch.testing.assert_close(noise, M.neftune_noise(here, lengths, 64, 5.0), rtol=3e-7, atol=0)
+
+
+@needs_cuda
+def test_generation_on_cuda_equals_generation_on_the_cpu(checkpoint):
+    folder, _ = checkpoint("qwen3")
+    models = [M.load(folder, device=device) for device in ("cuda", "cpu")]
+    prompts = prompts_of([3, 14, 1, 9], models[0].config.vocab_size)
+    for how in ({}, {"temperature": 1.0, "seed": 4}):
+        on_cuda, on_cpu = (generate(model, prompts, 12, **how) for model in models)
+        assert on_cuda == on_cpu

@@ -1,0 +1,501 @@
+"""The training loop: what it computes, and that no knob of the hardware changes it."""
+
+import contextlib
+import io
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import model as modeling
+import train_sft
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+WORDS = "the river runs to sea people walked on moon 床前 明月 光 你好 中国 谢谢 a b c".split()
+
+
+def write_rows(path, count, seed=0):
+    """Conversations of very different lengths, some with several turns, one with a weight."""
+    rng = random.Random(seed)
+
+    def text(n):
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, n)))
+
+    rows = []
+    for i in range(count):
+        messages = []
+        for _ in range(rng.choice([1, 1, 2])):
+            messages += [{"role": "user", "content": text(12)},
+                         {"role": "assistant", "content": text(3 + i % 20)}]
+        rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny Qwen2 checkpoint and files to train on."""
+    folder = tmp_path_factory.mktemp("sft")
+    families.make_checkpoint(folder / "base", "qwen2")
+    write_rows(folder / "rows.jsonl", 24)
+    write_rows(folder / "more.jsonl", 7, seed=1)
+    write_rows(folder / "val.jsonl", 5, seed=2)
+    (folder / "text.txt").write_text("\n".join(" ".join(WORDS[i:]) for i in range(6)))
+    return folder
+
+
+def command(work, name, *flags, ranks=1):
+    """The command line of a small run into work/name."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
+                  "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return [*start, str(ROOT / "train_sft.py"), "--output_dir", str(work / name), *map(str, flags)]
+
+
+BASIC = ["--steps", "5", "--batch_size", "8", "--learning_rate", "1e-3", "--neftune_alpha", "5",
+         "--dropout", "0", "0.1", "--log_every", "1"]
+
+
+def run(work, name, *flags, ranks=1, status=0):
+    """Run it, in this process unless it has several ranks; returns its metrics and its output."""
+    if ranks > 1:
+        done = subprocess.run(command(work, name, *flags, ranks=ranks), capture_output=True,
+                              text=True, cwd=work)
+        code, text = done.returncode, done.stdout + done.stderr
+    else:
+        code, text = run_here(command(work, name, *flags)[1:])
+    assert code == status, text
+    path = work / name / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return records, text
+
+
+def run_here(argv):
+    """(exit status, output) of train_sft.py's main."""
+    before, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
+    out, sys.argv = io.StringIO(), argv
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            with data.one_line_errors():
+                train_sft.main()
+    except SystemExit as stop:
+        return stop.code, out.getvalue()
+    finally:
+        sys.argv = before
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def inputs(work, *files):
+    return ["--model", work / "base", "--data", *(work / f for f in files or ["rows.jsonl"])]
+
+
+def curve(records):
+    return [record["loss"] for record in records]
+
+
+@pytest.fixture(scope="module")
+def reference(work):
+    """The run that the others are compared with: one rank, one micro-batch a step."""
+    return run(work, "reference", *inputs(work), *BASIC)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------ the loss
+
+
+def test_loss_is_the_token_mean_of_the_global_step():
+    """FACTS 2: neither the mean of sample means (2.75) nor of micro-batch means (2.15)."""
+
+    class Fixed(torch.nn.Module):
+        """A model whose negative log-probabilities are given."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, ids, lengths, targets, keys=None, neftune_alpha=0.0):
+            return -ids[targets].float() * self.scale
+
+    losses = [[1, 2], [3, 3, 3, 5], [4], [2, 2, 2, 2, 2]]
+    examples = [data.Example(torch.tensor([0, *nll]).numpy(), ((1, 1 + len(nll), 1.0),))
+                for nll in losses]
+    mixer = data.Mixer([4], data.mixing_rates([4], "proportional"), 0)
+    run_data = train_sft.RunData(examples, [], mixer, 4, 1)
+    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for micro_tokens in (1, 3, 6, 100):
+        c = train_sft.Config(batch_size=4, micro_tokens=micro_tokens)
+        fixed = Fixed()
+        loss, counts = train_sft.backward_step(fixed, run_data, 0, c, hardware, scaler)
+        assert loss == pytest.approx(31 / 12, abs=1e-6)  # 2.583333
+        assert fixed.scale.grad.item() == pytest.approx(31 / 12, abs=1e-6)
+        assert counts == {"tokens": 16, "target_tokens": 12}
+
+
+def test_message_weights_weigh_the_token_mean(work):
+    rows = work / "weighted.jsonl"
+    rows.write_text(json.dumps({"messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c", "weight": 0.25},
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "the sea"}]}) + "\n")
+    records, _ = run(work, "weighted", "--model", work / "base", "--data", rows, "--steps", 1)
+    tokenizer = data.ChatTokenizer(work / "base")
+    examples, _ = data.load_examples([str(rows)], tokenizer)
+    batch = data.collate(examples)
+    logp = modeling.load(work / "base")(batch.ids, batch.lengths, batch.targets)
+    assert set(batch.weights.tolist()) == {0.25, 1.0}
+    expected = -(logp * batch.weights).sum() / batch.weights.sum()
+    assert records[0]["loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral", "qwen2", "qwen3"])
+def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
+    theirs = families.make_checkpoint(tmp_path / "base", family).train()
+    # SmolLM2 pads with the token that ends a turn; transformers then drops that row's gradient
+    theirs.model.embed_tokens.padding_idx = None
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    flags = ["--batch_size", 6, "--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1,
+             "--schedule", "constant", "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 100]
+    records, _ = run(tmp_path, "out", "--model", tmp_path / "base", "--data", rows, *flags)
+
+    tokenizer = data.ChatTokenizer(tmp_path / "base")
+    examples, _ = data.load_examples([str(rows)], tokenizer)
+    length = max(len(e.ids) for e in examples)
+    ids = torch.zeros(6, length, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, e in enumerate(examples):
+        ids[row, : len(e.ids)] = torch.from_numpy(e.ids).long()
+        mask[row, : len(e.ids)] = 1
+        for first, end, _ in e.spans:
+            labels[row, first:end] = ids[row, first:end]
+    decay = [p for p in theirs.parameters() if p.dim() >= 2]
+    others = [p for p in theirs.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for record in records:
+        logits = theirs(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    ours = modeling.load(tmp_path / "out")
+    wanted = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        # a key's bias shifts all scores alike: its gradient is rounding, which Adam scales up
+        assert (p - wanted[name]).abs().max() < (3e-3 if "k_proj.bias" in name else 1e-5), name
+
+
+def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "reference").eval()
+    ours = modeling.load(work / "reference")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work / "reference")
+    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "the sea"}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    our_tokenizer = data.ChatTokenizer(work / "reference")
+    assert ids == our_tokenizer.encode([our_tokenizer.pieces(messages)])[0][0].tolist()
+    with torch.no_grad():
+        states, _ = ours.hidden(torch.tensor(ids), [len(ids)])
+        torch.testing.assert_close(ours.next_logits(states), theirs(torch.tensor([ids])).logits[0],
+                                   atol=1e-5, rtol=1e-5)
+    stops = transformers.GenerationConfig.from_pretrained(work / "reference").eos_token_id
+    assert our_tokenizer.stop_id in stops and our_tokenizer.eos_id in stops
+
+
+# ------------------------------------------------------------------ what must not change the curve
+
+
+@pytest.mark.parametrize("flags", [
+    ["--micro_tokens", 64], ["--micro_tokens", 1], ["--checkpoint_activations"]])
+def test_curve_does_not_depend_on_micro_batches_or_recomputation(work, reference, flags):
+    records, _ = run(work, "_".join(map(str, flags)), *inputs(work), *BASIC, *flags)
+    assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
+    norms = [[r["grad_norm"] for r in rs] for rs in (records, reference[0])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_curve_does_not_depend_on_the_number_of_ranks(work, reference):
+    records, _ = run(work, "two", *inputs(work), *BASIC, ranks=2)
+    assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
+    assert [r["tokens"] for r in records] == [r["tokens"] for r in reference[0]]
+
+
+def test_more_ranks_than_examples_changes_nothing(work):
+    flags = [*inputs(work), "--steps", 2, "--batch_size", 1, "--learning_rate", 1e-3]
+    one, _ = run(work, "single1", *flags)
+    two, _ = run(work, "single2", *flags, ranks=2)
+    assert curve(two) == pytest.approx(curve(one), abs=1e-5)
+
+
+def test_resumed_run_equals_uninterrupted_run_bitwise(work, reference):
+    """Stopped by SIGTERM somewhere in the middle, then resumed with no flag but --resume."""
+    flags = [*inputs(work), *BASIC]
+    process = subprocess.Popen(command(work, "stopped", *flags), cwd=work,
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert "--resume --output_dir" in output
+    _, text = run(work, "stopped", *inputs(work), status=2)
+    assert "--resume" in text and text.count("\n") == 1  # not overwritten by mistake
+    records, _ = run(work, "stopped", "--resume")
+    assert curve(records) == curve(reference[0])
+    for name, value in weights(work / "reference").items():
+        assert torch.equal(value, weights(work / "stopped")[name]), name
+
+
+def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
+    flags = [*inputs(work), *BASIC, "--save_every", 1]
+    rng = random.Random(0)
+    for attempt in range(3):
+        extra = ["--resume"] if (work / "killed" / "run.json").exists() else flags
+        process = subprocess.Popen(command(work, "killed", *extra), cwd=work,
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout:
+            if line.startswith("step "):
+                time.sleep(rng.random() / 50)  # somewhere in a step or in the middle of saving
+                break
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert attempt or (work / "killed" / "run.json").exists()
+    records, _ = run(work, "killed", "--resume")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    assert curve(records) == curve(reference[0])
+    for name, value in weights(work / "reference").items():
+        assert torch.equal(value, weights(work / "killed")[name]), name
+
+
+def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference):
+    flags = [*inputs(work), *BASIC, "--save_every", 2]
+    process = subprocess.Popen(command(work, "ranks", *flags), cwd=work,
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.kill()
+            break
+    process.wait()
+    process.stdout.close()
+    records, _ = run(work, "ranks", "--resume", ranks=2)
+    assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
+
+
+def test_fp16_scaler_state_survives_resume(work):
+    flags = [*inputs(work), *BASIC, "--dtype", "fp16"]
+    whole, _ = run(work, "half", *flags)
+    process = subprocess.Popen(command(work, "half2", *flags, "--save_every", 2),
+                               cwd=work, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.kill()
+            break
+    process.wait()
+    process.stdout.close()
+    again, _ = run(work, "half2", "--resume")
+    assert curve(again) == curve(whole)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision_follows_fp32(work, reference, dtype):
+    records, _ = run(work, dtype, *inputs(work), *BASIC, "--dtype", dtype)
+    assert curve(records) != curve(reference[0])
+    assert curve(records)[:2] == pytest.approx(curve(reference[0])[:2], rel=2e-2)
+
+
+# ----------------------------------------------------------------------------- data, validation
+
+
+def test_validation_loss_is_the_loss_without_noise_on_rows_not_trained_on(work):
+    flags = ["--val_data", work / "val.jsonl", "--eval_every", 2]
+    records, text = run(work, "validated", *inputs(work), *BASIC, *flags)
+    assert [r["step"] for r in records if "val_loss" in r] == [2, 4, 5]
+    tokenizer = data.ChatTokenizer(work / "validated")
+    examples, _ = data.load_examples([str(work / "val.jsonl")], tokenizer)
+    batch = data.collate(examples)
+    loss = -modeling.load(work / "validated")(batch.ids, batch.lengths, batch.targets).mean()
+    assert records[-1]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert "validation loss" in text
+
+
+def test_validation_does_not_touch_the_curve(work, reference):
+    flags = ["--val_data", work / "val.jsonl", "--eval_every", 1]
+    records, _ = run(work, "undisturbed", *inputs(work), *BASIC, *flags)
+    assert curve(records) == curve(reference[0])
+
+
+def test_raw_text_and_conversations_train_together(work):
+    records, text = run(work, "mixed", *inputs(work, "rows.jsonl", "text.txt"), "--epochs", 1,
+                        "--mix", "equal", "--batch_size", 10)
+    facts = json.loads((work / "mixed" / "run.json").read_text())
+    assert {name: row["examples"] for name, row in facts["mix"].items()} == {"rows": 15, "text": 15}
+    assert facts["mix"]["rows"]["rate"] == 0.5
+    assert len(facts["data_hashes"]) == 2 and "of supervised tokens" in text
+    assert len(records) == 3 and records[-1]["epoch"] == 1.0
+
+
+def test_metrics_hold_what_the_readme_explains(reference):
+    wanted = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens",
+              "tokens_per_second"}
+    assert all(set(record) == wanted for record in reference[0])
+
+
+def test_output_folder_holds_a_run(work, reference):
+    names = {p.name for p in (work / "reference").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "generation_config.json", "metrics.jsonl", "run.json", "state"} <= names
+    assert not any(name.startswith(".") for name in names)  # nothing temporary is left
+
+
+# --------------------------------------------------------------------- schedule, optimizer, recipes
+
+
+def test_schedules_warm_up_and_reach_their_floor():
+    def rates(**flags):
+        c = train_sft.Config(learning_rate=1.0, **flags)
+        return [train_sft.learning_rate_at(s, 10, c) for s in range(10)]
+
+    assert rates(schedule="constant", warmup=0) == [1.0] * 10
+    assert rates(schedule="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates(schedule="constant", warmup=0.4) == rates(schedule="constant", warmup=4)
+    linear = rates(schedule="linear", warmup=0, min_learning_rate=0.5)
+    assert linear == pytest.approx([1 - 0.05 * s for s in range(10)])
+    cosine = rates(schedule="cosine", warmup=0, min_learning_rate=0.2)
+    wanted = [0.2 + 0.4 * (1 + math.cos(math.pi * s / 10)) for s in range(10)]
+    assert cosine == pytest.approx(wanted)
+
+
+def test_norms_and_biases_are_not_decayed(work):
+    model = modeling.load(work / "base")
+    matrices, vectors = train_sft.make_optimizer(model, train_sft.Config()).param_groups
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0.0
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("norm" in names[id(p)] or "bias" in names[id(p)] for p in vectors["params"])
+    assert len(matrices["params"]) + len(vectors["params"]) == len(names)
+
+
+def test_default_learning_rate_goes_as_one_over_width(work):
+    records, _ = run(work, "rate", *inputs(work), "--steps", 1, "--warmup", 0)
+    assert records[0]["learning_rate"] == pytest.approx(2e-5 * 4096 / 64)
+
+
+def resolve(*argv):
+    return train_sft.resolve_config(train_sft.Config, ["--model", "m", "--data", "d", *argv],
+                                    train_sft.RECIPES, {})
+
+
+def test_recipes_hold_the_published_values():
+    """FACTS 5, from the papers."""
+    llama2 = resolve("--recipe", "llama2")
+    assert (llama2.learning_rate, llama2.schedule, llama2.weight_decay, llama2.batch_size,
+            llama2.max_length, llama2.epochs) == (2e-5, "cosine", 0.1, 64, 4096, 2)
+    lima = resolve("--recipe", "lima")
+    assert (lima.learning_rate, lima.min_learning_rate, lima.schedule, lima.warmup, lima.dropout,
+            lima.epochs, lima.batch_size) == (1e-5, 1e-6, "linear", 0, [0.0, 0.3], 15, 32)
+    qwen = resolve("--recipe", "qwen")
+    assert (qwen.learning_rate, qwen.warmup, qwen.steps, qwen.batch_size, qwen.dropout) == (
+        2e-6, 1430, 4000, 128, [0.1])
+    for name, rate, epochs in (("deepseek-7b", 1e-5, 4), ("deepseek-67b", 5e-6, 2)):
+        c = resolve("--recipe", name)
+        assert (c.learning_rate, c.epochs) == (rate, epochs)
+    for name, alpha in (("yi-6b", 5), ("yi-34b", 45)):
+        c = resolve("--recipe", name)
+        assert (c.neftune_alpha, c.schedule, c.adam_beta2) == (alpha, "constant", 0.999)
+    c = resolve("--recipe", "steel-llm")
+    assert (c.learning_rate, c.weight_decay, c.batch_size, c.epochs) == (2e-5, 0, 64, 3)
+
+
+def test_explicit_flags_win_over_a_recipe():
+    c = resolve("--recipe", "qwen", "--epochs", "2", "--learning_rate", "3e-6")
+    assert (c.steps, c.epochs, c.learning_rate, c.batch_size) == (0, 2.0, 3e-6, 128)
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--learning_rat", "1"], "did you mean --learning_rate?"),
+    (["--epochs", "many"], "--epochs"), (["--mix", "random"], "--mix"),
+    (["--batch_size", "0"], "--batch_size must be above 0"),
+    (["--recipe", "gpt"], "known are llama2"), (["--steps", "3", "--epochs", "2"], "exclude"),
+    (["--cap", "5"], "--mix temperature"), (["--weights", "1"], "--mix weights"),
+    (["--mix", "weights", "--weights", "1", "2"], "each of the 1 files"),
+    (["--dropout", "1.5"], "--dropout"), (["--template", "gpt"], "known are chatml"),
+    (["--val_fraction", "0.1", "--val_data", "x.json"], "give one"),
+    (["--data", "absent.json"], "absent.json does not exist"),
+    (["--model", "absent"], "absent"), (["--resume"], "no run to go on with"),
+    (["--template", "llama3"], "<|eot_id|>"), (["--max_length", "1"], "--max_length"),
+])
+def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
+    _, text = run(work, "bad", *inputs(work), *flags, status=2)
+    assert said in text and text.count("\n") == 1 and "Traceback" not in text
+    assert not (work / "bad").exists()
+
+
+def test_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(work):
+    flags = [*inputs(work), "--batch_size", 4, "--steps", 9, "--save_every", 1, "--warmup", 0,
+             "--schedule", "constant", "--max_grad_norm", 0, "--learning_rate", 1e18]
+    records, text = run(work, "broken", *flags, status=2)
+    assert f"step {len(records) + 1}: loss" in text and "rows.jsonl line" in text
+    assert all(math.isfinite(record["loss"]) for record in records)
+    saved = weights(work / "broken")  # the last good checkpoint is still there
+    assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_resume_refuses_changed_flags_and_changed_data(work):
+    rows = work / "changing.jsonl"
+    write_rows(rows, 4)
+    run(work, "changing", "--model", work / "base", "--data", rows, "--steps", 2)
+    _, text = run(work, "changing", "--resume", "--seed", 5, status=2)
+    assert "--seed was 0, not 5" in text
+    write_rows(rows, 4, seed=9)
+    _, text = run(work, "changing", "--resume", status=2)
+    assert "changing.jsonl has changed" in text
+
+
+def test_bad_rows_stop_or_are_skipped_and_listed(work):
+    rows = work / "broken.jsonl"
+    rows.write_text((work / "rows.jsonl").read_text() + '{"messages": 3}\n{"oops"\n')
+    flags = ["--model", work / "base", "--data", rows, "--steps", 1]
+    _, text = run(work, "rows", *flags, status=2)
+    assert "broken.jsonl line 25" in text and "--skip_bad_rows" in text
+    _, text = run(work, "rows", *flags, "--skip_bad_rows")
+    assert "dropped: bad row: 2" in text and "line 26" in text
+
+
+# -------------------------------------------------------------------------------- the real thing
+
+
+@pytest.mark.skipif(not (SHARED / "models" / "story").exists(), reason="needs ../shared")
+def test_story_learns_alpaca_and_still_loads_everywhere(tmp_path):
+    flags = ["--model", SHARED / "models/story", "--data", SHARED / "data/alpaca_en_demo.json",
+             "--steps", 12, "--max_length", 128, "--warmup", 0]
+    records, _ = run(tmp_path, "out", *flags)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model, tokenizer = modeling.load(tmp_path / "out"), data.ChatTokenizer(tmp_path / "out")
+    rows = [data.parse_row("", {"prompt": "hi", "completion": "hello"})]
+    example = data.to_examples(rows, tokenizer, 0, "all", 128, data.Counter())
+    ((_, logp),) = evaluation.example_logprobs(model, example, 128)
+    assert torch.isfinite(logp).all()

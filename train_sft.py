@@ -1,0 +1,625 @@
+"""Supervised fine-tuning, and continued pretraining, in one loop you can read.
+
+    torchrun train_sft.py                                # the built-in demo, two minutes on a CPU
+    torchrun train_sft.py --model DIR --data a.json b.jsonl --output_dir out/sft
+    torchrun --nproc_per_node=8 train_sft.py --model DIR --data a.json --recipe llama2
+    torchrun train_sft.py --resume --output_dir out/sft  # go on after a stop or a crash
+
+The loss of a step is the sum of the negative log-probabilities of the supervised tokens of the
+whole global step, divided by their number: it does not depend on how the step is cut into
+micro-batches and dealt to ranks.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import model as modeling
+from data import DataError
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    """Fine-tune a Llama-family checkpoint on conversations, instructions or raw text."""
+
+    model: str = ""  # checkpoint folder in Hugging Face layout; empty: the built-in demo
+    data: list[str] = field(default_factory=list)  # training files: .json, .jsonl, .txt, also .gz
+    output_dir: str = "out/sft"  # where checkpoint, metrics and state go
+    recipe: str = ""  # a paper's preset: llama2, lima, qwen, ...; explicit flags win over it
+    resume: bool = False  # go on from output_dir with the flags of its run.json
+    # optimization: these change the result
+    mix: Literal["proportional", "temperature", "equal", "weights"] = "proportional"  # of the files
+    temperature: float = 2.0  # of --mix temperature: 1 is proportional, large is equal
+    cap: int = 0  # examples a file counts for at most under --mix temperature (T5's K); 0: all
+    weights: list[float] = field(default_factory=list)  # of --mix weights, one a file
+    template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
+    max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
+    val_data: list[str] = field(default_factory=list)  # validation files
+    val_fraction: float = 0.0  # or this share of the training examples, kept out of training
+    batch_size: int = 32  # examples per optimizer step, over all ranks
+    epochs: float = 3.0  # passes over the data
+    steps: int = 0  # optimizer steps, instead of epochs
+    learning_rate: float = 0.0  # peak; 0: 2e-5 * 4096 / hidden_size
+    min_learning_rate: float = 0.0  # floor of cosine and linear
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
+    warmup: float = 0.03  # below 1 a fraction of the steps, else steps
+    adam_beta1: float = 0.9  # decay of the mean of gradients
+    adam_beta2: float = 0.95  # decay of the mean of squared gradients
+    adam_epsilon: float = 1e-8  # added to the root of the latter
+    weight_decay: float = 0.1  # on matrices only
+    max_grad_norm: float = 1.0  # clip the global norm of the gradient; 0: do not
+    dropout: list[float] = field(default_factory=lambda: [0.0])  # residual; two: bottom, top layer
+    neftune_alpha: float = 0.0  # noise on embeddings, +- alpha / sqrt(length * hidden_size)
+    seed: int = 0  # of order, noise and dropout
+    # hardware: these must not change the result
+    micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights are fp32
+    compile: bool = False  # torch.compile the layers: slow first steps, then faster on a GPU
+    checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
+    log_every: int = 10  # steps between lines when the output is no terminal
+    eval_every: int = 0  # steps between validations; 0: before and after training
+    save_every: int = 500  # steps between checkpoints; there is always one at the end
+    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+
+
+HARDWARE = {"output_dir", "resume", "micro_tokens", "dtype", "compile", "checkpoint_activations",
+            "log_every", "eval_every", "save_every"}
+
+# What each paper publishes; what it does not keeps the default. All AdamW.
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.95}
+RECIPES = {
+    # Llama 2 (arXiv:2307.09288, section 3.1): 27,540 rows, loss on answers only
+    "llama2": {**ADAM, "learning_rate": 2e-5, "schedule": "cosine", "weight_decay": 0.1,
+               "batch_size": 64, "max_length": 4096, "epochs": 2},
+    # LIMA (arXiv:2305.11206, section 3): batch 64 for its smaller models; dropout 0 at the bottom
+    # layer to 0.3 at the top
+    "lima": {**ADAM, "learning_rate": 1e-5, "min_learning_rate": 1e-6, "schedule": "linear",
+             "warmup": 0, "weight_decay": 0.1, "batch_size": 32, "max_length": 2048, "epochs": 15,
+             "dropout": [0.0, 0.3]},
+    # Qwen (arXiv:2309.16609, section 3.1)
+    "qwen": {**ADAM, "learning_rate": 2e-6, "warmup": 1430, "adam_epsilon": 1e-8,
+             "weight_decay": 0.1, "batch_size": 128, "max_length": 2048, "steps": 4000,
+             "dropout": [0.1], "max_grad_norm": 1.0},
+    # DeepSeek LLM (arXiv:2401.02954, section 4): rate and epochs only
+    "deepseek-7b": {"learning_rate": 1e-5, "epochs": 4},
+    "deepseek-67b": {"learning_rate": 5e-6, "epochs": 2},
+    # Yi (arXiv:2403.04652, section 3.2): NEFTune 5 for the 6B model, 45 for the 34B one
+    "yi-6b": {"learning_rate": 1e-5, "schedule": "constant", "adam_beta1": 0.9,
+              "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.1, "batch_size": 64,
+              "max_length": 4096, "steps": 300, "max_grad_norm": 1.0, "neftune_alpha": 5.0},
+    # Steel-LLM (arXiv:2502.06635)
+    "steel-llm": {"learning_rate": 2e-5, "schedule": "cosine", "weight_decay": 0.0,
+                  "batch_size": 64, "max_length": 2048, "epochs": 3},
+}
+RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
+
+
+def resolve_config(cls, argv: list[str], recipes: dict, demo: dict):
+    """Defaults, then the demo's values or the resumed run's, then the recipe's, then the flags."""
+    given = data.parse_flags(cls, argv)
+    base, recipe = {}, given.get("recipe", "")
+    if given.get("resume"):
+        path = Path(given.get("output_dir", cls.output_dir)) / "run.json"
+        if not path.is_file():
+            raise DataError(f"--resume: {path} does not exist, so there is no run to go on with")
+        base = json.loads(path.read_text(encoding="utf-8"))["config"]
+        for name in given:
+            if name not in HARDWARE and base[name] != given[name]:
+                raise DataError(f"--resume: --{name} was {base[name]!r}, not {given[name]!r}; "
+                                "flags that change the result stay as they were")
+    elif not given.get("model") and not given.get("data"):
+        base = demo
+    if recipe not in ("", *recipes):
+        raise DataError(f"unknown recipe {recipe!r}; known are {', '.join(recipes)}")
+    if "steps" in given and "epochs" in given:
+        raise DataError("--steps and --epochs exclude each other; give one")
+    preset = {**base, **recipes.get(recipe, {})}
+    if "epochs" in given or ("epochs" in recipes.get(recipe, {}) and "steps" not in given):
+        preset["steps"] = 0
+    config = cls(**{**preset, **given})
+    check_config(config)
+    return config
+
+
+def check_config(c) -> None:
+    """Raise DataError for values and combinations that make no sense."""
+
+    def need(good: bool, message: str) -> None:
+        if not good:
+            raise DataError(message)
+
+    need(bool(c.model), "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
+    need(bool(c.data), "--model needs --data FILE..., what to train on (no flag runs the demo)")
+    for name in ("batch_size", "micro_tokens", "log_every", "temperature", "epochs"):
+        need(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
+    for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
+                 "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
+        need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
+    for name in ("adam_beta1", "adam_beta2", "val_fraction"):
+        need(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), not {getattr(c, name)}")
+    need(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
+    need(c.min_learning_rate <= (c.learning_rate or math.inf),
+         "--min_learning_rate is above --learning_rate")
+    need(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
+         f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
+    need(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
+    need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
+    need(not c.weights or (len(c.weights) == len(c.data) and min(c.weights) > 0),
+         f"--weights needs a number above 0 for each of the {len(c.data)} files")
+    need(not c.cap or c.mix == "temperature", "--cap goes with --mix temperature")
+
+
+# --------------------------------------------------------------------------- schedule and optimizer
+
+
+def learning_rate_at(step: int, steps: int, c) -> float:
+    """Linear warmup to the peak, then down to the floor, or constant; `step` counts from 0."""
+    warmup = round(c.warmup * steps) if c.warmup < 1 else int(c.warmup)
+    if step < warmup:
+        return c.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    left = {"constant": 1.0, "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2}[c.schedule]
+    return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * left
+
+
+def make_optimizer(model, c) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) on fp32 weights; norms and biases are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
+                             eps=c.adam_epsilon, fused=model.device.type != "mps")
+
+
+# ------------------------------------------------------------------------------ ranks and precision
+
+
+class Hardware(NamedTuple):
+    """What this process runs on."""
+
+    rank: int
+    world: int  # number of ranks
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+
+    def autocast(self):
+        """Matrix products in `dtype`; norms, softmax and sums in fp32; weights stay fp32."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def setup_hardware(dtype: str) -> Hardware:
+    """Find the device, join the other ranks that torchrun started, choose the precision."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = modeling.best_device(local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Hardware(rank, world, device, modeling.best_dtype(dtype, device))
+
+
+def watch_signals() -> list[int]:
+    """A list that SIGTERM and Ctrl-C add themselves to, so that the loop can finish its step."""
+    received = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: received.append(number))
+    return received
+
+
+def load_trainable(c, hardware: Hardware):
+    """The model with fp32 weights in training mode, and the same wrapped for several ranks."""
+    model = modeling.load(c.model, torch.float32, hardware.device).train()
+    model.set_dropout(c.dropout[0], c.dropout[-1])
+    model.checkpoint_activations = c.checkpoint_activations
+    if c.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+    return model, DistributedDataParallel(model) if hardware.world > 1 else model
+
+
+# ---------------------------------------------------------------------------- checkpoints and state
+
+
+def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
+    """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in."""
+    modeling.save(model, folder, model.stored_dtype)
+    tokenizer.save(folder)
+    generation = {"bos_token_id": tokenizer.bos_ids[0]} if tokenizer.bos_ids else {}
+    generation["eos_token_id"] = tokenizer.stop_ids
+    modeling.write_json(folder / "generation_config.json", generation)
+
+
+def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
+    """All a resumed run needs in one file: fp32 weights, both Adam moments, step and scaler."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"weight.{name}"] = p.detach()
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    tensors = {key: value.to("cpu").contiguous() for key, value in tensors.items()}
+    meta = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
+    modeling.write_atomic(path, lambda temporary: save_file(tensors, temporary, meta))
+
+
+def load_state(path: Path, model, optimizer, scaler) -> None:
+    """Put a saved state back bit for bit."""
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(file.get_tensor(f"weight.{name}"))
+            optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+        if saved := json.loads(file.metadata()["scaler"]):
+            scaler.load_state_dict(saved)
+
+
+def first_step(c) -> int:
+    """The step to start from, 0 unless resumed; an unfinished run is not silently overwritten."""
+    folder = Path(c.output_dir)
+    path, step = folder / "state" / "state.safetensors", 0
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+    if c.resume:
+        return step
+    if step and step < (steps := modeling.read_json(folder / "run.json")["steps"]):
+        raise DataError(f"{folder} holds a run that stopped at step {step} of {steps}; add "
+                        f"--resume to go on, or choose another --output_dir, or delete it")
+    return 0
+
+
+def start_run(c, steps: int, facts: dict, hardware: Hardware) -> None:
+    """Write run.json; a resumed run must find the data it began with."""
+    path = Path(c.output_dir) / "run.json"
+    if c.resume:
+        before = modeling.read_json(path)["data_hashes"]
+        for name in facts["data_hashes"]:
+            if before.get(name) != facts["data_hashes"][name]:
+                raise DataError(f"--resume: {name} has changed since the run began")
+    if hardware.rank == 0:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        modeling.write_json(path, {
+            "config": {**asdict(c), "resume": False}, "steps": steps, "ranks": hardware.world,
+            "device": str(hardware.device), "dtype": str(hardware.dtype), "versions": versions,
+            **facts})
+
+
+# --------------------------------------------------------------------------------- logs and figures
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GiB: of the accelerator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Log:
+    """metrics.jsonl, and a progress bar, or where there is no terminal a line now and then."""
+
+    def __init__(self, c, first: int, steps: int, hardware: Hardware):
+        self.path, self.every = Path(c.output_dir) / "metrics.jsonl", c.log_every
+        self.steps, self.device, self.main = steps, hardware.device, hardware.rank == 0
+        self.records = self.earlier(first) if self.main else []
+        self.bar = tqdm(total=steps, initial=first, unit=" steps", dynamic_ncols=True,
+                        disable=not self.main or not sys.stderr.isatty())
+
+    def earlier(self, first: int) -> list[dict]:
+        """The records up to step `first`; later lines, and half a line of a crash, are dropped."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if first else []
+        records = []
+        for line in lines[:first]:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        modeling.write_lines(self.path, (json.dumps(r) + "\n" for r in records))
+        return records
+
+    def write(self, record: dict, shown: dict) -> None:
+        """One step's record to the file, and `shown` (name: text) to the screen."""
+        if not self.main:
+            return
+        self.records.append(record)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = {**shown, "lr": f"{record['learning_rate']:.2e}",
+                 "tok/s": f"{record['tokens_per_second']:.0f}",
+                 "mem": f"{peak_memory(self.device):.1f}G"}
+        self.bar.set_postfix(shown)
+        self.bar.update()
+        step = record["step"]
+        if self.bar.disable and (step % self.every == 0 or step in (1, self.steps)):
+            text = "  ".join(f"{key} {value}" for key, value in shown.items())
+            print(f"step {step}/{self.steps}  {text}", flush=True)
+
+
+def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: str) -> None:
+    """Metrics over steps and the learning rate below them; without matplotlib, nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for key, label in curves.items():
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            top.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else "")
+    bottom.plot([r["step"] for r in records], [r["learning_rate"] for r in records], "tab:gray")
+    top.set_ylabel(unit)
+    top.legend()
+    bottom.set(ylabel="learning rate", xlabel="step")
+    modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+# ----------------------------------------------------------------------------------- data of a run
+
+
+class RunData(NamedTuple):
+    """What a run trains and validates on."""
+
+    train: list[data.Example]
+    validation: list[data.Example]
+    mixer: data.Mixer
+    draws: int  # examples of the whole run
+    steps: int
+
+    def step(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """(example, visit) of optimizer step `step`, from 0; the run's last step may be short."""
+        return self.mixer.draws(step * batch_size, min((step + 1) * batch_size, self.draws))
+
+
+def prepare_data(c: Config, tokenizer: data.ChatTokenizer, quiet: bool) -> tuple[RunData, dict]:
+    """Read, tokenise, split and mix the files of --data; and what run.json says of it."""
+    options = {"train_on": c.train_on, "max_length": c.max_length,
+               "skip_bad_rows": c.skip_bad_rows, "quiet": quiet}
+    train, counts = data.load_examples(c.data, tokenizer, **options)
+    validation = data.load_examples(c.val_data, tokenizer, **options)[0] if c.val_data else []
+    if c.val_fraction:
+        train, validation = data.split_validation(train, c.val_fraction, c.seed)
+    sizes = [sum(e.source == m for e in train) for m in range(len(c.data))]
+    if not all(sizes):
+        empty = c.data[sizes.index(0)]
+        raise DataError(f"{empty}: the validation split leaves nothing to train on")
+    rates = data.mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
+    mixer = data.Mixer(sizes, rates, c.seed)
+    draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * mixer.size))
+    mix = data.shares([train[i] for i, _ in mixer.draws(0, draws)], data.source_names(c.data))
+    for row, size, rate in zip(mix.values(), sizes, rates.tolist(), strict=True):
+        row.update(available=size, rate=rate)
+    if not quiet:
+        print(f"{len(train)} training, {len(validation)} validation examples", *(
+            f"; {reason}: {count}" for reason, count in counts.items()), sep="")
+        print(f"{'source':24}{'examples':>10}{'drawn':>10}{'share':>8}{'of supervised tokens':>22}")
+        for name, row in mix.items():
+            print(f"{name[:24]:24}{row['available']:10}{row['examples']:10}{row['share']:8.1%}"
+                  f"{row['target_share']:22.1%}")
+    hashes = {}
+    for path in [*c.data, *c.val_data]:
+        with open(path, "rb") as file:
+            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
+    return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
+
+
+# ------------------------------------------------------------------------------------- the SFT step
+
+
+def backward_step(model, run: RunData, step: int, c: Config, hardware: Hardware, scaler):
+    """Gradients of one optimizer step; returns this rank's share of the loss, and the counts.
+
+    loss = -sum_i w_i ln p_i / sum_i w_i over the supervised tokens i of the global step, w_i = 1
+    unless a message says otherwise. Every rank knows the whole step, so the denominator needs no
+    communication. DDP averages gradients over the ranks, hence the factor `world`.
+    """
+    draws = run.step(step, c.batch_size)
+    examples = [run.train[i] for i, _ in draws]
+    lengths = [len(e.ids) for e in examples]
+    total = sum(weight * (end - first) for e in examples for first, end, weight in e.spans)
+    mine = data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]
+    share = 1.0 if mine else 0.0  # fewer examples than ranks: take part in DDP's sum with nothing
+    loss_sum = 0.0
+    for k, chunk in enumerate(mine or [[0]], 1):
+        batch = data.collate([examples[i] for i in chunk], hardware.device)
+        visits, indices = [draws[i][1] for i in chunk], [draws[i][0] for i in chunk]
+        keys = modeling.noise_keys(c.seed, visits, indices, batch.lengths, hardware.device)
+        synchronize = hardware.world == 1 or k >= len(mine)  # gradients travel once a step
+        with contextlib.nullcontext() if synchronize else model.no_sync():
+            with hardware.autocast():
+                logp = model(batch.ids, batch.lengths, batch.targets, keys=keys,
+                             neftune_alpha=c.neftune_alpha)  # [N]
+            loss = -(batch.weights * logp).sum() / total * share
+            scaler.scale(loss * hardware.world).backward()
+        loss_sum += loss.detach()
+    targets = sum(e.targets for e in examples)
+    return float(loss_sum), {"tokens": sum(lengths), "target_tokens": targets}
+
+
+@torch.no_grad()
+def validation_loss(model, examples: list[data.Example], c: Config, hardware: Hardware) -> float:
+    """Mean nats per supervised token, as in training but without noise and dropout."""
+    model.eval()
+    loss = weight = 0.0
+    lengths = [len(e.ids) for e in examples]
+    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
+        batch = data.collate([examples[i] for i in chunk], hardware.device)
+        with hardware.autocast():
+            logp = model(batch.ids, batch.lengths, batch.targets)  # [N]
+        loss -= (batch.weights * logp).sum().item()
+        weight += batch.weights.sum().item()
+    model.train()
+    loss, weight = hardware.sum(loss, weight)
+    return loss / weight
+
+
+def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardware: Hardware):
+    """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
+    state = Path(c.output_dir) / "state" / "state.safetensors"
+    optimizer = make_optimizer(model, c)
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    if first:
+        load_state(state, model, optimizer, scaler)
+    signals, log = watch_signals(), Log(c, first, run.steps, hardware)
+    facts = {"seconds": 0.0, "tokens": 0, "stopped": 0}
+    if run.validation and not first:
+        facts["val_before"] = validation_loss(model, run.validation, c, hardware)
+    for step in range(first + 1, run.steps + 1):
+        began = time.perf_counter()
+        rate = learning_rate_at(step - 1, run.steps, c)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, counts = backward_step(wrapped, run, step - 1, c, hardware, scaler)
+        loss, stop = hardware.sum(loss, len(signals))
+        scaler.unscale_(optimizer)  # fp16 gradients were scaled up, so that small ones survive
+        limit = c.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            rows = ", ".join(run.train[i].where for i, _ in run.step(step - 1, c.batch_size))
+            raise DataError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
+                            f"was updated; lower --learning_rate, or look at its rows: {rows}")
+        scaler.step(optimizer)  # left out by the scaler if an fp16 gradient overflowed
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        facts["seconds"] += seconds
+        facts["tokens"] += counts["tokens"]
+        epoch = min(step * c.batch_size, run.draws) / run.mixer.size
+        record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "learning_rate": rate,
+                  "grad_norm": norm, **counts}
+        record["tokens_per_second"] = round(counts["tokens"] / seconds, 1)
+        done = step == run.steps
+        if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
+            record["val_loss"] = validation_loss(model, run.validation, c, hardware)
+        log.write(record, {k: f"{record[k]:.4f}" for k in ("loss", "val_loss") if k in record})
+        if done or stop or (c.save_every and step % c.save_every == 0):
+            if hardware.rank == 0:
+                save_checkpoint(model, tokenizer, Path(c.output_dir))
+                save_state(state, model, optimizer, scaler, step)
+            hardware.barrier()
+        if stop and not done:
+            facts["stopped"] = 128 + (signals or [signal.SIGTERM])[0]
+            break
+    log.bar.close()
+    return log.records, facts
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
+    """What a person wants to know when a run ends."""
+    folder = Path(c.output_dir)
+    curves = {"loss": "training", "val_loss": "validation"}
+    draw_figure(folder / "loss.png", records, curves, "nats per supervised token")
+    if facts["stopped"]:
+        print(f"stopped after step {records[-1]['step']} of {steps}; all is saved, go on with\n"
+              f"  torchrun train_sft.py --resume --output_dir {folder}")
+        return
+    if not facts["tokens"]:
+        print(f"the run in {folder} is complete, all {steps} steps; nothing is left to do")
+        return
+    speed = facts["tokens"] / facts["seconds"]
+    print(f"{facts['tokens']} tokens in {facts['seconds']:.0f} s, {speed:.0f} a second")
+    print(f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f} nats per supervised token")
+    if "val_loss" in records[-1]:
+        before = f"{facts['val_before']:.4f} -> " if "val_before" in facts else ""
+        print(f"validation loss {before}{records[-1]['val_loss']:.4f}")
+    print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}\n"
+          f"  python eval.py logprobs --model {folder} --data {c.data[0]}")
+
+
+def demo_exam(model, tokenizer: data.ChatTokenizer) -> str:
+    """Accuracy on the held-out questions of the demo's exam, as text."""
+    model.eval()
+    folder = Path(data.DEMO["model"]).parent / "exam"
+    right, count = evaluation.exam_accuracy(model, tokenizer, folder)
+    model.train()
+    return f"{right / count:.1%} ({right} of {count})"
+
+
+def report_demo(before: str, after: str, model, tokenizer: data.ChatTokenizer) -> None:
+    """The demo's exam before and after, one answer, and where to go on."""
+    print(f"\nexam, questions never seen in training: before {before}, after {after}; guessing 25%")
+    prompt = tokenizer.prompt_ids([{"role": "user", "content": "你是谁？"}])
+    model.eval()
+    ids = modeling.generate(model, [prompt], 64, stop_ids=tokenizer.stop_ids)[0]
+    print(f"你是谁？ {tokenizer.decode(ids, special=False)}\nlook at what it was trained on:\n"
+          f"  python data.py show {' '.join(data.DEMO['data'])} --model {data.DEMO['model']}")
+
+
+def main() -> None:
+    """Read the flags, prepare, train, report."""
+    c = resolve_config(Config, sys.argv[1:], RECIPES, data.DEMO)
+    first, hardware = first_step(c), setup_hardware(c.dtype)
+    demo, before = c.model == data.DEMO["model"], "?"
+    if demo:
+        if hardware.rank == 0:
+            data.make_demo(Path(c.model).parent)
+        hardware.barrier()
+    tokenizer = data.ChatTokenizer(c.model, c.template)
+    # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
+    config = modeling.load_config(c.model)
+    c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
+    tokenizer.check_size(config.vocab_size)
+    run, facts = prepare_data(c, tokenizer, quiet=hardware.rank > 0)
+    model, wrapped = load_trainable(c, hardware)
+    start_run(c, run.steps, facts, hardware)
+    if hardware.rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        kind = str(hardware.dtype).removeprefix("torch.")
+        print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
+              f"template {tokenizer.template.name}, {run.steps} steps of {c.batch_size} examples")
+        print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
+        before = demo_exam(model, tokenizer) if demo and not first else before
+    records, facts = train(c, tokenizer, run, first, model, wrapped, hardware)
+    if hardware.rank == 0:
+        summary(c, records, facts, run.steps)
+        if demo and not facts["stopped"]:
+            report_demo(before, demo_exam(model, tokenizer), model, tokenizer)
+    if hardware.world > 1:
+        dist.destroy_process_group()
+    sys.exit(facts["stopped"])
+
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        main()
