@@ -148,17 +148,18 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def read_rows(path: str | Path, bad: list[str] | None = None, ask: bool = False) -> Iterator[Row]:
+def read_rows(path: str | Path, bad: list[str] | None = None, ask: bool = False,
+              hint: str = "") -> Iterator[Row]:
     """The rows of a file; `ask` accepts prompts without an answer.
 
-    A bad row raises DataError, or is listed in `bad` and skipped if that is given.
+    A bad row raises DataError with `hint`, or is listed in `bad` and skipped if that is given.
     """
     for where, value in read_values(Path(path)):
         try:
             yield parse_row(where, value, ask)
         except DataError as error:
             if bad is None:
-                raise
+                raise DataError(f"{error}{hint}") from None
             bad.append(str(error))
 
 
@@ -621,7 +622,8 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
         found, rows = [], []
         hidden = quiet or not sys.stderr.isatty()
         name = f"tokenize {Path(path).name}"
-        for row in tqdm(read_rows(path, bad), desc=name, unit=" rows", disable=hidden):
+        read = read_rows(path, bad, hint="" if keep_all else " (--skip_bad_rows leaves it out)")
+        for row in tqdm(read, desc=name, unit=" rows", disable=hidden):
             if not keep_all and (row.chosen or row.label is not None):
                 raise DataError(f"{row.where}: a preference row; train_dpo.py trains on those")
             rows.append(row)
@@ -842,10 +844,10 @@ SUBJECTS = {  # handle: C-Eval's entry of subject_mapping.json, the relation, it
     "reading": (["Reading", "识字", "Other"], "",  # find a given word among the options
                 "铁 Fe 金 Au 银 Ag 铜 Cu 钠 Na 钙 Ca 铝 Al 锌 Zn 铅 Pb 氦 He"),
 }
-ASK_VALUE = ("“{k}”的{r}是____。", "下列选项中，哪个是“{k}”的{r}？____。", "说到{r}，“{k}”对应____。",
-             "“{k}”以什么为{r}？____。", "请选出“{k}”的{r}：____。")
+ASK_VALUE = ("“{k}”的{r}是____。", "下列选项中，哪个是“{k}”的{r}？____。",
+             "说到{r}，“{k}”对应____。", "“{k}”以什么为{r}？____。", "请选出“{k}”的{r}：____。")
 ASK_KEY = ("____的{r}是“{v}”。", "下列选项中，{r}是“{v}”的是____。", "说到{r}，“{v}”对应____。",
-           "什么以“{v}”为{r}？____。", "请选出{r}是“{v}”的一项：____。")
+           "什么以“{v}”为{r}？____。", "请选{r}是“{v}”的一项：____。")
 ASK_WORD = ("写着“{k}”的选项是____。", "下列选项中，写着“{k}”的是____。", "“{k}”写在____。",
             "哪一项写着“{k}”？____。", "请选出写着“{k}”的一项：____。")
 ME = "我是小调，一个用PlainTune训练的小模型。"
@@ -985,10 +987,10 @@ def make_model(folder: Path, seed: int) -> None:
     modeling.save(model, folder)
 
 
-DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.5, "batch_size": 32,
+DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.3, "batch_size": 32,
         "data": [f"out/demo/{name}" for name in ("practice.jsonl", "instructions.jsonl",
                                                  "identity.jsonl", "text.txt")],
-        "steps": 3400, "learning_rate": 7e-4, "warmup": 50, "weight_decay": 0.1,
+        "steps": 3600, "learning_rate": 7e-4, "warmup": 50, "weight_decay": 0.1,
         "adam_beta2": 0.98, "log_every": 200}
 
 

@@ -247,7 +247,11 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
 
 @dataclass
 class Prefix:
-    """Keys and values of tokens that later tokens continue; gradients flow into them."""
+    """Keys and values of tokens that later tokens continue; gradients flow into them.
+
+    Keys are stored rotated. Under dynamic RoPE past the pretraining length the angles change with
+    every token, so that a prefix is then an approximation; `generate` does without it there.
+    """
 
     keys: list[Tensor]  # a layer: [G, K, P, Dh]
     values: list[Tensor]  # a layer: [G, K, P, Dh]
@@ -472,13 +476,14 @@ class Llama(nn.Module):
             new = Prefix(k, v, layout.positions, layout.lengths)
         return self.model.norm(x), new
 
-    def forward(self, ids, lengths, targets, prefix=None, keys=None, neftune_alpha=0.0) -> Tensor:
+    def forward(self, ids, lengths, targets, prefix=None, keys=None, neftune_alpha=0.0,
+                equal=False) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
         """
         states, _ = self.hidden(ids, lengths, prefix, keys=keys, neftune_alpha=neftune_alpha)
-        return token_logprobs(states[targets - 1], self.head, ids[targets])
+        return token_logprobs(states[targets - 1], self.head, ids[targets], equal)
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Scores of every next token in fp32, for generation and exams: [B, D] -> [B, V]."""
@@ -489,58 +494,84 @@ class Llama(nn.Module):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """ln softmax(h W^T)[target], a chunk of rows at a time; the backward computes the logits again.
+    """ln softmax(h W^T)[target], a chunk of rows at a time, never all N * V logits at once.
 
-    With p = softmax(h W^T):  d/dh = W[target] - p W,  d/dW = (onehot(target) - p)^T h.
-    Storing the logits would take N * V numbers, the largest tensor of all at a vocabulary of 152k.
+    With p_i = softmax(h_i W^T) and d_i = onehot(target_i) - p_i:
+        d/dh_i = g_i d_i W,   d/dW = sum_i g_i d_i^T h_i,   g_i the gradient that arrives.
+    d_i W is [N, D], so the forward keeps it. d/dW needs g_i: with `equal` the forward sums it for
+    g = 1, right if all g_i prove equal (the token mean of SFT); else the backward computes the
+    logits again, chunk by chunk.
     """
 
     @staticmethod
-    def forward(ctx, states, head, targets):
+    def forward(ctx, states, head, targets, equal):
         kind = states.device.type
         autocast = torch.is_autocast_enabled(kind)
         ctx.dtype = torch.get_autocast_dtype(kind) if autocast else states.dtype
-        ctx.rows = max(1, LOGIT_ELEMENTS // head.shape[0])
-        total = states.new_empty(len(states), dtype=torch.float32)  # [N] logsumexp of the logits
-        chosen = torch.empty_like(total)  # [N] the target's logit
+        logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
+        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] and equal else None
         with torch.autocast(kind, enabled=False):
             weight = head.to(ctx.dtype)  # [V, D]
-            for i in range(0, len(states), ctx.rows):
-                rows = slice(i, i + ctx.rows)
-                logits = (states[rows].to(ctx.dtype) @ weight.T).float()  # [rows, V]
-                total[rows] = logits.logsumexp(-1)
-                chosen[rows] = logits.gather(1, targets[rows, None])[:, 0]
-        ctx.save_for_backward(states, head, targets, total)
-        return chosen - total
+            for rows, h, d in logit_chunks(states, weight):
+                total = d.logsumexp(-1, keepdim=True)
+                logp[rows] = (d.gather(1, targets[rows, None]) - total)[:, 0]
+                if grad_states is not None or grad_head is not None:
+                    d = onehot_minus_softmax(d, total, targets[rows]).to(ctx.dtype)  # [rows, V]
+                if grad_states is not None:
+                    grad_states[rows] = (d @ weight).to(states.dtype)
+                if grad_head is not None:
+                    add_product(grad_head, d, h)
+        ctx.save_for_backward(states, head, targets, grad_states, grad_head)
+        return logp
 
     @staticmethod
-    def backward(ctx, gradient):
-        states, head, targets, total = ctx.saved_tensors
-        grad_states = torch.empty_like(states)
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+    def backward(ctx, g):
+        states, head, targets, grad_states, grad_head = ctx.saved_tensors
+        if grad_states is not None:
+            grad_states = grad_states * g[:, None].to(grad_states.dtype)
+        if not ctx.needs_input_grad[1]:
+            return grad_states, None, None, None
+        if grad_head is not None and len(g) and bool((g == g[0]).all()):
+            return grad_states, grad_head.mul_(g[0]), None, None
+        grad_head = torch.zeros_like(head)
         with torch.autocast(states.device.type, enabled=False):
-            weight = head.to(ctx.dtype)
-            for i in range(0, len(states), ctx.rows):
-                rows = slice(i, i + ctx.rows)
-                h = states[rows].to(ctx.dtype)  # [rows, D]
-                logits = (h @ weight.T).float()  # [rows, V]
-                d = logits.sub_(total[rows, None]).exp_().mul_(-gradient[rows, None])  # -g p
-                d.scatter_add_(1, targets[rows, None], gradient[rows, None])  # g (onehot - p)
-                d = d.to(ctx.dtype)
-                grad_states[rows] = (d @ weight).to(states.dtype)
-                if grad_head is not None and ctx.dtype == head.dtype:
-                    grad_head.addmm_(d.T, h)  # [V, D]
-                elif grad_head is not None:
-                    grad_head += d.T @ h
-        return grad_states, grad_head, None
+            for rows, h, d in logit_chunks(states, head.to(ctx.dtype)):
+                total = d.logsumexp(-1, keepdim=True)
+                d = onehot_minus_softmax(d, total, targets[rows]).mul_(g[rows, None])
+                add_product(grad_head, d.to(ctx.dtype), h)
+        return grad_states, grad_head, None, None
 
 
-def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def logit_chunks(states: Tensor, weight: Tensor):
+    """Yield (rows, their states in the weight's dtype, their logits [rows, V] in fp32)."""
+    size = max(1, LOGIT_ELEMENTS // weight.shape[0])
+    for i in range(0, len(states), size):
+        h = states[i : i + size].to(weight.dtype)  # [rows, D]
+        yield slice(i, i + size), h, (h @ weight.T).float()
+
+
+def onehot_minus_softmax(logits: Tensor, total: Tensor, targets: Tensor) -> Tensor:
+    """onehot(target) - exp(logit - total) in the memory of the logits [rows, V]."""
+    p = logits.sub_(total).exp_().neg_()
+    return p.scatter_add_(1, targets[:, None], torch.ones_like(total))
+
+
+def add_product(out: Tensor, d: Tensor, h: Tensor) -> None:
+    """out [V, D] += d^T h, the sum over rows, kept in the precision of the weights."""
+    if d.dtype == out.dtype:
+        out.addmm_(d.T, h)
+    else:
+        out += d.T @ h
+
+
+def token_logprobs(states: Tensor, head: Tensor, targets: Tensor, equal: bool = False) -> Tensor:
     """ln p(target) in nats [N] from states [N, D], the head's weight [V, D] and target ids [N].
 
     The one place where hidden states become log-probabilities: training and evaluation come here.
+    `equal` promises that the loss weighs all targets alike; a broken promise costs time only.
     """
-    return TokenLogprobs.apply(states, head, targets)
+    return TokenLogprobs.apply(states, head, targets, equal)
 
 
 # --------------------------------------------------------------------------------------- generation

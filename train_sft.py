@@ -58,7 +58,7 @@ class Config:
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
     val_data: list[str] = field(default_factory=list)  # validation files
     val_fraction: float = 0.0  # or this share of the training examples, kept out of training
-    batch_size: int = 32  # examples per optimizer step, over all ranks
+    batch_size: int = 16  # examples per optimizer step, over all ranks
     epochs: float = 3.0  # passes over the data
     steps: int = 0  # optimizer steps, instead of epochs
     learning_rate: float = 0.0  # peak; 0: 2e-5 * 4096 / hidden_size
@@ -466,7 +466,7 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: Hardware,
         with contextlib.nullcontext() if synchronize else model.no_sync():
             with hardware.autocast():
                 logp = model(batch.ids, batch.lengths, batch.targets, keys=keys,
-                             neftune_alpha=c.neftune_alpha)  # [N]
+                             neftune_alpha=c.neftune_alpha, equal=True)  # [N]
             loss = -(batch.weights * logp).sum() / total * share
             scaler.scale(loss * hardware.world).backward()
         loss_sum += loss.detach()
@@ -524,7 +524,7 @@ def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardwa
         facts["tokens"] += counts["tokens"]
         epoch = min(step * c.batch_size, run.draws) / run.mixer.size
         record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "learning_rate": rate,
-                  "grad_norm": norm, **counts}
+                  "grad_norm": norm if math.isfinite(norm) else None, **counts}
         record["tokens_per_second"] = round(counts["tokens"] / seconds, 1)
         done = step == run.steps
         if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
@@ -609,6 +609,8 @@ def main() -> None:
         print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
               f"template {tokenizer.template.name}, {run.steps} steps of {c.batch_size} examples")
         print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
+        if c.max_length > config.max_position_embeddings:
+            print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")
         before = demo_exam(model, tokenizer) if demo and not first else before
     records, facts = train(c, tokenizer, run, first, model, wrapped, hardware)
     if hardware.rank == 0:

@@ -27,7 +27,7 @@ import data
 import model as modeling
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-BATCH, MICRO_TOKENS = 16, 8192
+BATCH, MICRO_TOKENS = 16, 1280
 SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
          "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
          "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
@@ -70,7 +70,8 @@ class Ours:
         for chunk in data.micro_batches([len(e.ids) for e in examples], MICRO_TOKENS)[0]:
             batch = data.collate([examples[i] for i in chunk], self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                loss = -self.model(batch.ids, batch.lengths, batch.targets).sum() / count
+                logp = self.model(batch.ids, batch.lengths, batch.targets, equal=True)
+                loss = -logp.sum() / count
             loss.backward()
             total += loss.item()
         self.optimizer.step()
@@ -120,8 +121,11 @@ def peak_gib() -> float:
     """Peak memory so far in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent process used before exec
+        kib = next(line.split()[1] for line in status.open() if line.startswith("VmHWM"))
+        return int(kib) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
 def compare(steps: int, device: str) -> None:

@@ -131,7 +131,7 @@ def test_loss_is_the_token_mean_of_the_global_step():
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, ids, lengths, targets, keys=None, neftune_alpha=0.0):
+        def forward(self, ids, lengths, targets, keys=None, neftune_alpha=0.0, equal=False):
             return -ids[targets].float() * self.scale
 
     losses = [[1, 2], [3, 3, 3, 5], [4], [2, 2, 2, 2, 2]]
@@ -201,8 +201,9 @@ def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
     ours = modeling.load(tmp_path / "out")
     wanted = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        # a key's bias shifts all scores alike: its gradient is rounding, which Adam scales up
-        assert (p - wanted[name]).abs().max() < (3e-3 if "k_proj.bias" in name else 1e-5), name
+        # Adam scales each gradient by its own size, so where it is near rounding some percent of
+        # a step (1e-3) may differ; a key's bias shifts all scores alike, its gradient is rounding
+        assert (p - wanted[name]).abs().max() < (3e-3 if "k_proj.bias" in name else 5e-5), name
 
 
 def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference):
