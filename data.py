@@ -941,7 +941,7 @@ def write_exam(folder: Path, held: dict[str, list], rng: random.Random) -> None:
 
 
 def make_demo(folder: Path, seed: int = 0) -> None:
-    """Write a small Chinese world: an exam, four training files, preference pairs, a new model.
+    """Write a small Chinese world: an exam, four training files, preference pairs, a tokenizer.
 
     No question of the exam stands in a training file: its facts are practised in other words, with
     other options. `reading` is there since a tiny model must first learn to look a word up among
@@ -969,22 +969,6 @@ def make_demo(folder: Path, seed: int = 0) -> None:
     texts = [p["instruction"] + p["output"] for p in practice[:10000]] + facts + list(IDENTITY)
     texts += [m["content"] for chat in chats for m in chat["messages"]]
     make_tokenizer(folder / "base", [*texts, *["user\n", "assistant\n"] * len(texts)], 1200)
-    make_model(folder / "base", seed)
-
-
-def make_model(folder: Path, seed: int) -> None:
-    """A checkpoint of 0.5M random weights for the tokenizer in `folder`."""
-    import model as modeling  # only here: data.py stands below model.py
-
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
-              "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-              "num_key_value_heads": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
-              "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
-              "initializer_range": 0.1, "bos_token_id": None, "eos_token_id": 2,
-              "vocab_size": Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()}
-    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
-    model.initialize(seed)
-    modeling.save(model, folder)
 
 
 DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.3, "batch_size": 32,

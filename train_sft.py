@@ -567,6 +567,19 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
           f"  python eval.py logprobs --model {folder} --data {c.data[0]}")
 
 
+def make_demo_model(folder: Path, seed: int = 0) -> None:
+    """A checkpoint of 0.46M random weights for the tokenizer in `folder`."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
+              "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+              "num_key_value_heads": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+              "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+              "initializer_range": 0.1, "eos_token_id": data.ChatTokenizer(folder).eos_id,
+              "vocab_size": data.ChatTokenizer(folder).tokenizer.get_vocab_size()}
+    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
+    model.initialize(seed)
+    modeling.save(model, folder)
+
+
 def demo_exam(model, tokenizer: data.ChatTokenizer) -> str:
     """Accuracy on the held-out questions of the demo's exam, as text."""
     model.eval()
@@ -594,6 +607,7 @@ def main() -> None:
     if demo:
         if hardware.rank == 0:
             data.make_demo(Path(c.model).parent)
+            make_demo_model(Path(c.model))
         hardware.barrier()
     tokenizer = data.ChatTokenizer(c.model, c.template)
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's

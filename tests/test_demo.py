@@ -9,12 +9,14 @@ import pytest
 import data
 import eval as evaluation
 import model as modeling
+import train_sft
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     data.make_demo(folder)
+    train_sft.make_demo_model(folder / "base")
     return folder
 
 
@@ -81,6 +83,7 @@ def test_world_is_a_function_of_its_seed(world, tmp_path):
                 for p in folder.rglob("*") if p.is_file()}
 
     data.make_demo(tmp_path / "same")
+    train_sft.make_demo_model(tmp_path / "same" / "base")
     assert contents(tmp_path / "same") == contents(world)
     data.make_demo(tmp_path / "other", seed=1)
     assert contents(tmp_path / "other")["practice.jsonl"] != contents(world)["practice.jsonl"]
