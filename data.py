@@ -943,9 +943,9 @@ def write_exam(folder: Path, held: dict[str, list], rng: random.Random) -> None:
 def make_demo(folder: Path, seed: int = 0) -> None:
     """Write a small Chinese world: an exam, four training files, preference pairs, a tokenizer.
 
-    No question of the exam stands in a training file: its facts are practised in other words, with
-    other options. `reading` is there since a tiny model must first learn to look a word up among
-    the options; that takes most of the run, the facts follow fast.
+    No question of the exam stands in a training file: its facts are practised in other words, and
+    options are drawn anew. `reading` is there since a tiny model must first learn to look a word up
+    among the options; the facts follow.
     """
     rng, practice, held = random.Random(seed), [], {}
     for handle, ((_, subject, _), _, _) in SUBJECTS.items():

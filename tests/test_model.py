@@ -1315,3 +1315,22 @@ def test_generation_on_cuda_equals_generation_on_the_cpu(checkpoint):
     for how in ({}, {"temperature": 1.0, "seed": 4}):
         on_cuda, on_cpu = (generate(model, prompts, 12, **how) for model in models)
         assert on_cuda == on_cpu
+
+
+@pytest.mark.parametrize("weights", ["equal", "unequal"])
+def test_promise_of_equal_weights_changes_no_gradient_even_if_broken(weights, monkeypatch):
+    """Summed in the forward, or recomputed where the gradients that arrive differ."""
+    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 3 * 50)  # chunks of three rows
+    torch.manual_seed(0)
+    states, head = torch.randn(11, 8), torch.randn(50, 8)
+    targets = torch.randint(50, (11,))
+    g = torch.full((11,), -0.3) if weights == "equal" else torch.randn(11)
+    found = []
+    for logp in (lambda h, w: M.token_logprobs(h, w, targets, equal=True),
+                 lambda h, w: (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]):
+        h, w = states.clone().requires_grad_(), head.clone().requires_grad_()
+        value = logp(h, w)
+        value.backward(g)
+        found.append((value.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

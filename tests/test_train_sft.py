@@ -122,7 +122,7 @@ def weights(folder):
 
 
 def test_loss_is_the_token_mean_of_the_global_step():
-    """FACTS 2: neither the mean of sample means (2.75) nor of micro-batch means (2.15)."""
+    """Neither the mean of sample means (2.75) nor of micro-batch means (2.15)."""
 
     class Fixed(torch.nn.Module):
         """A model whose negative log-probabilities are given."""
@@ -407,7 +407,7 @@ def resolve(*argv):
 
 
 def test_recipes_hold_the_published_values():
-    """FACTS 5, from the papers."""
+    """The papers are named beside the table."""
     llama2 = resolve("--recipe", "llama2")
     assert (llama2.learning_rate, llama2.schedule, llama2.weight_decay, llama2.batch_size,
             llama2.max_length, llama2.epochs) == (2e-5, "cosine", 0.1, 64, 4096, 2)
