@@ -4,6 +4,7 @@ From small to large: flags, rows of every format, chat templates, tokens and the
 the mixer, micro-batches, the built-in demo, the commands.
 
     python data.py show FILE... --model DIR    # what a trainer sees: tokens, mask, lengths, shares
+    python data.py coh PAIRS... --output FILE  # preference pairs as conversations with feedback
 """
 
 import argparse
@@ -12,6 +13,7 @@ import difflib
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import random
@@ -51,7 +53,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
     """What argv says of the fields of dataclass `cls`; a field's comment is its help."""
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])  # base classes first
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     parser = FlagParser(description=cls.__doc__, allow_abbrev=False)
     for f in fields(cls):
         kind = {"type": f.type, "default": argparse.SUPPRESS, "help": helps.get(f.name)}
@@ -243,7 +246,7 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
         shared = common_prefix([chosen[:-1], rejected[:-1]])  # further turns that both hold
         messages = messages + chosen[:shared]
         chosen, rejected = chosen[shared:], rejected[shared:]
-        expect(bool(messages), "a prompt, or conversations that begin alike")
+        expect(bool(messages) or len(chosen) > 1, "a prompt, or two conversations")
         for answers in (chosen, rejected):
             expect(answers and answers[-1]["role"] == "assistant", "two answers by the assistant")
         return Row(where, messages, chosen=chosen, rejected=rejected)
@@ -562,6 +565,11 @@ class Example(NamedTuple):
         """Number of supervised tokens."""
         return sum(end - first for first, end, _ in self.spans)
 
+    @property
+    def key(self) -> bytes:
+        """What makes two examples copies of each other."""
+        return self.ids.tobytes()
+
 
 def cut(ids: np.ndarray, spans: tuple, start: int, end: int) -> tuple[np.ndarray, tuple]:
     """Tokens start..end-1 with their spans; the first one has lost what it was predicted from."""
@@ -610,6 +618,23 @@ def to_examples(rows: list[Row], tokenizer: ChatTokenizer, source: int, train_on
     return examples
 
 
+def read_files(files: list[str], convert, skip_bad_rows: bool, quiet: bool, hint: str):
+    """Rows of some files in order through convert(rows, source); returns what it gave, bad rows."""
+    bad, items = [] if skip_bad_rows else None, []
+    for source, path in enumerate(files):
+        kept, hidden = [], quiet or not sys.stderr.isatty()
+        name = f"tokenize {Path(path).name}"
+        read = iter(tqdm(read_rows(path, bad, hint=hint), desc=name, unit=" rows", disable=hidden))
+        while rows := list(itertools.islice(read, 2000)):  # work for every thread, little memory
+            kept += convert(rows, source)
+        if not kept:
+            raise DataError(f"{path}: no row to train on" + (f" ({bad[0]})" if bad else ""))
+        items += kept
+    for line in [] if quiet else bad or []:
+        print(f"dropped {line}")
+    return items, len(bad or [])
+
+
 def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "all",
                   max_length: int = 2048, skip_bad_rows: bool = False, quiet: bool = True,
                   keep_all: bool = False) -> tuple[list[Example], Counter]:
@@ -617,35 +642,138 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
 
     `keep_all` keeps examples with nothing to supervise, and takes preference rows (a pair as two).
     """
-    bad, examples, counts = [] if skip_bad_rows else None, [], Counter()
-    for source, path in enumerate(files):
-        found, rows = [], []
-        hidden = quiet or not sys.stderr.isatty()
-        name = f"tokenize {Path(path).name}"
-        read = read_rows(path, bad, hint="" if keep_all else " (--skip_bad_rows leaves it out)")
-        for row in tqdm(read, desc=name, unit=" rows", disable=hidden):
+    counts = Counter()
+
+    def convert(rows: list[Row], source: int) -> list[Example]:
+        for row in rows:
             if not keep_all and (row.chosen or row.label is not None):
                 raise DataError(f"{row.where}: a preference row; train_dpo.py trains on those")
-            rows.append(row)
-            if len(rows) == 2000:  # work for every thread of the tokenizer, little memory
-                found += to_examples(rows, tokenizer, source, train_on, max_length, counts)
-                rows.clear()
-        found += to_examples(rows, tokenizer, source, train_on, max_length, counts)
+        found = to_examples(rows, tokenizer, source, train_on, max_length, counts)
         kept = [e for e in found if e.spans or keep_all]
         counts["dropped: nothing to supervise"] += len(found) - len(kept)
-        if not kept:
-            raise DataError(f"{path}: no row to train on" + (f" ({bad[0]})" if bad else ""))
-        examples += kept
-    counts["dropped: bad row"] = len(bad or [])
-    for line in [] if quiet else bad or []:
-        print(f"dropped {line}")
+        return kept
+
+    hint = "" if keep_all else " (--skip_bad_rows leaves it out)"
+    examples, counts["dropped: bad row"] = read_files(files, convert, skip_bad_rows, quiet, hint)
     return examples, +counts
 
 
+# ------------------------------------------------------------------------------- preference pairs
+
+
+class Preference(NamedTuple):
+    """A prompt with a chosen and a rejected answer, or with one answer and whether it was liked.
+
+    Every answer repeats the last token of the prompt, from which its own first one is predicted.
+    """
+
+    prompt: np.ndarray  # [tokens] int32, without its last token
+    answers: tuple  # of (ids, spans): the last token of the prompt, the response, its end of turn
+    source: int = 0  # index of its file
+    where: str = ""  # file and line
+    label: bool | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of supervised tokens of each answer, its end of turn included."""
+        return [sum(end - first for first, end, _ in spans) for _, spans in self.answers]
+
+    @property
+    def targets(self) -> int:
+        """Number of supervised tokens."""
+        return sum(self.lengths)
+
+    @property
+    def key(self) -> bytes:
+        """What makes two preferences copies of each other: the prompt."""
+        return self.prompt.tobytes() + self.answers[0][0][:1].tobytes()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens the model sees: the prompt counts once."""
+        return len(self.prompt) + sum(len(ids) for ids, _ in self.answers)
+
+
+def why_no_pair(row: Row) -> str:
+    """Why a preference pair cannot be used, or nothing."""
+    if not row.messages or len(row.chosen) > 1 or len(row.rejected) > 1:
+        return "histories differ"
+    return "chosen equals rejected" if row.chosen == row.rejected else ""
+
+
+def fit_answers(encoded: list[tuple], max_length: int) -> tuple[np.ndarray, list[tuple]]:
+    """(prompt, answers) of the encoded conversations of one row, at most `max_length` tokens each.
+
+    All are cut at the same points: as in `fit`, the beginning of the prompt goes where it is long,
+    then the end of the answers.
+    """
+    shared = min(common_prefix([ids.tolist() for ids, _ in encoded]),
+                 *(spans[0][0] if spans else len(ids) for ids, spans in encoded))
+    longest = max(len(ids) for ids, _ in encoded)
+    start = max(0, min(shared - max_length // 2, longest - max_length))
+    pieces = [cut(ids, spans, start, start + max_length) for ids, spans in encoded]
+    last = shared - start - 1  # of the prompt
+    return pieces[0][0][:last], [cut(ids, spans, last, len(ids)) for ids, spans in pieces]
+
+
+def to_preferences(rows: list[Row], tokenizer: ChatTokenizer, source: int, max_length: int,
+                   labelled: bool, counts: Counter) -> list[Preference]:
+    """Tokenise preference rows, counting what is cut or dropped by reason.
+
+    `labelled` makes of a pair two rows, one liked and one not; else rows with a label are refused.
+    """
+    groups = []  # (row, conversations with the same prompt, label)
+    for row in rows:
+        if row.chosen and (why := why_no_pair(row)):
+            counts[f"dropped: {why}"] += 1
+        elif row.chosen:
+            pair = conversations(row)
+            groups += ([(row, [c], c is pair[0]) for c in pair] if labelled
+                       else [(row, pair, None)])
+        elif row.label is not None and labelled and row.messages[-1]["role"] == "assistant":
+            history = [{**m, "train": False} for m in row.messages[:-1]]
+            groups.append((row, [[*history, row.messages[-1]]], row.label))
+        else:
+            wanted = "a label and an answer, or chosen" if labelled else "chosen"
+            raise DataError(f"{row.where}: expected {wanted} and rejected (--loss kto takes labels,"
+                            " train_sft.py rows without preferences)")
+    encoded = iter(tokenizer.encode([tokenizer.pieces(c) for _, group, _ in groups for c in group]))
+    out = []
+    for row, group, label in groups:
+        whole = [next(encoded) for _ in group]
+        prompt, answers = fit_answers(whole, max_length)
+        long = any(len(ids) > max_length for ids, _ in whole)
+        if not all(spans for _, spans in answers):
+            counts["dropped: a response lost to truncation"] += 1
+        elif len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
+            why = "alike once truncated" if long else "chosen equals rejected"
+            counts[f"dropped: {why}"] += 1
+        else:
+            counts["truncated"] += long
+            out.append(Preference(prompt, tuple(answers), source, row.where, label))
+    return out
+
+
+def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int, labelled: bool,
+                     skip_bad_rows: bool = False, quiet: bool = True):
+    """The preferences of some files in order, and what was cut or dropped by reason."""
+    counts = Counter()
+
+    def convert(rows: list[Row], source: int) -> list[Preference]:
+        return to_preferences(rows, tokenizer, source, max_length, labelled, counts)
+
+    hint = " (--skip_bad_rows leaves it out)"
+    items, counts["dropped: bad row"] = read_files(files, convert, skip_bad_rows, quiet, hint)
+    return items, +counts
+
+
 def split_validation(examples: list[Example], fraction: float, seed: int):
-    """(training, validation): `fraction` of the distinct examples; copies stay on one side."""
+    """(training, validation): `fraction` of the distinct examples; copies stay on one side.
+
+    Preferences are told apart by their prompts, so that no prompt is on both sides.
+    """
     salt = str(seed).encode()
-    keys = [hashlib.sha256(salt + e.ids.tobytes()).digest() for e in examples]
+    keys = [hashlib.sha256(salt + e.key).digest() for e in examples]
     distinct = sorted(set(keys))
     held = set(distinct[: max(1, round(fraction * len(distinct)))])
     sides = [], []
@@ -1036,7 +1164,65 @@ def show(c: Show) -> None:
         print(f"{reason}: {count}")
 
 
-COMMANDS = {"show": (Show, show, "files")}
+@dataclass
+class Coh:
+    """Chain of Hindsight: preference pairs as conversations in which feedback names each answer."""
+
+    pairs: list[str]  # files of preference pairs
+    output: str = ""  # .jsonl that train_sft.py trains on
+    mask_past: float = 0.0  # hide up to this share of the first answer's words from the second
+    seed: int = 0  # of which answer comes first, and of what is hidden
+    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+
+
+FEEDBACK = {"en": {True: "A good answer:", False: "A bad answer:"},
+            "zh": {True: "好的回答：", False: "不好的回答："}}
+WORD = re.compile(r"\s*(?:[\u3400-\u9fff]|[^\s\u3400-\u9fff]+)")  # a Chinese character is a word
+
+
+def hindsight(row: Row, mask_past: float, rng: random.Random) -> list[list[dict]]:
+    """The conversations of a pair (Chain of Hindsight, arXiv:2302.02676, section 2).
+
+    The feedback words stand in the user's turns, so that the loss is on both answers and on nothing
+    else. The paper hides up to 5% of the past tokens in attention, against copying; here words of
+    the first answer are left out, in a second conversation where only the second answer counts.
+    """
+    *history, question = [{**m, "train": False} for m in row.messages]
+    words = FEEDBACK["zh" if re.search("[\u3400-\u9fff]", question["content"]) else "en"]
+    order = [(True, row.chosen[0]), (False, row.rejected[0])]
+    rng.shuffle(order)
+    (first, past), (second, answer) = order
+    start = [*history, {"role": "user", "content": f"{question['content']}\n{words[first]}"}]
+    end = [{"role": "user", "content": words[second]}, answer]
+    if not mask_past:
+        return [[*start, past, *end]]
+    rate = rng.uniform(0, mask_past)
+    seen = "".join(w for w in WORD.findall(past["content"]) if rng.random() >= rate)
+    return [[*start, past], [*start, {**past, "content": seen, "train": False}, *end]]
+
+
+def coh(c: Coh) -> None:
+    """`data.py coh`."""
+    import model as modeling
+
+    if not c.output or not 0 <= c.mask_past < 1:
+        raise DataError(f"--output FILE.jsonl is needed, and --mask_past in [0, 1), not "
+                        f"{c.mask_past}")
+    rng, bad, counts, lines = random.Random(c.seed), [] if c.skip_bad_rows else None, Counter(), []
+    for row in (row for path in c.pairs for row in read_rows(path, bad)):
+        if row.chosen is None or not row.messages or row.messages[-1]["role"] != "user":
+            raise DataError(f"{row.where}: expected a question with chosen and rejected answers")
+        why = why_no_pair(row)
+        counts[f"dropped: {why}" if why else "pairs"] += 1
+        for messages in [] if why else hindsight(row, c.mask_past, rng):
+            lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    modeling.write_lines(Path(c.output), lines)
+    counts["dropped: bad row"] = len(bad or [])
+    print(f"{len(lines)} conversations in {c.output}",
+          *(f"{what}: {n}" for what, n in (+counts).items()), sep="; ")
+
+
+COMMANDS = {"show": (Show, show, "files"), "coh": (Coh, coh, "pairs")}
 
 if __name__ == "__main__":
     with one_line_errors():

@@ -222,15 +222,15 @@ def uniform(keys: Tensor, size: int) -> Tensor:
     return (bits.float() + 0.5) / 2**23  # 23 bits and a half are exact in fp32
 
 
-def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float) -> Tensor:
+def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float, whole=None) -> Tensor:
     """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) * alpha / sqrt(L d), for embeddings [T, d].
 
     L is the true number of tokens of each example, prompt and answer, as in the authors' code.
     Their README and the Hugging Face hook take the padded width instead, which makes the noise
-    depend on the neighbours.
+    depend on the neighbours. `whole` gives L where `lengths` [B] are but parts of the examples.
     """
-    count = torch.tensor(lengths, device=keys.device)
-    scale = alpha / (count * size).float().sqrt().repeat_interleave(count)  # [T]
+    count, L = (torch.tensor(x, device=keys.device) for x in (lengths, whole or lengths))
+    scale = alpha / (L * size).float().sqrt().repeat_interleave(count)  # [T]
     return (2 * uniform(keys, size) - 1) * scale[:, None]
 
 
@@ -449,18 +449,19 @@ class Llama(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(self, ids, lengths, prefix: Prefix | None = None, keep: bool = False,
-               keys: Tensor | None = None, neftune_alpha: float = 0.0):
+               keys: Tensor | None = None, neftune_alpha: float = 0.0, whole=None):
         """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
 
         Examples do not see each other. `prefix` (B rows) stands before them. `keys` [T] from
-        `noise_keys` switch on NEFTune and dropout, in training mode only. Returns the states, and
-        with `keep` a Prefix of these tokens, else None.
+        `noise_keys` switch on NEFTune and dropout, in training mode only; `whole` [B] are then the
+        lengths of the examples if these tokens are but a part of them. Returns the states, and with
+        `keep` a Prefix of these tokens, else None.
         """
         layout = Layout(self.config, lengths, prefix, ids.device)
         x = self.model.embed_tokens(ids)  # [T, D]
         keys = keys if self.training else None
         if keys is not None and neftune_alpha > 0:
-            x = x + neftune_noise(keys, lengths, x.shape[1], neftune_alpha).to(x.dtype)
+            x = x + neftune_noise(keys, lengths, x.shape[1], neftune_alpha, whole).to(x.dtype)
         kept = []
         for i, layer in enumerate(self.model.layers):
             past = (prefix.keys[i], prefix.values[i]) if prefix is not None else None
@@ -477,12 +478,12 @@ class Llama(nn.Module):
         return self.model.norm(x), new
 
     def forward(self, ids, lengths, targets, prefix=None, keys=None, neftune_alpha=0.0,
-                equal=False) -> Tensor:
+                whole=None, equal=False) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
         """
-        states, _ = self.hidden(ids, lengths, prefix, keys=keys, neftune_alpha=neftune_alpha)
+        states, _ = self.hidden(ids, lengths, prefix, False, keys, neftune_alpha, whole)
         return token_logprobs(states[targets - 1], self.head, ids[targets], equal)
 
     def next_logits(self, states: Tensor) -> Tensor:

@@ -195,6 +195,33 @@ def make_optimizer(model, c) -> torch.optim.AdamW:
                              eps=c.adam_epsilon, fused=model.device.type != "mps")
 
 
+def set_learning_rate(optimizer, step: int, steps: int, c) -> float:
+    """Give the optimizer the rate of `step`, which counts from 1."""
+    rate = learning_rate_at(step - 1, steps, c)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def update(model, optimizer, scaler, c, loss: float, run, step: int) -> float | None:
+    """Clip the gradients and take the optimizer's step; returns their norm before clipping.
+
+    None stands for an fp16 overflow, for which the scaler leaves the step out. Raises DataError,
+    before anything is updated, if loss or norm is not finite.
+    """
+    scaler.unscale_(optimizer)  # fp16 gradients were scaled up, so that small ones survive
+    limit = c.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        rows = ", ".join(run.train[i].where for i, _ in run.step(step - 1, c.batch_size))
+        raise DataError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
+                        f"was updated; lower --learning_rate, or look at its rows: {rows}")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm if math.isfinite(norm) else None
+
+
 # ------------------------------------------------------------------------------ ranks and precision
 
 
@@ -321,6 +348,17 @@ def start_run(c, steps: int, facts: dict, hardware: Hardware) -> None:
             **facts})
 
 
+def announce(c, model, tokenizer: data.ChatTokenizer, steps: int, hardware: Hardware) -> None:
+    """Print what is about to be trained, and every flag that is not empty."""
+    count, config = sum(p.numel() for p in model.parameters()), model.config
+    kind = str(hardware.dtype).removeprefix("torch.")
+    print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
+          f"template {tokenizer.template.name}, {steps} steps of {c.batch_size} examples")
+    print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
+    if c.max_length > config.max_position_embeddings:
+        print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")
+
+
 # --------------------------------------------------------------------------------- logs and figures
 
 
@@ -408,12 +446,13 @@ class RunData(NamedTuple):
         return self.mixer.draws(step * batch_size, min((step + 1) * batch_size, self.draws))
 
 
-def prepare_data(c: Config, tokenizer: data.ChatTokenizer, quiet: bool) -> tuple[RunData, dict]:
-    """Read, tokenise, split and mix the files of --data; and what run.json says of it."""
-    options = {"train_on": c.train_on, "max_length": c.max_length,
-               "skip_bad_rows": c.skip_bad_rows, "quiet": quiet}
-    train, counts = data.load_examples(c.data, tokenizer, **options)
-    validation = data.load_examples(c.val_data, tokenizer, **options)[0] if c.val_data else []
+def prepare_data(c, load, quiet: bool) -> tuple[RunData, dict]:
+    """Read, tokenise, split and mix the files of --data; and what run.json says of it.
+
+    load(files) gives examples, or preferences, and what was dropped by reason.
+    """
+    train, counts = load(c.data)
+    validation = load(c.val_data)[0] if c.val_data else []
     if c.val_fraction:
         train, validation = data.split_validation(train, c.val_fraction, c.seed)
     sizes = [sum(e.source == m for e in train) for m in range(len(c.data))]
@@ -504,27 +543,16 @@ def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardwa
         facts["val_before"] = validation_loss(model, run.validation, c, hardware)
     for step in range(first + 1, run.steps + 1):
         began = time.perf_counter()
-        rate = learning_rate_at(step - 1, run.steps, c)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_learning_rate(optimizer, step, run.steps, c)
         loss, counts = backward_step(wrapped, run, step - 1, c, hardware, scaler)
         loss, stop = hardware.sum(loss, len(signals))
-        scaler.unscale_(optimizer)  # fp16 gradients were scaled up, so that small ones survive
-        limit = c.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            rows = ", ".join(run.train[i].where for i, _ in run.step(step - 1, c.batch_size))
-            raise DataError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
-                            f"was updated; lower --learning_rate, or look at its rows: {rows}")
-        scaler.step(optimizer)  # left out by the scaler if an fp16 gradient overflowed
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(model, optimizer, scaler, c, loss, run, step)
         seconds = time.perf_counter() - began
         facts["seconds"] += seconds
         facts["tokens"] += counts["tokens"]
         epoch = min(step * c.batch_size, run.draws) / run.mixer.size
         record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "learning_rate": rate,
-                  "grad_norm": norm if math.isfinite(norm) else None, **counts}
+                  "grad_norm": norm, **counts}
         record["tokens_per_second"] = round(counts["tokens"] / seconds, 1)
         done = step == run.steps
         if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
@@ -614,17 +642,13 @@ def main() -> None:
     config = modeling.load_config(c.model)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
     tokenizer.check_size(config.vocab_size)
-    run, facts = prepare_data(c, tokenizer, quiet=hardware.rank > 0)
+    quiet = hardware.rank > 0
+    run, facts = prepare_data(c, lambda files: data.load_examples(
+        files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows, quiet), quiet)
     model, wrapped = load_trainable(c, hardware)
     start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
-        count = sum(p.numel() for p in model.parameters())
-        kind = str(hardware.dtype).removeprefix("torch.")
-        print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
-              f"template {tokenizer.template.name}, {run.steps} steps of {c.batch_size} examples")
-        print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
-        if c.max_length > config.max_position_embeddings:
-            print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")
+        announce(c, model, tokenizer, run.steps, hardware)
         before = demo_exam(model, tokenizer) if demo and not first else before
     records, facts = train(c, tokenizer, run, first, model, wrapped, hardware)
     if hardware.rank == 0:
