@@ -187,18 +187,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- noise as a pure function
 
 
-def mix(x: Tensor) -> Tensor:
-    """A 32-bit hash (Wellons' hash prospector); multipliers below 2^31 keep int64 from overflow."""
+def combine(key: Tensor, value: Tensor | int) -> Tensor:
+    """A 32-bit hash of `value` under `key`, non-negative integers below 2^31 and 2^32.
+
+    The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
+    """
+    x = key + value * 0x9E3779B1 & 0xFFFFFFFF
     x = x ^ (x >> 16)
     x = x * 0x21F0AAAD & 0xFFFFFFFF
     x = x ^ (x >> 15)
     x = x * 0x735A2D97 & 0xFFFFFFFF
     return x ^ (x >> 15)
-
-
-def combine(key: Tensor, value: Tensor | int) -> Tensor:
-    """The key of `value` under `key`: both non-negative integers below 2^31 and 2^32."""
-    return mix(key + value * 0x9E3779B1 & 0xFFFFFFFF)
 
 
 def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="cpu") -> Tensor:
@@ -208,7 +207,7 @@ def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="c
     the device changes what a token gets.
     """
     epochs, examples, count = (torch.tensor(x, device=device) for x in (epochs, examples, lengths))
-    key = mix(torch.tensor(seed % 2**31 + 1, device=device))  # mix(0) is 0
+    key = combine(torch.tensor(seed % 2**31 + 1, device=device), 0)  # the hash of 0 would be 0
     key = combine(combine(key, epochs), examples)  # [B]
     starts = (count.cumsum(0) - count).repeat_interleave(count)  # [T]
     return combine(key.repeat_interleave(count), torch.arange(len(starts), device=device) - starts)
