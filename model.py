@@ -261,13 +261,9 @@ class Prefix:
 
     def extend(self, new: "Prefix") -> "Prefix":
         """Self followed by the tokens of `new`, which were computed after it."""
-        layers = [join(*pair) for pair in zip(self.layers, new.layers, strict=True)]
+        pairs = zip(self.layers, new.layers, strict=True)
+        layers = [(torch.cat((k, k2), 2), torch.cat((v, v2), 2)) for (k, v), (k2, v2) in pairs]
         return Prefix(layers, torch.cat((self.positions, new.positions), 1), new.lengths)
-
-
-def join(past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Keys and values of a layer followed by later ones: [B, K, P + L, Dh] each."""
-    return [torch.cat(pair, 2) for pair in zip(past, new, strict=True)]
 
 
 class Layout:
@@ -347,23 +343,21 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
         self.v_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
         self.o_proj = nn.Linear(self.H * self.Dh, D, bias=bias and config.model_type != "qwen2")
-        if config.model_type == "qwen3":  # normalises every head of q and k, before RoPE
-            self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps)
+        qwen3 = config.model_type == "qwen3"  # normalises every head of q and k, before RoPE
+        self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
 
     def forward(self, x: Tensor, layout: Layout, past: tuple[Tensor, Tensor] | None, keep: bool):
         """x [T, D] -> [T, D], and with `keep` this layer's (keys, values) [B, K, L, Dh]."""
-        q = self.q_proj(x).view(-1, self.H, self.Dh)  # [T, H, Dh]
-        k = self.k_proj(x).view(-1, self.K, self.Dh)  # [T, K, Dh]
+        q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
+        k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
         v = layout.pad(self.v_proj(x).view(-1, self.K, self.Dh))  # [B, K, L, Dh]
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
         # under autocast q_norm and k_norm give fp32, the projections 16 bit
         q = layout.pad(rotate(q, layout.cos, layout.sin).to(v.dtype))  # [B, H, L, Dh]
         k = layout.pad(rotate(k, layout.cos, layout.sin).to(v.dtype))  # [B, K, L, Dh]
         kept = (k, v) if keep else None
         if past is not None:
-            k, v = join(past, (k, v))  # [B, K, P + L, Dh]
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # [B, K, P + L, Dh]
         if self.H != self.K:  # query head h reads key/value head h // (H / K)
             k, v = (t.repeat_interleave(self.H // self.K, 1) for t in (k, v))  # [B, H, P + L, Dh]
         mask = layout.masks[self.window]
