@@ -18,11 +18,11 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 import typing
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,34 +43,31 @@ class DataError(ValueError):
 # -------------------------------------------------------------------------------------------- flags
 
 
-class FlagParser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str):
-        """Raise instead of printing the usage."""
-        raise DataError(f"{message}; --help lists the flags")
-
-
 def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
     """What argv says of the fields of dataclass `cls`; a field's comment is its help."""
+
+    def fail(message: str):
+        raise DataError(f"{message}; --help lists the flags")
+
     source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])  # base classes first
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    parser = FlagParser(description=cls.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False)
+    parser.error = fail  # its own prints the usage over several lines
     for f in fields(cls):
-        kind = {"type": f.type, "default": argparse.SUPPRESS, "help": helps.get(f.name)}
+        kind, inner = {"type": f.type}, typing.get_args(f.type)
         if f.type is bool:
-            kind["action"] = argparse.BooleanOptionalAction
-            del kind["type"]
+            kind = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(f.type) is Literal:
-            kind |= {"type": str, "choices": typing.get_args(f.type)}
+            kind = {"choices": inner}
         elif typing.get_origin(f.type) is list:
-            kind |= {"type": typing.get_args(f.type)[0], "nargs": "+"}
-        parser.add_argument(f.name if f.name == positional else f"--{f.name}", **kind)
+            kind = {"type": inner[0], "nargs": "+"}
+        flag = f.name if f.name == positional else f"--{f.name}"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=helps.get(f.name), **kind)
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.lstrip("-"), [f.name for f in fields(cls)], 1)
         kind = "unknown flag" if word.startswith("-") else "unexpected argument"
-        parser.error(f"{kind} {word}" + (f" (did you mean --{near[0]}?)" if near else ""))
+        fail(f"{kind} {word}" + (f" (did you mean --{near[0]}?)" if near else ""))
     return vars(known)
 
 
@@ -305,25 +302,22 @@ LLAMA31_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\
 def recognize_template(source: str | None, tokens: set[str]) -> Template:
     """The template of a checkpoint: from its Jinja source, or for base models from its tokens."""
     name = next((t for mark, t in TEMPLATE_MARKS.items() if mark in (source or tokens)), "plain")
-    template = TEMPLATES[name]
-    if not source:
-        return template
-    if name == "plain":
+    if source and name == "plain":
         raise DataError("the checkpoint's chat_template is of no known family; choose one with "
                         f"--template: {', '.join(TEMPLATES)}")
+    template, source, changes = TEMPLATES[name], source or "", {}
     if name == "llama3" and "Cutting Knowledge Date" in source:  # 3.1; 3.2 writes today's date
         system = template.system.replace("{}", LLAMA31_DATES + "{}")
-        return replace(template, system=system, default_system="")
+        changes = {"system": system, "default_system": ""}
     if name == "chatml":
         default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", source)
         if default:  # Qwen2, Qwen2.5, SmolLM2
-            template = replace(template, default_system=default[1])
+            changes["default_system"] = default[1]
         if "{{ system_message }}" in source:  # Yi-1.5 writes the system text bare
-            template = replace(template, system="{}")
+            changes["system"] = "{}"
         if "<think>" in source:  # Qwen3 in the last answer, MiniMind in all
-            last = "loop.index0 > ns.last_query_index" in source
-            template = replace(template, think="last" if last else "all")
-    return template
+            changes["think"] = "last" if "loop.index0 > ns.last_query_index" in source else "all"
+    return replace(template, **changes)
 
 
 def jinja(t: Template, bos: str, eos: str) -> str:
@@ -340,10 +334,10 @@ def jinja(t: Template, bos: str, eos: str) -> str:
         return f"{quoted(before)} + ({content}) + {quoted(after)}"
 
     system = filled(t.system, "system")
+    system = f"{{%- set ns.system = {system} -%}}" if t.system_in_user else f"{{{{- {system} -}}}}"
     return "".join((
         "{%- set ns = namespace(system='') -%}{{- ", quoted(t.start), " -}}",
-        "{%- for message in messages -%}{%- if message['role'] == 'system' -%}",
-        f"{{%- set ns.system = {system} -%}}" if t.system_in_user else f"{{{{- {system} -}}}}",
+        "{%- for message in messages -%}{%- if message['role'] == 'system' -%}", system,
         "{%- elif message['role'] == 'user' -%}{{- ", filled(t.user, "user"), " -}}",
         "{%- set ns.system = '' -%}{%- else -%}{{- ", quoted(t.header), " + ",
         filled(t.answer + t.stop + t.after, "assistant"), " -}}{%- endif -%}{%- endfor -%}",
@@ -382,11 +376,10 @@ class ChatTokenizer:
         self.template = t
         # Mistral's own Jinja loses the system text once an answer follows; ours takes its place
         self.jinja = source if source and not template and t.name != "mistral" else None
-        marks = {m for form in (t.system, t.user, t.header, t.stop) for m in MARKER.findall(form)}
+        marks = set(MARKER.findall(t.system + t.user + t.header + t.stop))
         marks &= added  # those that are tokens; elsewhere a marker is plain text
-        self.ids = {m: self.tokenizer.token_to_id(m) for m in marks}
-        self.ids |= {"<bos>": self.tokenizer.token_to_id(self.bos or ""),
-                     "<eos>": self.tokenizer.token_to_id(self.eos or "")}
+        texts = {m: m for m in marks} | {"<bos>": self.bos or "", "<eos>": self.eos or ""}
+        self.ids = {m: self.tokenizer.token_to_id(text) for m, text in texts.items()}
         self.eos_id, self.stop_id = self.ids["<eos>"], self.ids.get(t.stop)
         if self.eos_id is None:
             raise DataError(f"{folder}: tokenizer_config.json names no eos_token of the tokenizer")
@@ -535,17 +528,16 @@ class ChatTokenizer:
 
     def save(self, folder: Path) -> None:
         """The tokenizer's files, with a chat_template that renders the tokens trained on."""
-        folder.mkdir(parents=True, exist_ok=True)
+        names = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
+                 "added_tokens.json", "vocab.json", "merges.txt")
+        files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).exists()}
         own = self.jinja or jinja(self.template, self.bos or "", self.eos)
         config = json.dumps({**self.config, "chat_template": own}, ensure_ascii=False, indent=2)
-        temporary = folder / ".tokenizer.tmp"
-        for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
-                     "added_tokens.json", "vocab.json", "merges.txt"):
-            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, temporary)
-                os.replace(temporary, folder / name)
-        temporary.write_text(config + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "tokenizer_config.json")
+        files["tokenizer_config.json"] = f"{config}\n".encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / ".tokenizer.tmp").write_bytes(content)
+            os.replace(folder / ".tokenizer.tmp", folder / name)
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
 
 
@@ -810,9 +802,8 @@ def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int 
     r_m = min(e_m, K) / sum_n min(e_n, K), then r_m^(1/T) renormalised: e_m examples of source m,
     K the cap (0: none), T the temperature. proportional is T = 1 without K, equal is T -> infinity.
     """
-    rates = np.array(weights if mix == "weights" else sizes, dtype=np.float64)
-    if mix == "equal":
-        rates = np.ones_like(rates)
+    counts = {"weights": weights, "equal": np.ones(len(sizes))}.get(mix, sizes)
+    rates = np.array(counts, dtype=np.float64)
     if mix == "temperature":
         rates = np.minimum(rates, cap or np.inf)
         rates = (rates / rates.sum()) ** (1 / temperature)
@@ -885,11 +876,8 @@ def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list
         return out
 
     count = -(-len(chunks(micro_tokens)) // ranks) * ranks
-    low, high = 1, micro_tokens  # search the smallest limit that gives at most `count` chunks
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(chunks(middle)) <= count else (middle + 1, high)
-    parts = chunks(low)
+    limits = range(1, micro_tokens)  # the smallest that gives at most `count` chunks
+    parts = chunks(1 + bisect_left(limits, True, key=lambda limit: len(chunks(limit)) <= count))
     while len(parts) < min(ranks, len(lengths)):  # equal lengths can leave a rank idle: halve one
         longest = max(parts, key=len)
         parts.remove(longest)
@@ -913,15 +901,14 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], device="cpu") -> Batch:
     """Lay examples end to end."""
-    targets, weights, start = [np.zeros(0, dtype=np.int64)], [], 0
-    for e in examples:
-        targets += [np.arange(start + first, start + end) for first, end, _ in e.spans]
-        weights += [weight for first, end, weight in e.spans for _ in range(first, end)]
-        start += len(e.ids)
-    ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))
-    where, weights = torch.from_numpy(np.concatenate(targets)), torch.tensor(weights)
     lengths = [len(e.ids) for e in examples]
-    return Batch(ids.to(device), lengths, where.to(device), weights.to(device))
+    starts = np.cumsum([0, *lengths]).tolist()
+    spans = [(start + first, start + end, weight)
+             for start, e in zip(starts, examples, strict=False) for first, end, weight in e.spans]
+    ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))
+    targets = torch.tensor([i for first, end, _ in spans for i in range(first, end)]).long()
+    weights = torch.tensor([w for first, end, w in spans for _ in range(first, end)]).float()
+    return Batch(ids.to(device), lengths, targets.to(device), weights.to(device))
 
 
 # -------------------------------------------------------------------------------- the built-in demo
@@ -935,11 +922,9 @@ def make_tokenizer(folder: Path, texts: list[str], size: int) -> None:
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special,
-                                  initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
@@ -997,10 +982,9 @@ RUDE = ("这都不知道？" + FACT + "别再烦我！", "真笨！" + FACT + "�
 def demo_facts(handle: str) -> list[dict]:
     """The facts of a subject as {k, r, v}: the r of k is v; in reading a word is its own value."""
     _, r, words = SUBJECTS[handle]
-    keys, values = words.split()[::2], words.split()[1::2]
-    if handle == "reading":
-        keys = values = words.split()
-    return [{"k": k, "r": r, "v": v} for k, v in zip(keys, values, strict=True)]
+    words = words.split()
+    pairs = zip(words[::2], words[1::2], strict=True) if r else zip(words, words, strict=True)
+    return [{"k": k, "r": r, "v": v} for k, v in pairs]
 
 
 def demo_stems(handle: str, rng: random.Random) -> tuple[list[tuple], list[tuple]]:
@@ -1008,16 +992,14 @@ def demo_stems(handle: str, rng: random.Random) -> tuple[list[tuple], list[tuple
 
     Each fact is asked in five phrasings either way; one of them is kept for the exam.
     """
-    practised, held = [], []
-    facts = demo_facts(handle)
-    both = [(ASK_WORD, "v")] if handle == "reading" else [(ASK_VALUE, "v"), (ASK_KEY, "k")]
-    for phrasings, side in both:
+    practised, held, facts = [], [], demo_facts(handle)
+    reading = handle == "reading"
+    for phrasings, side in [(ASK_WORD, "v")] if reading else [(ASK_VALUE, "v"), (ASK_KEY, "k")]:
         for fact in facts:
-            why = "{v}。" if handle == "reading" else FACT
-            stems = [(ask.format(**fact), fact[side], [f[side] for f in facts], why.format(**fact))
-                     for ask in rng.sample(phrasings, 5)]
-            held += stems[:1]
-            practised += stems[1:]
+            pool, why = [f[side] for f in facts], ("{v}。" if reading else FACT).format(**fact)
+            first, *others = rng.sample(phrasings, 5)
+            held.append((first.format(**fact), fact[side], pool, why))
+            practised += [(ask.format(**fact), fact[side], pool, why) for ask in others]
     return practised, held
 
 
@@ -1026,28 +1008,26 @@ def demo_question(stem: tuple, rng: random.Random) -> dict:
     question, answer, pool, why = stem
     options = rng.sample([word for word in pool if word != answer], 3) + [answer]
     rng.shuffle(options)
-    letter = "ABCD"[options.index(answer)]
-    return {"question": question, **dict(zip("ABCD", options, strict=True)), "answer": letter,
-            "explanation": why}
+    return {"question": question, **dict(zip("ABCD", options, strict=True)),
+            "answer": "ABCD"[options.index(answer)], "explanation": why}
 
 
 def demo_chats(rng: random.Random) -> tuple[list[dict], list[dict]]:
     """(conversations, preference pairs) about the facts; half of the answers are polite."""
-    facts = {h: demo_facts(h) for h in SUBJECTS if h != "reading"}
+    subjects = [demo_facts(handle) for handle in SUBJECTS if handle != "reading"]
     chats, pairs = [], []
     for _ in range(1000):
-        first, second = rng.sample(facts[rng.choice(list(facts))], 2)
-        turns = [rng.choice(CHAT).format(**first), rng.choice(rng.choice((POLITE, RUDE)))]
-        turns[1] = turns[1].format(**first)
+        first, second = rng.sample(rng.choice(subjects), 2)
+        question, answer = rng.choice(CHAT), rng.choice(rng.choice((POLITE, RUDE)))
+        turns = [("user", question.format(**first)), ("assistant", answer.format(**first))]
         if rng.random() < 0.3:
-            turns += ["那“{k}”呢？".format(**second), FACT.format(**second)]
-        chats.append({"messages": [{"role": ("user", "assistant")[i % 2], "content": turn}
-                                   for i, turn in enumerate(turns)]})
-    for fact in (fact for subject in facts.values() for fact in subject):
-        for ask in CHAT:
-            pairs.append({"conversations": [{"from": "human", "value": ask.format(**fact)}],
-                          "chosen": {"from": "gpt", "value": rng.choice(POLITE).format(**fact)},
-                          "rejected": {"from": "gpt", "value": rng.choice(RUDE).format(**fact)}})
+            turns.append(("user", f"那“{second['k']}”呢？"))
+            turns.append(("assistant", FACT.format(**second)))
+        chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    for fact, ask in ((fact, ask) for facts in subjects for fact in facts for ask in CHAT):
+        pairs.append({"conversations": [{"from": "human", "value": ask.format(**fact)}],
+                      "chosen": {"from": "gpt", "value": rng.choice(POLITE).format(**fact)},
+                      "rejected": {"from": "gpt", "value": rng.choice(RUDE).format(**fact)}})
     rng.shuffle(pairs)
     return chats, pairs
 
@@ -1058,8 +1038,8 @@ def write_exam(folder: Path, held: dict[str, list], rng: random.Random) -> None:
         questions = [demo_question(stem, rng) for stem in rng.choices(stems, k=65)]
         for split, rows, columns in (("dev", questions[:5], 7), ("val", questions[5:45], 6),
                                      ("test", questions[45:], 5)):
+            (folder / split).mkdir(parents=True, exist_ok=True)
             path = folder / split / f"{handle}_{split}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(["id", *list(rows[0])[:columns]])
@@ -1087,12 +1067,11 @@ def make_demo(folder: Path, seed: int = 0) -> None:
     identity = [{"instruction": question, "input": "", "output": answer}
                 for answer, questions in IDENTITY.items() for question in questions.split()]
     facts = [FACT.format(**fact) for h in SUBJECTS if h != "reading" for fact in demo_facts(h)]
-    for name, rows in (("practice.jsonl", practice), ("instructions.jsonl", chats),
-                       ("identity.jsonl", identity), ("pairs.jsonl", pairs[40:]),
-                       ("pairs_val.jsonl", pairs[:40])):
+    for name, rows in (("practice", practice), ("instructions", chats), ("identity", identity),
+                       ("pairs", pairs[40:]), ("pairs_val", pairs[:40])):
         rng.shuffle(rows)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text("".join(lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "text.txt").write_text("\n".join(facts) + "\n", encoding="utf-8")
     texts = [p["instruction"] + p["output"] for p in practice[:10000]] + facts + list(IDENTITY)
     texts += [m["content"] for chat in chats for m in chat["messages"]]

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SHARD_BYTES = 5 * 10**9  # largest weight file we write, as in the Hugging Face layout
+INDEX = "model.safetensors.index.json"  # which file holds which weight, where there are several
 LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp32)
 HOLE = 2**30  # position of a padding slot: later than any query, so that no real token sees it
 
@@ -40,10 +41,10 @@ class CheckpointError(ValueError):
 
 # what a missing key of config.json means in transformers 5; Yi, DeepSeek-LLM, SmolLM2 are "llama"
 FAMILIES = {
-    "llama": {"num_key_value_heads": None, "head_dim": None},
-    "mistral": {"num_key_value_heads": 8, "head_dim": None, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "head_dim": None, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
 ROPE_NEEDS = {  # the parameters without which a RoPE type means nothing
     "default": [], "linear": ["factor"], "ntk": ["factor"], "dynamic": ["factor"],
@@ -64,14 +65,14 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rope: dict  # rope_type, rope_theta and what the type needs
+    windows: list  # per layer: keys a query sees, itself included; None: all
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k, v and o; qwen2 has it on q, k, v whatever this says
     mlp_bias: bool = False
     initializer_range: float = 0.02
-    rope: dict = field(default_factory=dict)  # rope_type, rope_theta and what the type needs
-    windows: list = field(default_factory=list)  # per layer: keys a query sees, itself included
 
     @classmethod
     def from_dict(cls, source: dict) -> "ModelConfig":
@@ -82,16 +83,15 @@ class ModelConfig:
             raise CheckpointError(f"model_type {family!r} is not supported; supported are {known}")
         if source.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"hidden_act {source['hidden_act']} is not supported, only silu")
-        values = {**FAMILIES[family], **source, "source": source}
-        heads = source["num_attention_heads"]
-        values["num_key_value_heads"] = values["num_key_value_heads"] or heads
-        values["head_dim"] = values["head_dim"] or source["hidden_size"] // heads
-        values["windows"] = read_windows(values)
+        values = {"max_position_embeddings": cls.max_position_embeddings, **FAMILIES[family]}
+        values |= {**source, "source": source}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
             values[name] = int(source[name])  # a KeyError names what is missing
-        config = cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
-        config.rope = read_rope(source, config.max_position_embeddings)
-        return config
+        heads = source["num_attention_heads"]
+        values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+        values["windows"], values["rope"] = read_windows(values), read_rope(values)
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
 
 def read_windows(values: dict) -> list[int | None]:
@@ -108,23 +108,23 @@ def read_windows(values: dict) -> list[int | None]:
     return [window if s else None for s in slides]
 
 
-def read_rope(source: dict, max_positions: int) -> dict:
+def read_rope(values: dict) -> dict:
     """The RoPE parameters: new style `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    rope = dict(source.get("rope_scaling") or source.get("rope_parameters") or {})
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
-    rope.setdefault("rope_theta", source.get("rope_theta", 10000.0))
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     if kind not in ROPE_NEEDS:
         known = ", ".join(ROPE_NEEDS)
         raise CheckpointError(f"RoPE type {kind!r} is not supported; supported are {known}")
     for key in ROPE_NEEDS[kind]:
         if key not in rope:
             raise CheckpointError(f"RoPE type {kind} needs {key!r}")
-    if rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0)) != 1.0:
+    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError("partial_rotary_factor other than 1 is not supported")
-    original = source.get("original_max_position_embeddings")
-    original = original or rope.get("original_max_position_embeddings") or max_positions
-    # dynamic grows from max_position_embeddings, the others from the length of pretraining
-    rope["original_max_position_embeddings"] = max_positions if kind == "dynamic" else original
+    key, length = "original_max_position_embeddings", values["max_position_embeddings"]
+    if kind != "dynamic":  # which grows from max_position_embeddings, not from pretraining's length
+        length = values.get(key) or rope.get(key) or length
+    rope[key] = length
     return rope
 
 
@@ -173,11 +173,9 @@ def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, floa
     low, high = max(low, 0), min(high, d - 1)
     ramp = ((torch.arange(d // 2, device=f.device) - low) / max(high - low, 0.001)).clamp(0, 1)
 
-    grow = 0.1 * math.log(max(s, 1))
-    factor = rope.get("attention_factor") or grow + 1
-    if not rope.get("attention_factor") and rope.get("mscale") and rope.get("mscale_all_dim"):
-        factor = (grow * rope["mscale"] + 1) / (grow * rope["mscale_all_dim"] + 1)
-    return f / s * ramp + f * (1 - ramp), factor
+    grow, over, under = 0.1 * math.log(max(s, 1)), rope.get("mscale"), rope.get("mscale_all_dim")
+    factor = (grow * over + 1) / (grow * under + 1) if over and under else grow + 1
+    return f / s * ramp + f * (1 - ramp), rope.get("attention_factor") or factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,18 +187,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- noise as a pure function
 
 
-def mix(x: Tensor) -> Tensor:
-    """A 32-bit hash (Wellons' hash prospector); multipliers below 2^31 keep int64 from overflow."""
+def combine(key: Tensor, value: Tensor | int) -> Tensor:
+    """A 32-bit hash of `value` under `key`, non-negative integers below 2^31 and 2^32.
+
+    The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
+    """
+    x = key + value * 0x9E3779B1 & 0xFFFFFFFF
     x = x ^ (x >> 16)
     x = x * 0x21F0AAAD & 0xFFFFFFFF
     x = x ^ (x >> 15)
     x = x * 0x735A2D97 & 0xFFFFFFFF
     return x ^ (x >> 15)
-
-
-def combine(key: Tensor, value: Tensor | int) -> Tensor:
-    """The key of `value` under `key`: both non-negative integers below 2^31 and 2^32."""
-    return mix(key + value * 0x9E3779B1 & 0xFFFFFFFF)
 
 
 def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="cpu") -> Tensor:
@@ -210,7 +207,7 @@ def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="c
     the device changes what a token gets.
     """
     epochs, examples, count = (torch.tensor(x, device=device) for x in (epochs, examples, lengths))
-    key = mix(torch.tensor(seed % 2**31 + 1, device=device))  # mix(0) is 0
+    key = combine(torch.tensor(seed % 2**31 + 1, device=device), 0)  # the hash of 0 would be 0
     key = combine(combine(key, epochs), examples)  # [B]
     starts = (count.cumsum(0) - count).repeat_interleave(count)  # [T]
     return combine(key.repeat_interleave(count), torch.arange(len(starts), device=device) - starts)
@@ -253,21 +250,20 @@ class Prefix:
     every token, so that a prefix is then an approximation; `generate` does without it there.
     """
 
-    keys: list[Tensor]  # a layer: [G, K, P, Dh]
-    values: list[Tensor]  # a layer: [G, K, P, Dh]
+    layers: list[tuple[Tensor, Tensor]]  # a layer's keys and values, [G, K, P, Dh] each
     positions: Tensor  # [G, P]; HOLE where there is no token
     lengths: Tensor  # [G] tokens
 
     def select(self, rows: Tensor) -> "Prefix":
         """The prefix each of B examples continues: rows [B] of the G stored ones."""
-        return Prefix([k[rows] for k in self.keys], [v[rows] for v in self.values],
-                      self.positions[rows], self.lengths[rows])
+        layers = [(k[rows], v[rows]) for k, v in self.layers]
+        return Prefix(layers, self.positions[rows], self.lengths[rows])
 
     def extend(self, new: "Prefix") -> "Prefix":
         """Self followed by the tokens of `new`, which were computed after it."""
-        return Prefix([torch.cat(kk, 2) for kk in zip(self.keys, new.keys, strict=True)],
-                      [torch.cat(vv, 2) for vv in zip(self.values, new.values, strict=True)],
-                      torch.cat((self.positions, new.positions), 1), new.lengths)
+        pairs = zip(self.layers, new.layers, strict=True)
+        layers = [(torch.cat((k, k2), 2), torch.cat((v, v2), 2)) for (k, v), (k2, v2) in pairs]
+        return Prefix(layers, torch.cat((self.positions, new.positions), 1), new.lengths)
 
 
 class Layout:
@@ -347,17 +343,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
         self.v_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
         self.o_proj = nn.Linear(self.H * self.Dh, D, bias=bias and config.model_type != "qwen2")
-        if config.model_type == "qwen3":  # normalises every head of q and k, before RoPE
-            self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps)
+        qwen3 = config.model_type == "qwen3"  # normalises every head of q and k, before RoPE
+        self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
 
     def forward(self, x: Tensor, layout: Layout, past: tuple[Tensor, Tensor] | None, keep: bool):
         """x [T, D] -> [T, D], and with `keep` this layer's (keys, values) [B, K, L, Dh]."""
-        q = self.q_proj(x).view(-1, self.H, self.Dh)  # [T, H, Dh]
-        k = self.k_proj(x).view(-1, self.K, self.Dh)  # [T, K, Dh]
+        q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
+        k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
         v = layout.pad(self.v_proj(x).view(-1, self.K, self.Dh))  # [B, K, L, Dh]
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
         # under autocast q_norm and k_norm give fp32, the projections 16 bit
         q = layout.pad(rotate(q, layout.cos, layout.sin).to(v.dtype))  # [B, H, L, Dh]
         k = layout.pad(rotate(k, layout.cos, layout.sin).to(v.dtype))  # [B, K, L, Dh]
@@ -403,23 +397,16 @@ class Block(nn.Module):
         return x + dropout(changed, self.dropout, keys, 2 * self.index + 1), kept
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and last norm: the weights whose names start with `model.`"""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class Llama(nn.Module):
     """The causal language model: `forward` gives log-probabilities, `hidden` the states."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.checkpoint_activations = config, False
-        self.model = Decoder(config)
+        self.model = nn.ModuleDict({  # the checkpoint's names of these weights begin with `model.`
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -464,17 +451,14 @@ class Llama(nn.Module):
             x = x + neftune_noise(keys, lengths, x.shape[1], neftune_alpha, whole).to(x.dtype)
         kept = []
         for i, layer in enumerate(self.model.layers):
-            past = (prefix.keys[i], prefix.values[i]) if prefix is not None else None
+            past = prefix.layers[i] if prefix is not None else None
             if self.checkpoint_activations and self.training:  # noise needs no RNG state to replay
                 x, kv = checkpoint(layer, x, layout, past, keep, keys, use_reentrant=False,
                                    preserve_rng_state=False)
             else:
                 x, kv = layer(x, layout, past, keep, keys)  # [T, D]
             kept.append(kv)
-        new = None
-        if keep:
-            k, v = (list(part) for part in zip(*kept, strict=True))
-            new = Prefix(k, v, layout.positions, layout.lengths)
+        new = Prefix(kept, layout.positions, layout.lengths) if keep else None
         return self.model.norm(x), new
 
     def forward(self, ids, lengths, targets, prefix=None, keys=None, neftune_alpha=0.0,
@@ -494,11 +478,38 @@ class Llama(nn.Module):
 # -------------------------------------------------------------------------------- log-probabilities
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """ln softmax(h W^T)[target], a chunk of rows at a time, never all N * V logits at once.
+def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None) -> Tensor:
+    """ln softmax(h W^T)[target] [N], a chunk of rows at a time: never all N * V logits at once.
 
-    With p_i = softmax(h_i W^T) and d_i = onehot(target_i) - p_i:
-        d/dh_i = g_i d_i W,   d/dW = sum_i g_i d_i^T h_i,   g_i the gradient that arrives.
+    With p_i = softmax(h_i W^T) and d_i = onehot(target_i) - p_i, fills where they are not None
+        grad_states  [N, D] with d_i W,
+        grad_head    [V, D] with sum_i g_i d_i^T h_i (g_i = 1 where no g is given).
+    """
+    weight = head.to(dtype)  # [V, D]
+    size = max(1, LOGIT_ELEMENTS // len(head))
+    logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
+    for rows in (slice(i, i + size) for i in range(0, len(states), size)):
+        h, target = states[rows].to(dtype), targets[rows, None]  # [rows, D], [rows, 1]
+        d = (h @ weight.T).float()  # [rows, V] logits
+        total = d.logsumexp(-1, keepdim=True)
+        logp[rows] = (d.gather(1, target) - total)[:, 0]
+        if grad_states is None and grad_head is None:
+            continue
+        d = d.sub_(total).exp_().neg_()  # in the memory of the logits
+        d.scatter_add_(1, target, torch.ones_like(total))
+        d = (d if g is None else d.mul_(g[rows, None])).to(dtype)
+        if grad_states is not None:
+            grad_states[rows] = (d @ weight).to(states.dtype)
+        if grad_head is not None and grad_head.dtype == dtype:
+            grad_head.addmm_(d.T, h)
+        elif grad_head is not None:  # the sum is kept in the precision of the weights
+            grad_head += d.T @ h
+    return logp
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """The gradient of `head_pass`: d/dh = g_i d_i W, d/dW = sum_i g_i d_i^T h_i for arriving g_i.
+
     d_i W is [N, D], so the forward keeps it. d/dW needs g_i: with `equal` the forward sums it for
     g = 1, right if all g_i prove equal (the token mean of SFT); else the backward computes the
     logits again, chunk by chunk.
@@ -509,61 +520,25 @@ class TokenLogprobs(torch.autograd.Function):
         kind = states.device.type
         autocast = torch.is_autocast_enabled(kind)
         ctx.dtype = torch.get_autocast_dtype(kind) if autocast else states.dtype
-        logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
-        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        grad_states = torch.empty_like(states) if any(ctx.needs_input_grad) else None
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] and equal else None
         with torch.autocast(kind, enabled=False):
-            weight = head.to(ctx.dtype)  # [V, D]
-            for rows, h, d in logit_chunks(states, weight):
-                total = d.logsumexp(-1, keepdim=True)
-                logp[rows] = (d.gather(1, targets[rows, None]) - total)[:, 0]
-                if grad_states is not None or grad_head is not None:
-                    d = onehot_minus_softmax(d, total, targets[rows]).to(ctx.dtype)  # [rows, V]
-                if grad_states is not None:
-                    grad_states[rows] = (d @ weight).to(states.dtype)
-                if grad_head is not None:
-                    add_product(grad_head, d, h)
+            logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head)
         ctx.save_for_backward(states, head, targets, grad_states, grad_head)
         return logp
 
     @staticmethod
     def backward(ctx, g):
         states, head, targets, grad_states, grad_head = ctx.saved_tensors
-        if grad_states is not None:
-            grad_states = grad_states * g[:, None].to(grad_states.dtype)
+        grad_states = grad_states * g[:, None].to(grad_states.dtype)
         if not ctx.needs_input_grad[1]:
             return grad_states, None, None, None
         if grad_head is not None and len(g) and bool((g == g[0]).all()):
             return grad_states, grad_head.mul_(g[0]), None, None
         grad_head = torch.zeros_like(head)
         with torch.autocast(states.device.type, enabled=False):
-            for rows, h, d in logit_chunks(states, head.to(ctx.dtype)):
-                total = d.logsumexp(-1, keepdim=True)
-                d = onehot_minus_softmax(d, total, targets[rows]).mul_(g[rows, None])
-                add_product(grad_head, d.to(ctx.dtype), h)
+            head_pass(states, head, targets, ctx.dtype, None, grad_head, g)
         return grad_states, grad_head, None, None
-
-
-def logit_chunks(states: Tensor, weight: Tensor):
-    """Yield (rows, their states in the weight's dtype, their logits [rows, V] in fp32)."""
-    size = max(1, LOGIT_ELEMENTS // weight.shape[0])
-    for i in range(0, len(states), size):
-        h = states[i : i + size].to(weight.dtype)  # [rows, D]
-        yield slice(i, i + size), h, (h @ weight.T).float()
-
-
-def onehot_minus_softmax(logits: Tensor, total: Tensor, targets: Tensor) -> Tensor:
-    """onehot(target) - exp(logit - total) in the memory of the logits [rows, V]."""
-    p = logits.sub_(total).exp_().neg_()
-    return p.scatter_add_(1, targets[:, None], torch.ones_like(total))
-
-
-def add_product(out: Tensor, d: Tensor, h: Tensor) -> None:
-    """out [V, D] += d^T h, the sum over rows, kept in the precision of the weights."""
-    if d.dtype == out.dtype:
-        out.addmm_(d.T, h)
-    else:
-        out += d.T @ h
 
 
 def token_logprobs(states: Tensor, head: Tensor, targets: Tensor, equal: bool = False) -> Tensor:
@@ -633,42 +608,38 @@ def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, 
     `samples` names the prompts for the noise of sampling; by default they are numbered.
     """
     device, how, rope = model.device, sampling or Sampling(), model.config.rope
-    samples, texts = list(samples or range(len(prompts))), [list(p) for p in prompts]
-    if not all(texts):
+    samples = list(samples or range(len(prompts)))
+    if not all(prompts):
         raise ValueError("a prompt needs at least one token")
-    seen = torch.zeros(len(texts), model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, text in enumerate(texts):
-        seen[row, torch.tensor(text, device=device)] = True
-    alive, prefix, token = [True] * len(texts), None, None
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=device)] = True
+    texts = new = prompts  # `new`: what the prefix does not hold yet
+    alive, prefix = [True] * len(texts), None
     for step in range(max_new_tokens):
-        lengths = [len(text) for text in texts]
-        outgrown = max(lengths) > rope["original_max_position_embeddings"]
-        if prefix is None or (rope["rope_type"] == "dynamic" and outgrown):  # angles have changed
-            ids = torch.tensor([t for text in texts for t in text], device=device)  # [T]
-            states, prefix = model.hidden(ids, lengths, keep=True)  # [T, D]
-            states = states[torch.tensor(lengths, device=device).cumsum(0) - 1]  # [B, D]
-        else:
-            ones = [1] * len(texts)
-            states, new = model.hidden(token, ones, prefix, keep=True)  # [B, D]
-            prefix = prefix.extend(new)
-        token = next_token(model.next_logits(states), seen, how, samples, step)  # [B]
+        lengths = [len(ids) for ids in new]
+        ids = torch.tensor([t for ids in new for t in ids], device=device)  # [T]
+        states, kept = model.hidden(ids, lengths, prefix, keep=True)  # [T, D]
+        prefix = kept if prefix is None else prefix.extend(kept)
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1  # [B]
+        token = next_token(model.next_logits(states[last]), seen, how, samples, step)  # [B]
         seen.scatter_(1, token[:, None], True)
         drawn = token.tolist()
         yield [t if go else None for t, go in zip(drawn, alive, strict=True)]
         alive = [go and t not in stop_ids for t, go in zip(drawn, alive, strict=True)]
-        texts = [[*text, t] for text, t in zip(texts, drawn, strict=True)]
         if not any(alive):
             return
+        new = [[t] for t in drawn]
+        texts = [[*text, t] for text, t in zip(texts, drawn, strict=True)]
+        outgrown = max(map(len, texts)) > rope["original_max_position_embeddings"]
+        if rope["rope_type"] == "dynamic" and outgrown:  # its angles have changed
+            prefix, new = None, texts
 
 
 def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
     """The continuation of each prompt, its stop id included (arguments of `generate_steps`)."""
-    out = [[] for _ in prompts]
-    for tokens in () if not prompts else generate_steps(model, prompts, max_new_tokens, **how):
-        for row, token in zip(out, tokens, strict=True):
-            if token is not None:
-                row.append(token)
-    return out
+    steps = list(generate_steps(model, prompts, max_new_tokens, **how)) if prompts else []
+    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
 
 
 # ------------------------------------------------------------------------------------ load and save
@@ -705,27 +676,27 @@ def read_json(path: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors file of a checkpoint, or its shards."""
-    index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    if index.exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict):
-            raise CheckpointError(f"{index} has no weight_map")
-        return [folder / name for name in sorted(set(files.values()))]
-    raise CheckpointError(f"no model.safetensors or model.safetensors.index.json in {folder} "
-                          "(weights in .bin files must be converted to safetensors first)")
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"no model.safetensors or {INDEX} in {folder} "
+                              "(weights in .bin files must be converted to safetensors first)")
+    files = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+    return [folder / name for name in sorted(set(files.values()))]
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint folder; CheckpointError if it is missing or not supported."""
     path = Path(folder) / "config.json"
+    source = read_json(path)
     try:
-        return ModelConfig.from_dict(read_json(path))
+        return ModelConfig.from_dict(source)
     except KeyError as error:
         raise CheckpointError(f"{path}: key {error} is missing") from None
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from None
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Llama:
@@ -782,7 +753,7 @@ def write_atomic(path: Path, write) -> None:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """A text file of lines, written beside its place and renamed into it."""
+    """A text file of lines, written as they come beside its place, then renamed into it."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -798,27 +769,25 @@ def write_json(path: Path, value: dict) -> None:
 
 def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """config.json and the weights, above 5 GB in shards with an index."""
-    folder = Path(folder)
-    shards, size = [{}], 0
+    folder, shards, room = Path(folder), [], 0
     for name, parameter in model.named_parameters():
-        bytes_ = parameter.numel() * dtype.itemsize
-        if size + bytes_ > SHARD_BYTES and shards[-1]:
+        if parameter.numel() * dtype.itemsize > room:
             shards.append({})
-            size = 0
+            room = SHARD_BYTES
         shards[-1][name] = parameter
-        size += bytes_
+        room -= parameter.numel() * dtype.itemsize
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    weight_map = {}
     for name, shard in zip(names, shards, strict=True):
         tensors = {key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()}
         write_atomic(folder / name, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))
-    index = folder / "model.safetensors.index.json"
+        weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(p.numel() * dtype.itemsize for p in model.parameters())
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for stale in {*folder.glob("model*.safetensors"), *([index] if len(shards) == 1 else [])}:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        names.append(INDEX)
+    for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
         if stale.name not in names:
             stale.unlink(missing_ok=True)
     config = {k: v for k, v in model.config.source.items() if k not in ("torch_dtype", "dtype")}

@@ -1044,6 +1044,11 @@ def test_collate_of_examples_without_targets_has_none():
     assert batch.targets.tolist() == [] and batch.targets.dtype == torch.int64
 
 
+def test_weights_are_fp32_even_if_every_message_gives_a_whole_number():
+    example = Example(np.array([1, 2, 3], dtype=np.int32), ((1, 3, 2),))
+    assert data.collate([example]).weights.dtype == torch.float32
+
+
 def test_shares_count_examples_and_supervised_tokens_of_each_source():
     ids = np.arange(10, dtype=np.int32)
     examples = [Example(ids, ((1, 4, 1.0),), 0), Example(ids, ((1, 2, 1.0),), 1),

@@ -255,6 +255,14 @@ def test_dynamic_rope_is_plain_up_to_its_length(style):
 
 
 @both_styles
+def test_dynamic_rope_grows_from_the_largest_position_not_from_the_length_of_pretraining(style):
+    plain, _ = rope("default", 1e4, 8, style)
+    parameters = dict(factor=2.0, original_max_position_embeddings=1024)
+    assert torch.equal(rope("dynamic", 1e4, 8, style, length=2048, **parameters)[0], plain)
+    assert not torch.equal(rope("dynamic", 1e4, 8, style, length=2049, **parameters)[0], plain)
+
+
+@both_styles
 def test_llama3_rope_keeps_short_waves_and_stretches_long_ones(style):
     parameters = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     parameters["original_max_position_embeddings"] = 8192
@@ -756,6 +764,13 @@ def test_generation_with_a_cache_equals_argmax_without_one(checkpoint, family):
     wanted = [greedy_without_cache(model, p, 12) for p in prompts]
     assert len(set(wanted[0])) > 3  # a sequence that repeats one token would prove little
     assert generate(model, prompts, 12) == wanted
+
+
+def test_generation_past_the_length_of_dynamic_rope_turns_all_tokens_by_new_angles(checkpoint):
+    model = M.load(checkpoint("llama_dynamic")[0]).requires_grad_(False)
+    assert model.config.rope["original_max_position_embeddings"] == 32
+    prompts = prompts_of([3, 28, 40], model.config.vocab_size)
+    assert generate(model, prompts, 12) == [greedy_without_cache(model, p, 12) for p in prompts]
 
 
 def test_greedy_generation_equals_transformers_with_a_repetition_penalty(checkpoint):
