@@ -62,15 +62,17 @@ class Config(train_sft.Config):
     undesirable_weight: float = 1.0  # of KTO's disliked answers
 
 
+# What each paper publishes; what it does not keeps the default.
 RECIPES = {
-    # DeepSeek LLM (arXiv:2401.02954, section 4.2): warmup and cosine, lengths not published
+    # DeepSeek LLM (arXiv:2401.02954), which also warms up, it does not say how long
     "deepseek": {"learning_rate": 5e-6, "schedule": "cosine", "batch_size": 512, "epochs": 1},
     # Steel-LLM (arXiv:2502.06635)
     "steel-llm": {"beta": 0.1, "learning_rate": 5e-6, "batch_size": 128, "epochs": 3,
                   "warmup": 0.1},
-    # Tulu 3 (arXiv:2411.15124, section 5): sigmoid on means per token; the rest is not published
-    # there in one place and keeps the default
-    "tulu3": {"length_normalize": True, "beta": 5.0, "learning_rate": 5e-7},
+    # Tulu 3 8B (arXiv:2411.15124), and the command its authors document in open-instruct
+    "tulu3": {"length_normalize": True, "beta": 5.0, "learning_rate": 5e-7, "schedule": "linear",
+              "warmup": 0.1, "weight_decay": 0.0, "batch_size": 128, "epochs": 1,
+              "max_length": 2048},
 }
 
 DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
@@ -304,8 +306,8 @@ def reference_logprobs(c: Config, groups: list[list[Preference]], hardware: Hard
 def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]:
     """Give every labelled item, as a second answer, that of the next item with another prompt.
 
-    KTO takes the KL divergence of the policy from such pairs; the papers' code pairs within a
-    batch, where neighbours may answer the same prompt, and where it depends on the batch.
+    KTO estimates the policy's KL divergence on such pairs. Others shift the answers within a batch,
+    where neighbours may share a prompt and z depends on how batches were cut.
     """
     out = []
     for i, item in enumerate(items):

@@ -11,6 +11,7 @@ tokens, padding excluded. Peak memory is that of a process of its own (CPU) or o
 """
 
 import argparse
+import copy
 import random
 import resource
 import statistics
@@ -25,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import model as modeling
+import train_dpo
+import train_sft
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
-BATCH, MICRO_TOKENS = 16, 1280
+BATCH, PAIRS, MICRO_TOKENS = 16, 4, 1280
 SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
          "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
          "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
@@ -128,8 +131,98 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
-def compare(steps: int, device: str) -> None:
-    """Steps of both loops in turn, then the peak memory of each in a fresh process."""
+def pairs(vocabulary: int) -> list[data.Preference]:
+    """Tokenised preference pairs."""
+    path, tokenizer = SHARED / "data/dpo_zh_demo.json", SHARED / "models/minimind-tokenizer"
+    if path.exists():
+        return data.load_preferences([str(path)], data.ChatTokenizer(tokenizer), 2048, False)[0]
+    rng, out = random.Random(0), []
+    for _ in range(300):
+        lengths = [min(int(rng.lognormvariate(4.8, 0.8)) + 2, 900) for _ in range(3)]
+        prompt, *answers = (torch.randint(vocabulary, (n,)).int().numpy() for n in lengths)
+        out.append(data.Preference(prompt, tuple((a, ((1, len(a), 1.0),)) for a in answers)))
+    return out
+
+
+class OursDPO:
+    """The prompt once, both answers after it; the reference's part is done before, model gone."""
+
+    def __init__(self, config: dict, device):
+        self.device, self.model = device, new_model(config, device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.config = train_dpo.Config(micro_tokens=MICRO_TOKENS, beta=0.1)
+        self.hardware = train_sft.Hardware(0, 1, torch.device(device), torch.bfloat16 if
+                                           device == "cuda" else torch.float32)
+
+    def reference(self, items: list[data.Preference]) -> torch.Tensor:
+        """What the training script computes once for all epochs."""
+        return train_dpo.all_logprobs(self.model, items, self.config, self.hardware)
+
+    def step(self, items: list[data.Preference], reference: torch.Tensor) -> float:
+        """One optimizer step; returns the loss."""
+        run = train_sft.RunData(items, [], InOrder, len(items), 1)
+        scaler = torch.amp.GradScaler(self.device, enabled=False)
+        metrics = train_dpo.backward_step(self.model, self.model, run, reference, 0, self.config,
+                                          self.hardware, scaler)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return metrics["loss"]
+
+
+class InOrder:
+    """A mixer that draws the items as they come."""
+
+    @staticmethod
+    def draws(first: int, end: int) -> list[tuple[int, int]]:
+        return [(i, 0) for i in range(first, end)]
+
+
+class TheirsDPO(Theirs):
+    """Chosen and rejected rows in one padded batch, under policy and live reference."""
+
+    def __init__(self, config: dict, device):
+        super().__init__(config, device)
+        self.frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def reference(self, items) -> None:
+        """Nothing: it is computed in every step."""
+
+    def logprobs(self, model, ids, mask, answers) -> torch.Tensor:
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]  # [2B, L - 1, V]
+        logp = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (logp * answers[:, 1:]).sum(1)
+
+    def step(self, items: list[data.Preference], reference=None) -> float:
+        """One optimizer step; returns the loss."""
+        rows = [(p, *p.answers[side]) for side in (0, 1) for p in items]
+        length = max(len(p.prompt) + len(ids) for p, ids, _ in rows)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask, answers = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, (p, answer, spans) in enumerate(rows):
+            first = len(p.prompt)
+            ids[i, :first] = torch.from_numpy(p.prompt)
+            ids[i, first : first + len(answer)] = torch.from_numpy(answer)
+            mask[i, : first + len(answer)] = 1
+            for a, b, _ in spans:
+                answers[i, first + a : first + b] = 1
+        ids, mask, answers = (t.to(self.device) for t in (ids, mask, answers))
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            policy = self.logprobs(self.model, ids, mask, answers)
+            with torch.no_grad():
+                before = self.logprobs(self.frozen, ids, mask, answers)
+        chosen, rejected = (policy - before).chunk(2)
+        loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+LOOPS = {"sft": {"ours": Ours, "theirs": Theirs}, "dpo": {"ours": OursDPO, "theirs": TheirsDPO}}
+
+
+def compare_sft(steps: int, device: str) -> None:
+    """Real tokens per second of both SFT loops."""
     examples = rows(SMALL["vocab_size"])
     ours, theirs = Ours(SMALL, device), Theirs(SMALL, device)
     speeds = {"ours": [], "theirs": []}
@@ -142,28 +235,62 @@ def compare(steps: int, device: str) -> None:
             if step:  # the first step warms up
                 speeds[name].append(sum(len(e.ids) for e in some) / (synchronized() - began))
         assert abs(losses[0] - losses[1]) < (0.05 if device == "cuda" else 1e-3), losses
+    report("sft", f"SFT, 50M parameters, {BATCH} rows a step, {steps} steps in turn",
+           "real tokens per second", speeds, device)
+
+
+def compare_dpo(steps: int, device: str) -> None:
+    """Pairs per second of both DPO loops; ours counts one pass of the reference, as one epoch."""
+    items = pairs(SMALL["vocab_size"])
+    ours, theirs = OursDPO(SMALL, device), TheirsDPO(SMALL, device)
+    reference = ours.reference(items[: (steps + 1) * PAIRS])
+    speeds = {"ours": [], "theirs": []}
+    for step in range(steps + 1):
+        chosen = slice(step * PAIRS, (step + 1) * PAIRS)
+        losses = []
+        for name, loop in (("ours", ours), ("theirs", theirs)):
+            began = synchronized()
+            loop.reference(items[chosen])
+            losses.append(loop.step(items[chosen], reference[chosen]))
+            if step:  # the first step warms up
+                speeds[name].append(PAIRS / (synchronized() - began))
+        assert abs(losses[0] - losses[1]) < (0.05 if device == "cuda" else 1e-3), losses
+    report("dpo", f"DPO, 50M parameters, {PAIRS} pairs a step, {steps} steps in turn",
+           "pairs per second", speeds, device)
+
+
+def report(task: str, title: str, unit: str, speeds: dict, device: str) -> None:
+    """Medians and pairwise ratios, and the peak memory of each loop in a fresh process."""
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["theirs"], strict=True)]
     memory = {}
     for name in speeds:
-        argv = [sys.executable, __file__, "--memory", name]
+        argv = [sys.executable, __file__, "--memory", f"{task} {name}"]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         memory[name] = float(done.stdout)
     threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
-    print(f"SFT, 50M parameters, {BATCH} rows a step, {steps} steps in turn, {device}{threads}")
+    print(f"{title}, {device}{threads}")
     print(f"{'':22}{'ours':>10}{'theirs':>10}{'ratio':>8}{'lowest':>8}{'highest':>8}")
     fast, slow = (statistics.median(speeds[name]) for name in ("ours", "theirs"))
-    print(f"{'real tokens per second':22}{fast:10.0f}{slow:10.0f}{statistics.median(ratios):8.2f}"
+    print(f"{unit:22}{fast:10.2f}{slow:10.2f}{statistics.median(ratios):8.2f}"
           f"{min(ratios):8.2f}{max(ratios):8.2f}")
     print(f"{'peak memory, GiB':22}{memory['ours']:10.2f}{memory['theirs']:10.2f}"
           f"{memory['ours'] / memory['theirs']:8.2f}")
 
 
-def measure_memory(name: str, device: str) -> None:
+def measure_memory(which: str, device: str) -> None:
     """Print the peak memory of a few steps of one loop."""
-    loop = {"ours": Ours, "theirs": Theirs}[name](SMALL, device)
-    examples = rows(SMALL["vocab_size"])
-    for step in range(4):
-        loop.step(examples[step * BATCH : (step + 1) * BATCH])
+    task, name = which.split()
+    loop = LOOPS[task][name](SMALL, device)
+    if task == "sft":
+        examples = rows(SMALL["vocab_size"])
+        for step in range(4):
+            loop.step(examples[step * BATCH : (step + 1) * BATCH])
+    else:
+        items = pairs(SMALL["vocab_size"])[: 4 * PAIRS]
+        reference = loop.reference(items)
+        for step in range(4):
+            chosen = slice(step * PAIRS, (step + 1) * PAIRS)
+            loop.step(items[chosen], None if reference is None else reference[chosen])
     print(peak_gib())
 
 
@@ -199,7 +326,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--memory", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(LOOPS), help="one comparison instead of all")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if flags.memory:
@@ -207,7 +335,9 @@ def main() -> None:
     elif flags.large:
         large()
     else:
-        compare(flags.steps, device)
+        for task, compare in (("sft", compare_sft), ("dpo", compare_dpo)):
+            if flags.only in (None, task):
+                compare(flags.steps, device)
 
 
 if __name__ == "__main__":
