@@ -88,7 +88,10 @@ def check(c: Config) -> None:
     for name in ("beta", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
         need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
     need(0 <= c.label_smoothing < 0.5, f"--label_smoothing is in [0, 0.5), not {c.label_smoothing}")
-    need(not c.label_smoothing or c.loss == "sigmoid", "--label_smoothing goes with --loss sigmoid")
+    for name, loss in (("label_smoothing", "sigmoid"), ("simpo_gamma", "simpo"),
+                       ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
+        need(c.loss == loss or getattr(c, name) == getattr(Config, name),
+             f"--{name} goes with --loss {loss}")
     need(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
     need(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
     need(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
@@ -469,9 +472,10 @@ def mean_of(records: list[dict], key: str) -> float:
 def explain(records: list[dict]) -> None:
     """Print how each metric moved, from the first tenth of the steps to the last."""
     n = max(1, len(records) // 10)
-    a, b = ({key: mean_of(part, key) for key in records[-1]} for part in (
-        records[:n], records[-n:]))
-    up = {key: b[key] - a[key] for key in b}
+    keys = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "length_chosen",
+            "length_rejected")
+    a, b = ({key: mean_of(part, key) for key in keys} for part in (records[:n], records[-n:]))
+    up = {key: b[key] - a[key] for key in keys}
     longer = b["length_chosen"] > 1.2 * b["length_rejected"]
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
     for key, good, yes, no in (
@@ -493,7 +497,8 @@ def explain(records: list[dict]) -> None:
          f"rejected ones have {b['length_rejected']:.0f}: still, a margin that grows while "
          "generated answers get ever longer would be no success"),
     ):
-        print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
+        if not math.isnan(up[key]):  # KTO's steps may hold but liked or disliked answers
+            print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
 
 
 def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
@@ -553,9 +558,10 @@ def main() -> None:
     first, hardware = train_sft.first_step(c), train_sft.setup_hardware(c.dtype)
     quiet = hardware.rank > 0
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    config = modeling.load_config(c.model)
+    for folder in (c.reference or c.model, c.model):
+        config = modeling.load_config(folder)
+        tokenizer.check_size(config.vocab_size)
     c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
-    tokenizer.check_size(config.vocab_size)
     run, facts = train_sft.prepare_data(c, lambda files: data.load_preferences(
         files, tokenizer, c.max_length, c.loss == "kto", c.skip_bad_rows, quiet), quiet)
     if c.loss == "kto":
