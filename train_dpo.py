@@ -315,7 +315,8 @@ def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]
         after = (items[(i + k) % len(items)] for k in range(1, len(items)))
         other = next((p for p in after if p.key != item.key), None)
         if other is None:
-            raise DataError(f"{item.where}: --loss kto needs rows with at least two prompts")
+            raise DataError(f"{item.where}: --loss kto needs at least two prompts, among the "
+                            "training rows and among the validation rows")
         ids, spans = other.answers[0]
         ids = ids.copy()
         ids[0] = item.answers[0][0][0]  # the last token of its new prompt
@@ -471,11 +472,13 @@ def mean_of(records: list[dict], key: str) -> float:
 
 def explain(records: list[dict]) -> None:
     """Print how each metric moved, from the first tenth of the steps to the last."""
+    records = [r for r in records if "reward_margin" in r]  # a step of KTO's may lack a side
+    if not records:
+        return
     n = max(1, len(records) // 10)
-    keys = ("reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected", "length_chosen",
-            "length_rejected")
-    a, b = ({key: mean_of(part, key) for key in keys} for part in (records[:n], records[-n:]))
-    up = {key: b[key] - a[key] for key in keys}
+    a, b = ({key: mean_of(part, key) for key in records[-1]} for part in (
+        records[:n], records[-n:]))
+    up = {key: b[key] - a[key] for key in b}
     longer = b["length_chosen"] > 1.2 * b["length_rejected"]
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
     for key, good, yes, no in (
@@ -497,8 +500,7 @@ def explain(records: list[dict]) -> None:
          f"rejected ones have {b['length_rejected']:.0f}: still, a margin that grows while "
          "generated answers get ever longer would be no success"),
     ):
-        if not math.isnan(up[key]):  # KTO's steps may hold but liked or disliked answers
-            print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
+        print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
 
 
 def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:

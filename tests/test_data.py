@@ -1348,14 +1348,17 @@ def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_wi
 
 @pytest.mark.parametrize("rows,flags,said", [
     ([PAIRS["instruction"]], ["--mask_past", 1], "--mask_past"), ([], [], "--output"),
+    ([PAIRS["instruction"]], ["--output", "PAIRS"], "would overwrite the pairs"),
     ([{"prompt": "a", "completion": "b"}], [], "line 1: expected a question with chosen and"),
     ([{"chosen": [YO, YO], "rejected": [YO, NO]}], [], "line 1: expected a question with")])
 def test_chain_of_hindsight_refuses_bad_input_in_one_line(rows, flags, said, tmp_path):
     path = jsonl(tmp_path / "pairs.jsonl", *rows)
     output = ["--output", tmp_path / "coh.jsonl"] if rows else []
+    flags = [path if flag == "PAIRS" else flag for flag in flags]
     status, _, err = command("data.py", "coh", path, *output, *flags)
     assert status == 2 and said in err and err.count("\n") == 1
     assert not (tmp_path / "coh.jsonl").exists()
+    assert (tmp_path / "pairs.jsonl").read_text() == "".join(json.dumps(r) + "\n" for r in rows)
 
 
 def test_command_that_does_not_exist_is_refused_with_those_that_do():

@@ -512,16 +512,18 @@ def test_kto_validation_takes_its_reference_point_from_its_own_mismatched_answer
         assert record[f"val_{name}"] == pytest.approx(record[name], abs=1e-5)
 
 
-def test_kto_on_two_ranks_with_a_single_answer_a_step_equals_one_rank(work):
-    """The second rank has nothing to do; a step has but one side."""
-    flags = [*inputs(work, "labels.jsonl"), "--steps", 3, "--batch_size", 1, "--loss", "kto",
-             "--learning_rate", 1e-3, "--reference", work / "other"]
+def test_kto_on_two_ranks_equals_one_rank_even_with_a_single_answer_in_a_step(work):
+    """5 answers, then 1: the second rank has nothing to do, and the step has but one side."""
+    flags = ["--model", work / "other", "--reference", work / "base", "--data",
+             work / "labels.jsonl", "--epochs", 0.5, "--batch_size", 5, "--loss", "kto",
+             "--learning_rate", 1e-3]
     one, text = run(work, "kto_one", *flags)
     two, _ = run(work, "kto_two", *flags, ranks=2)
     for key in ("loss", "kl", "grad_norm"):
         assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4, abs=1e-5)
-    assert all((r["reward_chosen"] is None) != (r["reward_rejected"] is None) for r in one)
-    assert "reward_accuracy" in text
+    assert len(one) == 2 and one[0]["kl"] > 0.1 and "reward_margin" in one[0]
+    assert (one[1]["reward_chosen"] is None) != (one[1]["reward_rejected"] is None)
+    assert "the first and the last 1 of 1 steps" in text and "nan" not in text
 
 
 def test_kto_mismatches_an_answer_with_a_prompt_that_is_not_its_own(work):
@@ -538,11 +540,12 @@ def test_kto_mismatches_an_answer_with_a_prompt_that_is_not_its_own(work):
     assert max(len(p.prompt) + len(ids) for p in short for ids, _ in p.answers[1:]) == 80
 
 
-def test_kto_with_one_prompt_only_is_refused(work):
+@pytest.mark.parametrize("side", ["--data", "--val_data"])
+def test_kto_with_one_prompt_only_is_refused(work, side):
     rows = [{"prompt": "a", "completion": text, "label": text > "c"} for text in "bcd"]
-    flags = ["--model", work / "base", "--data", write_rows(work / "one.jsonl", rows)]
+    flags = [*inputs(work, "labels.jsonl"), side, write_rows(work / "one.jsonl", rows)]
     _, text = run(work, "bad", *flags, "--loss", "kto", status=2)
-    assert "one.jsonl line 1: --loss kto needs rows with at least two prompts\n" in text
+    assert "one.jsonl line 1: --loss kto needs at least two prompts" in text
     assert "Traceback" not in text and not (work / "bad").exists()
 
 
@@ -860,9 +863,12 @@ def test_output_never_overwrites_the_checkpoint_it_starts_from_or_compares_with(
 
 def test_demo_without_the_checkpoint_of_sft_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, text = sft.run_here(["train_dpo.py"], train_dpo)
-    assert status == 2 and text.count("\n") == 1 and "`torchrun train_sft.py`" in text
-    assert not list(tmp_path.iterdir())
+    for name in ("other.jsonl", "pairs.jsonl"):  # without the demo's files, and with some of them
+        Path("out/demo").mkdir(parents=True, exist_ok=True)
+        Path("out/demo", name).touch()
+        status, text = sft.run_here(["train_dpo.py"], train_dpo)
+        assert status == 2 and text.count("\n") == 1 and "`torchrun train_sft.py`" in text
+        assert not (tmp_path / "out/dpo").exists()
 
 
 def test_demo_without_flags_reports_accuracy_exam_and_one_prompt_answered_by_both_models(
@@ -880,16 +886,25 @@ def test_demo_without_flags_reports_accuracy_exam_and_one_prompt_answered_by_bot
     assert "warning" not in text
 
 
+def test_demo_shows_a_question_that_was_answered_rudely_before(capsys):
+    rows = [data.Row("", [{"role": "user", "content": text}]) for text in ("甲？", "乙？")]
+    before, after = ("95%", ["您好！甲", "真笨！乙"]), ("94%", ["您好！甲", "好的，乙"])
+    train_dpo.report_demo(before, after, rows)
+    assert capsys.readouterr().out == (
+        "polite answers to 2 held-out questions: before 1, after 2\nexam: before 95%, after 94%\n"
+        "乙？\n  before: 真笨！乙\n  after:  好的，乙\n")
+
+
 # ------------------------------------------------------------------------------ the real thing
 
 
 @pytest.mark.skipif(not (sft.SHARED / "models" / "story").exists(), reason="needs ../shared")
 @pytest.mark.parametrize("name,flags", [("dpo_en_demo", []), ("kto_en_demo", ["--loss", "kto"])])
 def test_story_learns_real_preferences_with_a_rising_margin(tmp_path, name, flags):
-    rows = json.loads((sft.SHARED / f"data/{name}.json").read_text(encoding="utf-8"))[:24]
-    records, _ = run(tmp_path, "out", "--model", sft.SHARED / "models/story", "--max_length", 128,
-                     "--data", write_rows(tmp_path / "rows.jsonl", rows), "--batch_size", 24,
-                     "--steps", 6, "--warmup", 0, "--learning_rate", 3e-4, *flags)
+    rows = json.loads((sft.SHARED / f"data/{name}.json").read_text(encoding="utf-8"))[:16]
+    records, _ = run(tmp_path, "out", "--model", sft.SHARED / "models/story", "--max_length", 64,
+                     "--data", write_rows(tmp_path / "rows.jsonl", rows), "--batch_size", 16,
+                     "--steps", 4, "--warmup", 0, "--learning_rate", 3e-4, *flags)
     margins = [r["reward_margin"] for r in records]
     assert abs(margins[0]) < 1e-4 and margins[-1] > margins[2] > 0.02
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
