@@ -1420,7 +1420,7 @@ def test_real_conversations_have_the_ids_of_transformers():
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["dpo_zh_demo", "dpo_en_demo", "kto_en_demo"])
+@pytest.mark.parametrize("name", ["dpo_zh_demo", "kto_en_demo"])
 def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(name):
     path = str(SHARED / "data" / f"{name}.json")
     tokenizer = data.ChatTokenizer(SHARED / "models" / "minimind-tokenizer")
