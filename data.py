@@ -1187,6 +1187,8 @@ def coh(c: Coh) -> None:
     if not c.output or not 0 <= c.mask_past < 1:
         raise DataError(f"--output FILE.jsonl is needed, and --mask_past in [0, 1), not "
                         f"{c.mask_past}")
+    if Path(c.output).resolve() in [Path(path).resolve() for path in c.pairs]:
+        raise DataError(f"--output {c.output} would overwrite the pairs")
     rng, bad, counts, lines = random.Random(c.seed), [] if c.skip_bad_rows else None, Counter(), []
     for row in (row for path in c.pairs for row in read_rows(path, bad)):
         if row.chosen is None or not row.messages or row.messages[-1]["role"] != "user":

@@ -90,7 +90,10 @@ def check(c: Config) -> None:
     for name in ("beta", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
         need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
     need(0 <= c.label_smoothing < 0.5, f"--label_smoothing is in [0, 0.5), not {c.label_smoothing}")
-    need(not c.label_smoothing or c.loss == "sigmoid", "--label_smoothing goes with --loss sigmoid")
+    for name, loss in (("label_smoothing", "sigmoid"), ("simpo_gamma", "simpo"),
+                       ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
+        need(c.loss == loss or getattr(c, name) == getattr(Config, name),
+             f"--{name} goes with --loss {loss}")
     need(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
     need(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
     need(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
@@ -314,7 +317,8 @@ def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]
         after = (items[(i + k) % len(items)] for k in range(1, len(items)))
         other = next((p for p in after if p.key != item.key), None)
         if other is None:
-            raise DataError(f"{item.where}: --loss kto needs rows with at least two prompts")
+            raise DataError(f"{item.where}: --loss kto needs at least two prompts, among the "
+                            "training rows and among the validation rows")
         ids, spans = other.answers[0]
         ids = ids.copy()
         ids[0] = item.answers[0][0][0]  # the last token of its new prompt
@@ -470,6 +474,9 @@ def mean_of(records: list[dict], key: str) -> float:
 
 def explain(records: list[dict]) -> None:
     """Print how each metric moved, from the first tenth of the steps to the last."""
+    records = [r for r in records if "reward_margin" in r]  # a step of KTO's may lack a side
+    if not records:
+        return
     n = max(1, len(records) // 10)
     a, b = ({key: mean_of(part, key) for key in records[-1]} for part in (
         records[:n], records[-n:]))
@@ -555,9 +562,10 @@ def main() -> None:
     first, hardware = train_sft.first_step(c), train_sft.setup_hardware(c.dtype)
     quiet = hardware.rank > 0
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    config = modeling.load_config(c.model)
+    for folder in (c.reference or c.model, c.model):
+        config = modeling.load_config(folder)
+        tokenizer.check_size(config.vocab_size)
     c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
-    tokenizer.check_size(config.vocab_size)
     run, facts = train_sft.prepare_data(c, lambda files: data.load_preferences(
         files, tokenizer, c.max_length, c.loss == "kto", c.skip_bad_rows, quiet), quiet)
     if c.loss == "kto":

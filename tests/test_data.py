@@ -10,6 +10,7 @@ import os
 import pty
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,10 +23,12 @@ import pytest
 import torch
 from families import FAMILIES
 from family_tokenizers import TOKENIZERS, write_tokenizer
+from test_train_sft import run_here as run_sft
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 import data
+import train_sft
 from data import DataError, Example, Mixer, mixing_rates
 
 REPO = Path(data.__file__).resolve().parent
@@ -797,6 +800,120 @@ def test_file_without_anything_to_supervise_is_refused(tmp_path, letters):
         data.load_examples([jsonl(tmp_path / "a.jsonl", {"messages": [HI]})], letters)
 
 
+# ---------------------------------------------------------------------------------- preferences
+
+TURNS = [user("a"), assistant("b"), user("c")]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+            {"from": "human", "value": "c"}]
+LONG_PAIRS = {
+    "prompt as messages": {"prompt": TURNS, "chosen": "yo", "rejected": "no"},
+    "prompt repeated in both": {"prompt": TURNS, "chosen": [*TURNS, YO], "rejected": [*TURNS, NO]},
+    "whole conversations": {"chosen": [*TURNS, YO], "rejected": [*TURNS, NO]},
+    "first prompt and the rest in both": {"prompt": "a", "chosen": [*TURNS, YO],
+                                          "rejected": [*TURNS, NO]},
+    "sharegpt": {"conversations": SHAREGPT, "chosen": {"from": "gpt", "value": "yo"},
+                 "rejected": [{"from": "gpt", "value": "no"}]},
+    "whole sharegpt": {"chosen": [*SHAREGPT, {"from": "gpt", "value": "yo"}],
+                       "rejected": [*SHAREGPT, {"from": "gpt", "value": "no"}]},
+    "alpaca": {"instruction": "c", "input": "", "history": [["a", "b"]], "chosen": "yo",
+               "rejected": "no"},
+}
+
+
+def preferences(path, tokenizer, *rows, max_length=2048, labelled=False, **options):
+    """(preferences, counts) of a file with these rows."""
+    path = jsonl(path / "pairs.jsonl", *rows)
+    return data.load_preferences([path], tokenizer, max_length, labelled, **options)
+
+
+@pytest.mark.parametrize("name", LONG_PAIRS)
+def test_pair_of_each_form_is_one_prompt_and_two_answers_with_their_end_of_turn(
+    name, tmp_path, letters
+):
+    (item,), counts = preferences(tmp_path, letters, LONG_PAIRS[name])
+    assert item.lengths == [3, 3] and not counts and item.label is None
+    for (ids, spans), answer in zip(item.answers, (YO, NO), strict=True):
+        whole = item.prompt.tolist() + ids.tolist()
+        assert whole == render(letters, [*TURNS, answer])[0]
+        assert whole[: len(item.prompt) + 1] == letters.prompt_ids(TURNS)
+        assert supervised(letters, (ids, spans)) == [answer["content"] + "<|im_end|>"]
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted_by_reason(tmp_path, folder_of):
+    """A thought is answer, the empty block of MiniMind's template is prompt: here they differ."""
+    tokenizer = data.ChatTokenizer(folder_of("minimind"))
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"},
+            {"prompt": "q", "chosen": "same", "rejected": "same"},
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("b")]},
+            {"chosen": [HI, NO, HI, YO], "rejected": [HI, YO, HI, NO]},
+            {"prompt": "q", "chosen": "<think>t</think>b", "rejected": "a"},
+            {"prompt": "q", "chosen": "bbbb" * 9 + "yes", "rejected": "bbbb" * 9 + "no"}]
+    items, counts = preferences(tmp_path, tokenizer, *rows, max_length=400)
+    assert [p.where.split()[-1] for p in items] == ["1", "5", "6"]
+    assert counts == {"dropped: chosen equals rejected": 1, "dropped: histories differ": 2}
+    items, counts = preferences(tmp_path, tokenizer, *rows, max_length=4)
+    assert [p.where.split()[-1] for p in items] == ["1"]
+    assert counts == {
+        "dropped: chosen equals rejected": 1, "dropped: histories differ": 2, "truncated": 1,
+        "dropped: a response lost to truncation": 1, "dropped: alike once truncated": 1}
+
+
+@pytest.mark.parametrize("max_length", [4, 5, 30, 64, 100, 150])
+def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
+    max_length, tmp_path, letters
+):
+    rng = random.Random(max_length)
+    rows = [{"prompt": [user("p" * rng.randint(1, 120)), assistant("h"), user("q")],
+             "chosen": "a" + "c" * rng.randint(0, 90), "rejected": "b" + "r" * rng.randint(0, 90)}
+            for _ in range(100)]
+    items, counts = preferences(tmp_path, letters, *rows, max_length=max_length)
+    cut = 0
+    for item, row in zip(items, rows, strict=True):
+        full = letters.prompt_ids(row["prompt"])
+        kept = item.prompt.tolist() + item.answers[0][0][:1].tolist()
+        assert kept == full[len(full) - len(kept) :] and len(kept) > 1  # one suffix for both
+        assert len(kept) == len(full) or len(kept) >= max_length // 2  # no more than is needed
+        for (ids, spans), side in zip(item.answers, ("chosen", "rejected"), strict=True):
+            whole = render(letters, [*row["prompt"], assistant(row[side])])[0][len(full) :]
+            assert ids[0] == kept[-1] and ids[1:].tolist() == whole[: len(ids) - 1]
+            assert len(item.prompt) + len(ids) <= max_length
+            assert spans == ((1, min(len(ids), len(row[side]) + 2), 1.0),)
+        cut += max(map(len, (row["chosen"], row["rejected"]))) + 2 + len(full) > max_length
+    assert counts["truncated"] == cut and len(items) == 100
+
+
+@pytest.mark.parametrize("labelled,row,said", [
+    (False, {"prompt": "a", "completion": "b"}, "expected chosen and rejected"),
+    (False, {"prompt": "a", "completion": "b", "label": True}, "--loss kto takes labels"),
+    (False, {"text": "a"}, "expected chosen and rejected"),
+    (True, {"prompt": "a", "completion": "b"}, "expected a label and an answer, or chosen"),
+    (True, {"messages": [HI], "label": True}, "expected a label and an answer"),
+])
+def test_row_that_the_loss_cannot_use_is_refused_in_one_line(
+    labelled, row, said, tmp_path, letters
+):
+    with pytest.raises(DataError, match="pairs.jsonl line 2: ") as error:
+        preferences(tmp_path, letters, PAIRS["instruction"], row, labelled=labelled)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_labelled_rows_keep_their_label_and_a_pair_is_a_liked_and_a_disliked_row(tmp_path, letters):
+    rows = [{"messages": [*TURNS, YO], "label": False}, PAIRS["instruction"],
+            {"prompt": "q", "completion": "z", "label": True}]
+    items, _ = preferences(tmp_path, letters, *rows, labelled=True)
+    found = [(p.label, *supervised(letters, a)) for p in items for a in p.answers]
+    assert found == [(False, "yo<|im_end|>"), (True, "yo<|im_end|>"), (False, "no<|im_end|>"),
+                     (True, "z<|im_end|>")]
+    assert items[1].key == items[2].key != items[3].key
+
+
+def test_validation_split_keeps_all_answers_to_a_prompt_on_one_side(tmp_path, letters):
+    rows = [{"prompt": f"q{i % 10}", "chosen": f"y{i}", "rejected": "n"} for i in range(40)]
+    items, _ = preferences(tmp_path, letters, *rows)
+    sides = [{p.key for p in side} for side in data.split_validation(items, 0.3, 0)]
+    assert [len(keys) for keys in sides] == [7, 3] and not sides[0] & sides[1]
+
+
 # ------------------------------------------------------------------------------- validation, mixing
 
 
@@ -1164,6 +1281,91 @@ def test_show_ends_with_one_line_and_status_2_for_bad_input(arguments, said, tmp
     assert err.startswith("data.py: ") and said in err
 
 
+# ---------------------------------------------------------------------------------------------- coh
+
+
+def hindsight(tmp_path, tokenizer, *rows, flags=()):
+    """(decoded text, supervised texts) of every conversation that `data.py coh` makes of rows."""
+    path, output = jsonl(tmp_path / "pairs.jsonl", *rows), tmp_path / "coh.jsonl"
+    status, out, err = command("data.py", "coh", path, "--output", output, *flags)
+    assert (status, err) == (0, "")
+    examples, _ = data.load_examples([str(output)], tokenizer)
+    return [(tokenizer.decode(e.ids, False), supervised(tokenizer, e)) for e in examples], out
+
+
+@pytest.mark.parametrize("question,good,bad", [
+    ("Why?", "A good answer:", "A bad answer:"), ("为何？", "好的回答：", "不好的回答：")])
+def test_chain_of_hindsight_supervises_both_answers_and_no_feedback_word(
+    question, good, bad, tmp_path, letters
+):
+    row = {"prompt": [system("s"), user("a"), assistant("b"), user(question)], "chosen": "yo",
+           "rejected": "no"}
+    seen = set()
+    for seed in range(8):  # which answer comes first is drawn
+        ((text, answers),), _ = hindsight(tmp_path, letters, row, flags=["--seed", seed])
+        order = [(good, "yo"), (bad, "no")][:: 1 if answers[0] == "yo<|im_end|>" else -1]
+        seen.add(order[0])
+        assert answers == [answer + "<|im_end|>" for _, answer in order]
+        (first, one), (second, two) = order
+        assert text.splitlines() == [
+            "system", "s", "user", "a", "assistant", "b", "user", question, first, "assistant",
+            one, "user", second, "assistant", two]
+    assert len(seen) == 2
+
+
+def test_chain_of_hindsight_hides_words_only_from_the_second_answers_view_of_the_first(
+    tmp_path, letters
+):
+    words = [f"w{i}" for i in range(200)]
+    rows = [{"prompt": "q", "chosen": " ".join(words), "rejected": "春眠不觉晓" * 40}] * 20
+    found, _ = hindsight(tmp_path, letters, *rows, flags=["--mask_past", 0.5])
+    shares = []
+    for (whole, first), (masked, second) in zip(found[::2], found[1::2], strict=True):
+        past, (answer,) = first[0].removesuffix("<|im_end|>"), second
+        assert len(first) == 1 and past in whole and answer != first[0]
+        seen = masked.splitlines()[5 - 1]
+        split = str.split if past.startswith("w") else list
+        kept = iter(split(past))
+        assert all(word in kept for word in split(seen))  # in their order, some are left out
+        shares.append(len(split(seen)) / len(split(past)))
+        assert answer.removesuffix("<|im_end|>") in (rows[0]["chosen"], rows[0]["rejected"])
+    assert 0.4 < min(shares) < max(shares) <= 1 and 0.6 < sum(shares) / 20 < 0.9
+
+
+def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_with_sft(
+    tmp_path, letters
+):
+    rows = [*[{"prompt": f"q{i}", "chosen": "yo", "rejected": "no"} for i in range(20)],
+            {"prompt": "q", "chosen": "same", "rejected": "same"}]
+    flags = ["--mask_past", 0.05]
+    one, out = hindsight(tmp_path, letters, *rows, flags=flags)
+    assert "40 conversations" in out and "pairs: 20" in out
+    assert "dropped: chosen equals rejected: 1" in out
+    assert hindsight(tmp_path, letters, *rows, flags=flags)[0] == one
+    assert hindsight(tmp_path, letters, *rows, flags=[*flags, "--seed", 1])[0] != one
+    shutil.copytree(letters.folder, tmp_path / "model")
+    train_sft.make_demo_model(tmp_path / "model")
+    status, out = run_sft(["train_sft.py", "--model", str(tmp_path / "model"), "--data",
+                           str(tmp_path / "coh.jsonl"), "--steps", "1", "--output_dir",
+                           str(tmp_path / "out")])
+    assert not status and "loss" in out
+
+
+@pytest.mark.parametrize("rows,flags,said", [
+    ([PAIRS["instruction"]], ["--mask_past", 1], "--mask_past"), ([], [], "--output"),
+    ([PAIRS["instruction"]], ["--output", "PAIRS"], "would overwrite the pairs"),
+    ([{"prompt": "a", "completion": "b"}], [], "line 1: expected a question with chosen and"),
+    ([{"chosen": [YO, YO], "rejected": [YO, NO]}], [], "line 1: expected a question with")])
+def test_chain_of_hindsight_refuses_bad_input_in_one_line(rows, flags, said, tmp_path):
+    path = jsonl(tmp_path / "pairs.jsonl", *rows)
+    output = ["--output", tmp_path / "coh.jsonl"] if rows else []
+    flags = [path if flag == "PAIRS" else flag for flag in flags]
+    status, _, err = command("data.py", "coh", path, *output, *flags)
+    assert status == 2 and said in err and err.count("\n") == 1
+    assert not (tmp_path / "coh.jsonl").exists()
+    assert (tmp_path / "pairs.jsonl").read_text() == "".join(json.dumps(r) + "\n" for r in rows)
+
+
 def test_command_that_does_not_exist_is_refused_with_those_that_do():
     for arguments in ((), ("shwo",)):
         status, out, err = command("data.py", *arguments)
@@ -1220,3 +1422,17 @@ def test_real_conversations_have_the_ids_of_transformers():
             assert render(ours, row.messages)[0] == rendered_by(loaded, row.messages, False)
             prompt = row.messages[:-1]
             assert ours.prompt_ids(prompt) == rendered_by(loaded, prompt, True)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["dpo_zh_demo", "kto_en_demo"])
+def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(name):
+    path = str(SHARED / "data" / f"{name}.json")
+    tokenizer = data.ChatTokenizer(SHARED / "models" / "minimind-tokenizer")
+    items, counts = data.load_preferences([path], tokenizer, 10**6, name.startswith("kto"))
+    wholes, _ = data.load_examples([path], tokenizer, max_length=10**6, keep_all=True)
+    found = [item.prompt.tolist() + ids.tolist() for item in items for ids, _ in item.answers]
+    assert found == [e.ids.tolist() for e in wholes] and not counts
+    items, counts = data.load_preferences([path], tokenizer, 256, name.startswith("kto"))
+    assert len(items) + counts["dropped: alike once truncated"] == 300
+    assert all(len(p.prompt) + len(ids) <= 256 and spans for p in items for ids, spans in p.answers)

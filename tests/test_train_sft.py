@@ -57,41 +57,41 @@ def work(tmp_path_factory):
     return folder
 
 
-def command(work, name, *flags, ranks=1):
-    """The command line of a small run into work/name."""
+def command(work, name, *flags, ranks=1, script=train_sft):
+    """The command line of a small run into work/name; `script` is the module to run."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
                   "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return [*start, str(ROOT / "train_sft.py"), "--output_dir", str(work / name), *map(str, flags)]
+    return [*start, script.__file__, "--output_dir", str(work / name), *map(str, flags)]
 
 
 BASIC = ["--steps", "5", "--batch_size", "8", "--learning_rate", "1e-3", "--neftune_alpha", "5",
          "--dropout", "0", "0.1", "--log_every", "1"]
 
 
-def run(work, name, *flags, ranks=1, status=0):
+def run(work, name, *flags, ranks=1, status=0, script=train_sft):
     """Run it, in this process unless it has several ranks; returns its metrics and its output."""
     if ranks > 1:
-        done = subprocess.run(command(work, name, *flags, ranks=ranks), capture_output=True,
-                              text=True, cwd=work)
+        done = subprocess.run(command(work, name, *flags, ranks=ranks, script=script),
+                              capture_output=True, text=True, cwd=work)
         code, text = done.returncode, done.stdout + done.stderr
     else:
-        code, text = run_here(command(work, name, *flags)[1:])
+        code, text = run_here(command(work, name, *flags, script=script)[1:], script)
     assert code == status, text
     path = work / name / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return records, text
 
 
-def run_here(argv):
-    """(exit status, output) of train_sft.py's main."""
+def run_here(argv, script=train_sft):
+    """(exit status, output) of a script's main."""
     before, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
     out, sys.argv = io.StringIO(), argv
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             with data.one_line_errors():
-                train_sft.main()
+                script.main()
     except SystemExit as stop:
         return stop.code, out.getvalue()
     finally:

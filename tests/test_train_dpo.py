@@ -1,0 +1,910 @@
+"""Preference optimisation: the losses, shared prompts, the loop, and what must not change it."""
+
+import contextlib
+import copy
+import functools
+import io
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import test_train_sft as sft
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from test_train_sft import curve, weights
+
+import data
+import model as modeling
+import train_dpo
+import train_sft
+from data import Preference
+
+
+def some_words(rng, n):
+    return " ".join(rng.choice(sft.WORDS) for _ in range(rng.randint(1, n)))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_pairs(path, count, seed=0):
+    """Pairs whose prompts and answers are of very different lengths, some with several turns."""
+    rng, rows = random.Random(seed), []
+    for i in range(count):
+        history = [{"role": "user", "content": some_words(rng, 5)},
+                   {"role": "assistant", "content": some_words(rng, 5)}] if i % 3 == 0 else []
+        question = {"role": "user", "content": f"{i} {some_words(rng, 2 + 7 * i % 25)}"}
+        rows.append({"prompt": [*history, question], "chosen": some_words(rng, 3 + i % 12) + " yes",
+                     "rejected": some_words(rng, 12) + " no"})
+    return write_rows(path, rows)
+
+
+def write_labels(path, count, seed=0):
+    """Answers with a label, two to every prompt; two of three are liked."""
+    rng = random.Random(seed)
+    questions = [f"{i} {some_words(rng, 12)}" for i in range(count // 2)]
+    return write_rows(path, [{"prompt": questions[i // 2], "completion": some_words(rng, 15),
+                              "label": i % 3 > 0} for i in range(count)])
+
+
+def perturbed(source, target):
+    """Write a copy of a checkpoint whose weights are a little different."""
+    shutil.copytree(source, target)
+    generator, model = torch.Generator().manual_seed(1), modeling.load(source)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
+    modeling.save(model, target)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny Qwen2 checkpoint, a reference a little different, and preferences."""
+    folder = tmp_path_factory.mktemp("dpo")
+    families.make_checkpoint(folder / "base", "qwen2")
+    perturbed(folder / "base", folder / "other")
+    write_pairs(folder / "pairs.jsonl", 16)
+    write_pairs(folder / "more.jsonl", 4, seed=1)
+    write_pairs(folder / "val.jsonl", 5, seed=2)
+    write_labels(folder / "labels.jsonl", 12)
+    return folder
+
+
+BASIC = ["--steps", 4, "--batch_size", 6, "--learning_rate", 1e-3, "--neftune_alpha", 5,
+         "--dropout", 0, 0.1, "--log_every", 1]
+
+
+command = functools.partial(sft.command, script=train_dpo)
+run = functools.partial(sft.run, script=train_dpo)
+
+
+def inputs(work, *files):
+    return ["--model", work / "base", "--data", *(work / f for f in files or ["pairs.jsonl"])]
+
+
+def assert_same_run(one, two):
+    """Metrics, but for the speed, and weights of two output folders are equal bit for bit."""
+    lines = [[json.loads(line) | {"tokens_per_second": 0}
+              for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
+    assert lines[0] == lines[1]
+    found = weights(two)
+    assert all(torch.equal(value, found[name]) for name, value in weights(one).items())
+
+
+@pytest.fixture(scope="module")
+def reference(work):
+    """The run that the others are compared with: one rank, one micro-batch a step."""
+    return run(work, "reference", *inputs(work), *BASIC)
+
+
+# ---------------------------------------------------------------------------------------- losses
+
+A = (-10.0, -12.0, -11.0, -11.0, 5.0, 6.0)  # pc, pr, rc, rr in nats, tokens of chosen and rejected
+B = (-20.0, -15.0, -18.0, -16.0, 10.0, 5.0)
+SIMPO = {"loss": "simpo", "beta": 2.0, "simpo_gamma": 0.5}
+SUMS = {"loss": "ipo", "beta": 0.1, "length_normalize": False}
+LOSSES = [  # vector, flags, loss
+    (A, {}, 0.5981388694), (A, {"label_smoothing": 0.1}, 0.6181388694),
+    (A, {"loss": "hinge"}, 0.8), (A, {"loss": "hinge", "beta": 0.6}, 0.0), (A, SUMS, 9.0),
+    (A, {"loss": "ipo"}, 21.4677777778),
+    (A, {"length_normalize": True, "beta": 0.1}, 0.6749818934),
+    (A, {"length_normalize": True}, 0.1483163326), (A, SIMPO, 0.9740769842),
+    (A, {"nll_weight": 1.0}, 2.5981388694),
+    (B, {}, 0.8543552445), (B, {"label_smoothing": 0.1}, 0.8243552445), (B, SUMS, 64.0),
+    (B, {"loss": "ipo"}, 29.16), (B, {"loss": "hinge"}, 1.3), (B, SIMPO, 0.2014132780),
+]
+
+
+def settle(**flags):
+    """A Config with its defaults filled in."""
+    c = train_dpo.Config(**flags)
+    train_dpo.check(c)
+    return c
+
+
+def objective(vector, flags):
+    """(loss, [d loss/d pc, d loss/d pr]) of a vector; SimPO is given no reference."""
+    pc, pr, rc, rr, nc, nr = torch.tensor(vector, dtype=torch.float64)
+    if flags.get("loss") == "simpo":
+        rc = rr = torch.zeros_like(pc)
+    policy = torch.stack((pc, pr))[None].requires_grad_()  # [1, 2]
+    loss, _ = train_dpo.objective(settle(**flags), policy, torch.stack((rc, rr))[None],
+                                  torch.stack((nc, nr))[None], torch.tensor([[True, False]]))
+    loss.sum().backward()
+    return loss.item(), policy.grad[0].tolist()
+
+
+def logistic(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("vector,flags,loss", LOSSES)
+def test_losses_have_their_published_values(vector, flags, loss):
+    assert objective(vector, flags)[0] == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("vector,flags", [case[:2] for case in LOSSES])
+def test_gradients_of_the_losses_are_those_worked_out_by_hand(vector, flags):
+    """Each is d loss/d margin, times d margin/d pc = 1 or 1/|c|, d margin/d pr = -1 or -1/|r|."""
+    pc, pr, rc, rr, nc, nr = vector
+    kind, e, a = (flags.get(key, default) for key, default in (
+        ("loss", "sigmoid"), ("label_smoothing", 0.0), ("nll_weight", 0.0)))
+    mean = flags.get("length_normalize", kind in ("ipo", "simpo"))
+    beta = flags.get("beta", 5.0 if mean and kind == "sigmoid" else 0.1)
+    if not mean:
+        nc = nr = 1.0
+    margin = (pc - rc) / nc - (pr - rr) / nr
+    if kind == "sigmoid":
+        slope = -(1 - e) * beta * logistic(-beta * margin) + e * beta * logistic(beta * margin)
+    elif kind == "ipo":
+        slope = 2 * (margin - 1 / (2 * beta))
+    elif kind == "hinge":
+        slope = -beta if beta * margin < 1 else 0.0
+    else:
+        slope = -beta * logistic(0.5 - beta * (pc / nc - pr / nr))
+    wanted = [slope / nc - a / vector[4], -slope / nr]
+    assert objective(vector, flags)[1] == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("smoothing,slope", [(0.0, -0.0450166003), (0.1, -0.0350166003)])
+def test_dpo_gradient_pulls_the_two_answers_apart_with_equal_force(smoothing, slope):
+    found = objective(A, {"label_smoothing": smoothing})[1]
+    assert found == pytest.approx([slope, -slope], abs=1e-9)
+
+
+@pytest.mark.parametrize("z,liked,loss", [(0.0, True, 0.4750208125), (0.0, False, 0.4750208125),
+                                          (2.0, True, 0.5249791875), (2.0, False, 0.4255574832)])
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_kto_loss_has_its_published_values_and_its_gradient_moves_towards_the_label(
+        z, liked, loss, weight):
+    c = settle(loss="kto", **{"desirable_weight" if liked else "undesirable_weight": weight})
+    policy = torch.tensor([[-10.0 if liked else -12.0]], requires_grad=True)
+    found, rewards = train_dpo.objective(c, policy, torch.tensor([[-11.0]]), torch.ones(1, 1),
+                                         torch.tensor([[liked]]), z)
+    found.sum().backward()
+    assert found.item() == pytest.approx(weight * loss, abs=1e-6)
+    assert rewards.item() == pytest.approx(0.1 if liked else -0.1)
+    wanted = (-1 if liked else 1) * 0.1 * weight * loss * (1 - loss)  # s' = s (1 - s)
+    assert policy.grad.item() == pytest.approx(wanted, abs=1e-7)
+
+
+def test_dpo_loss_is_ln_2_and_accuracy_0_when_policy_is_reference():
+    logp, liked = torch.tensor([[-3.0, -4.0], [-9.0, -2.0]]), torch.tensor([[True, False]] * 2)
+    found = train_dpo.measure(settle(), logp, logp.clone(), torch.ones(2, 2), liked)
+    assert found["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert (found["reward_accuracy"], found["reward_margin"]) == (0.0, 0.0)
+    assert (found["logp_chosen"], found["logp_rejected"]) == (-6.0, -3.0)
+
+
+def test_recipes_hold_the_published_values():
+    def resolve(name):
+        argv = ["--model", "m", "--data", "d", "--recipe", name]
+        c = train_sft.resolve_config(train_dpo.Config, argv, train_dpo.RECIPES, {})
+        train_dpo.check(c)
+        return c
+
+    c = resolve("deepseek")
+    assert (c.learning_rate, c.batch_size, c.epochs, c.schedule) == (5e-6, 512, 1, "cosine")
+    c = resolve("steel-llm")
+    assert (c.learning_rate, c.batch_size, c.epochs, c.beta, c.warmup) == (5e-6, 128, 3, 0.1, 0.1)
+    c = resolve("tulu3")
+    assert (c.length_normalize, c.beta, c.learning_rate, c.loss) == (True, 5.0, 5e-7, "sigmoid")
+
+
+# ------------------------------------------------------------------------- log-probabilities
+
+
+def random_items(vocab, count=6, seed=0):
+    """Preferences of random ids, with prompts of 2 to 60 tokens and answers of 1 to 20."""
+    rng = np.random.default_rng(seed)
+    items = []
+    for n in np.linspace(2, 60, count).astype(int):
+        prompt = rng.integers(5, vocab, n).astype(np.int32)
+        answers = [np.concatenate((prompt[-1:], rng.integers(5, vocab, k).astype(np.int32)))
+                   for k in rng.integers(1, 20, 2)]
+        items.append(Preference(prompt[:-1], tuple((a, ((1, len(a), 1.0),)) for a in answers)))
+    return items
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen2", "qwen3", "llama_yarn"])
+def test_answers_after_a_shared_prompt_equal_two_full_passes_and_so_do_the_gradients(
+        tmp_path, family, recompute):
+    """Mistral's window is 8 tokens, most prompts are longer."""
+    families.make_checkpoint(tmp_path, family)
+    model = modeling.load(tmp_path).train()
+    model.checkpoint_activations = recompute
+    items = random_items(model.config.vocab_size)
+    factors = torch.linspace(-1, 2, 12).view(6, 2)  # another weight for every answer
+    shared = train_dpo.answer_logprobs(model, items)
+    (factors * shared).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.checkpoint_activations = False
+    rows = []
+    for item in items:  # one full pass for each sequence, nothing shared
+        for answer, _ in item.answers:
+            ids = torch.from_numpy(np.concatenate((item.prompt, answer))).long()
+            targets = torch.arange(len(item.prompt) + 1, len(ids))
+            rows.append(model(ids, [len(ids)], targets).sum())
+    whole = torch.stack(rows).view(6, 2)
+    (factors * whole).sum().backward()
+    torch.testing.assert_close(shared, whole, atol=2e-4, rtol=1e-6)
+    for name, p in model.named_parameters():
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(found[name], p.grad, atol=2e-5 * scale + 1e-5, rtol=0)
+
+
+def test_noise_of_a_preference_is_scaled_by_the_length_of_prompt_and_answer(work, monkeypatch):
+    """NEFTune's L; the prompt is shared and takes that of the longer answer. No two keys agree."""
+    model, seen = modeling.load(work / "base").train(), []
+    items = random_items(model.config.vocab_size, 3)
+    monkeypatch.setattr(modeling, "neftune_noise", lambda keys, lengths, size, alpha, whole: (
+        seen.append((keys, whole)) or torch.zeros(len(keys), size)))
+    noise = train_dpo.Noise(0, [0, 1, 0], [4, 4, 7], 5.0)
+    train_dpo.answer_logprobs(model, items, noise=noise)
+    lengths = [[len(p.prompt) + len(ids) for ids, _ in p.answers] for p in items]
+    (prompts, longest), (answers, whole) = seen
+    assert longest == [max(pair) for pair in lengths] and whole == sum(lengths, [])
+    keys = torch.cat((prompts, answers)).tolist()
+    assert len(set(keys)) == len(keys)
+
+
+# --------------------------------------------------------------------- a plain transformers loop
+
+
+def padded_logprobs(model, rows):
+    """(sums of ln p, tokens) [len(rows)] of (ids, first, end) by one pass over a padded batch."""
+    length = max(len(ids) for ids, _, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (tokens, first, end) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        labels[i, first:end] = ids[i, first:end]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    return -nll.sum(1), (labels != -100).sum(1)
+
+
+def whole_rows(path, folder):
+    """(ids, first, end) of every answer of a file after its prompt, the last turn supervised."""
+    tokenizer = data.ChatTokenizer(folder)
+    examples, _ = data.load_examples([str(path)], tokenizer, "last", keep_all=True)
+    return [(e.ids.tolist(), *e.spans[0][:2]) for e in examples]
+
+
+def compare(records, theirs, frozen, rows, loss_of, ours):
+    """Train a transformers model beside a live reference and compare it with a run of ours.
+
+    loss_of(policy, reference, tokens) [rows] each -> loss, and metrics that the run must show.
+    """
+    theirs.train()
+    # SmolLM2 pads with the token that ends a turn; transformers then drops that row's gradient
+    theirs.model.embed_tokens.padding_idx = None
+    decay = [p for p in theirs.parameters() if p.dim() >= 2]
+    others = [p for p in theirs.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for record in records:
+        with torch.no_grad():
+            r, _ = padded_logprobs(frozen, rows)
+        p, n = padded_logprobs(theirs, rows)
+        loss, metrics = loss_of(p, r, n)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for name, value in metrics.items():
+            assert record[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-4), name
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = dict(theirs.named_parameters())
+    for name, p in modeling.load(ours).named_parameters():
+        # Adam scales each gradient by its own size: where it is near rounding, a part of a step
+        # (1e-3) may differ; a key's bias shifts all scores alike, its gradient is only rounding
+        off = (p - wanted[name]).abs()
+        if "k_proj.bias" not in name:
+            assert off.mean() < 1e-6 and off.max() < 4e-4, name
+
+
+PLAIN = ["--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1, "--schedule", "constant",
+         "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 150]
+
+
+def apart(x):
+    return x[:, 0] - x[:, 1]
+
+
+def written_out(p, r, n):
+    """DPO's loss and metrics in another way: rows are chosen, rejected, chosen, ..."""
+    p, r, n = p.view(-1, 2), r.view(-1, 2), n.view(-1, 2).float()
+    rewards = 0.1 * (p - r)
+    sides = {f"{name}_{side}": values[:, k].mean() for k, side in enumerate(("chosen", "rejected"))
+             for name, values in (("reward", rewards), ("logp", p), ("length", n))}
+    return F.softplus(-apart(rewards)).mean(), {
+        **sides, "reward_margin": apart(rewards).mean(),
+        "reward_accuracy": (rewards[:, 0] > rewards[:, 1]).float().mean()}
+
+
+@pytest.mark.parametrize("family", ["llama3", "smollm2", "mistral", "qwen2", "qwen3"])
+def test_three_steps_equal_a_plain_transformers_loop_with_a_live_reference(tmp_path, family):
+    theirs = families.make_checkpoint(tmp_path / "base", family)
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 6)
+    records, _ = run(tmp_path, "out", "--model", tmp_path / "base", "--data", pairs, *PLAIN,
+                     "--batch_size", 6)
+    compare(records, theirs, copy.deepcopy(theirs), whole_rows(pairs, tmp_path / "base"),
+            written_out, tmp_path / "out")
+
+
+OTHERS = {
+    "cdpo": (["--label_smoothing", 0.1], lambda p, r, n: 0.9 * F.softplus(-0.1 * apart(p - r))
+             + 0.1 * F.softplus(0.1 * apart(p - r))),
+    "hinge": (["--loss", "hinge", "--beta", 0.5],
+              lambda p, r, n: F.relu(1 - 0.5 * apart(p - r))),
+    "ipo": (["--loss", "ipo"], lambda p, r, n: (apart((p - r) / n) - 5) ** 2),
+    "ipo of sums": (["--loss", "ipo", "--no-length_normalize", "--beta", 0.05],
+                    lambda p, r, n: (apart(p - r) - 10) ** 2),
+    "length": (["--length_normalize"], lambda p, r, n: F.softplus(-5 * apart((p - r) / n))),
+    "simpo": (["--loss", "simpo"], lambda p, r, n: F.softplus(0.5 - 2 * apart(p / n))),
+    "nll": (["--nll_weight", 0.2],
+            lambda p, r, n: F.softplus(-0.1 * apart(p - r)) - 0.2 * p[:, 0] / n[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_three_steps_of_the_other_losses_equal_a_plain_transformers_loop(work, tmp_path, name):
+    flags, loss = OTHERS[name]
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 6)
+    if name != "simpo":
+        flags = [*flags, "--reference", work / "other"]
+    records, _ = run(tmp_path, "out", "--model", work / "base", "--data", pairs, *PLAIN,
+                     "--batch_size", 6, *flags)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    compare(records, load(work / "base"), load(work / "other"), whole_rows(pairs, work / "base"),
+            lambda *rows: (loss(*(x.view(-1, 2) for x in rows)).mean(), {}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("policy,against", [("base", "other"), ("other", "base")])
+def test_three_steps_of_kto_equal_a_plain_transformers_loop_with_z_from_mismatched_pairs(
+        work, tmp_path, policy, against):
+    """The mean log-ratio is below 0 the one way round, so that z is 0, and above it the other."""
+    labels = write_labels(tmp_path / "labels.jsonl", 8)
+    records, _ = run(tmp_path, "out", "--model", work / policy, "--reference", work / against,
+                     "--data", labels, *PLAIN, "--batch_size", 8, "--loss", "kto",
+                     "--desirable_weight", 0.5, "--undesirable_weight", 1.5, "--nll_weight", 0.1)
+    liked = torch.tensor([json.loads(line)["label"] for line in labels.read_text().splitlines()])
+    rows = whole_rows(labels, work / "base")
+    for i in range(8):  # rows 2k and 2k+1 have one prompt; 2k+2 is the next with another
+        ids, first, end = rows[(i // 2 * 2 + 2) % 8]
+        prompt, start = rows[i][0], rows[i][1]
+        rows.append((prompt[:start] + ids[first:end], start, start + end - first))
+
+    def loss_of(p, r, n):
+        z = (p - r)[8:].mean().clamp(min=0).detach()
+        ratio = (p - r)[:8]
+        loss = torch.where(liked, 0.5 * torch.sigmoid(0.1 * (z - ratio)),
+                           1.5 * torch.sigmoid(0.1 * (ratio - z)))
+        nll = -(p / n)[:8] * liked  # of liked answers only
+        return (loss + 0.1 * nll).mean(), {
+            "kl": z, "nll": nll.mean(), "reward_chosen": 0.1 * ratio[liked].mean(),
+            "logp_rejected": p[:8][~liked].mean(), "reward_accuracy":
+            ((ratio > z) == liked).float().mean(), "length_rejected": n[:8][~liked].float().mean()}
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    compare(records, load(work / policy), load(work / against), rows, loss_of, tmp_path / "out")
+    assert (records[0]["kl"] > 0) == (policy == "other")
+
+
+# ---------------------------------------------------------------------------------- TRL's losses
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A policy and its reference in the family whose template ends with the end of a turn: TRL
+    counts whatever follows it (ChatML's newline) to the answer."""
+    folder = tmp_path_factory.mktemp("llama")
+    families.make_checkpoint(folder / "base", "llama3")
+    perturbed(folder / "base", folder / "policy")
+    return folder
+
+
+TRL = {"sigmoid": [], "hinge": ["--loss", "hinge"], "ipo": ["--loss", "ipo"],
+       "sigmoid_norm": ["--length_normalize"], "kto": ["--loss", "kto"]}
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_loss_equals_that_of_trl(llama, tmp_path, name):
+    """Not so cDPO: TRL's sigmoid has label_smoothing as a flag and does not look at it.
+
+    TRL mismatches KTO's answers with the row before in the batch, we with the next row.
+    """
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "a.jsonl", 6).open()]
+    rows = [{"prompt": row["prompt"], **{side: [{"role": "assistant", "content": row[side]}]
+             for side in ("chosen", "rejected")}} for row in rows]
+    if name == "kto":
+        rows = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                for row, side in zip(rows, ["chosen", "rejected"] * 3, strict=True)]
+    records, _ = run(tmp_path, "out", "--model", llama / "policy", "--reference", llama / "base",
+                     "--data", write_rows(tmp_path / "rows.jsonl", rows), "--steps", 1,
+                     "--batch_size", 6, "--beta", 0.2, *TRL[name])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    common = {"output_dir": str(tmp_path / "trl"), "beta": 0.2, "max_length": None,
+              "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 6}
+    if name == "kto":
+        trainer, config = trl.KTOTrainer, trl.KTOConfig(**common)
+    else:
+        trainer, config = trl.DPOTrainer, trl.DPOConfig(
+            **common, loss_type=name, label_smoothing=0.1)
+    trainer = trainer(load(llama / "policy"), load(llama / "base"), args=config,
+                      train_dataset=datasets.Dataset.from_list(rows[::-1]),
+                      processing_class=transformers.AutoTokenizer.from_pretrained(llama / "base"))
+    (batch,) = trainer.get_train_dataloader()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), batch)
+    assert records[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert name != "kto" or records[0]["kl"] > 0.1
+
+
+# ------------------------------------------------------------------------------------------- KTO
+
+
+@pytest.fixture(scope="module")
+def kto(work):
+    """A run with labels; the policy starts away from the reference, so that z is above 0."""
+    flags = ["--loss", "kto", "--reference", work / "other", "--beta", 0.3]
+    return run(work, "kto", *inputs(work, "labels.jsonl"), *BASIC, *flags), flags
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 64])
+def test_kto_reference_point_is_that_of_the_global_batch_whatever_the_micro_batches(
+        work, kto, micro_tokens):
+    (before, _), flags = kto
+    records, _ = run(work, f"kto{micro_tokens}", *inputs(work, "labels.jsonl"), *BASIC, *flags,
+                     "--micro_tokens", micro_tokens)
+    assert max(r["kl"] for r in before) > 0.5
+    assert [r["kl"] for r in records] == pytest.approx([r["kl"] for r in before], abs=1e-4)
+    assert curve(records) == pytest.approx(curve(before), abs=1e-5)
+
+
+def test_kto_validation_takes_its_reference_point_from_its_own_mismatched_answers(work):
+    """The same answers are trained on, once and without moving the weights."""
+    (record,), _ = run(work, "still", "--model", work / "other", "--reference", work / "base",
+                       "--data", work / "labels.jsonl", "--val_data", work / "labels.jsonl",
+                       "--loss", "kto", "--batch_size", 12, "--steps", 1, "--learning_rate", 1e-12)
+    assert record["kl"] > 0.1
+    for name in ("loss", "reward_accuracy", "reward_margin"):
+        assert record[f"val_{name}"] == pytest.approx(record[name], abs=1e-5)
+
+
+def test_kto_on_two_ranks_equals_one_rank_even_with_a_single_answer_in_a_step(work):
+    """5 answers, then 1: the second rank has nothing to do, and the step has but one side."""
+    flags = ["--model", work / "other", "--reference", work / "base", "--data",
+             work / "labels.jsonl", "--epochs", 0.5, "--batch_size", 5, "--loss", "kto",
+             "--learning_rate", 1e-3]
+    one, text = run(work, "kto_one", *flags)
+    two, _ = run(work, "kto_two", *flags, ranks=2)
+    for key in ("loss", "kl", "grad_norm"):
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4, abs=1e-5)
+    assert len(one) == 2 and one[0]["kl"] > 0.1 and "reward_margin" in one[0]
+    assert (one[1]["reward_chosen"] is None) != (one[1]["reward_rejected"] is None)
+    assert "the first and the last 1 of 1 steps" in text and "nan" not in text
+
+
+def test_kto_mismatches_an_answer_with_a_prompt_that_is_not_its_own(work):
+    tokenizer = data.ChatTokenizer(work / "base")
+    items, _ = data.load_preferences([str(work / "labels.jsonl")], tokenizer, 128, True)
+    assert len({p.key for p in items}) == 6 and len(items) == 12
+    for item, mismatched in zip(items, train_dpo.add_mismatched(items, 128), strict=True):
+        (ids, _), (other, spans) = mismatched.answers
+        assert np.array_equal(ids, item.answers[0][0]) and other[0] == ids[0]
+        partners = [p for p in items if np.array_equal(p.answers[0][0][1:], other[1:])]
+        assert partners and all(p.key != item.key for p in partners)
+        assert spans == partners[0].answers[0][1]
+    short = train_dpo.add_mismatched(items, 80)
+    assert max(len(p.prompt) + len(ids) for p in short for ids, _ in p.answers[1:]) == 80
+
+
+@pytest.mark.parametrize("side", ["--data", "--val_data"])
+def test_kto_with_one_prompt_only_is_refused(work, side):
+    rows = [{"prompt": "a", "completion": text, "label": text > "c"} for text in "bcd"]
+    flags = [*inputs(work, "labels.jsonl"), side, write_rows(work / "one.jsonl", rows)]
+    _, text = run(work, "bad", *flags, "--loss", "kto", status=2)
+    assert "one.jsonl line 1: --loss kto needs at least two prompts" in text
+    assert "Traceback" not in text and not (work / "bad").exists()
+
+
+def test_kto_reports_the_balance_of_labels_and_the_weights_its_authors_advise(work, kto):
+    assert "8 liked, 4 disliked answers; with their weights 2.00 : 1 (KTO" in kto[0][1]
+    _, text = run(work, "weighed", *inputs(work, "labels.jsonl"), "--loss", "kto", "--steps", 1,
+                  "--desirable_weight", 0.6, "--undesirable_weight", 1.2)
+    assert "with their weights 1.00 : 1\n" in text
+
+
+# ------------------------------------------------------------------ what must not change the curve
+
+
+@pytest.mark.parametrize("flags", [
+    ["--micro_tokens", 64], ["--micro_tokens", 1], ["--checkpoint_activations"]])
+def test_curve_does_not_depend_on_micro_batches_or_recomputation(work, reference, flags):
+    records, _ = run(work, "_".join(map(str, flags)), *inputs(work), *BASIC, *flags)
+    for key in ("loss", "reward_margin", "logp_chosen"):
+        assert [r[key] for r in records] == pytest.approx(
+            [r[key] for r in reference[0]], abs=2e-4 if "logp" in key else 2e-5)
+    norms = [[r["grad_norm"] for r in rs] for rs in (records, reference[0])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_curve_does_not_depend_on_the_number_of_ranks(work, reference):
+    flags = ["--val_data", work / "val.jsonl"]
+    records, text = run(work, "two", *inputs(work), *BASIC, *flags, ranks=2)
+    assert curve(records) == pytest.approx(curve(reference[0]), abs=2e-5)
+    norms = [[r["grad_norm"] for r in rs] for rs in (records, reference[0])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert [r["tokens"] for r in records] == [r["tokens"] for r in reference[0]]
+    alone, _ = run(work, "validated", *inputs(work), *BASIC, *flags)
+    assert records[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], abs=1e-5)
+    assert text.count("log-probabilities of 16 preferences") == 1
+    assert curve(alone) == curve(reference[0])  # validation does not touch training
+
+
+def stop_after(monkeypatch, step):
+    """SIGTERM reaches this process when the run logs `step`."""
+    write = train_sft.Log.write
+
+    def patched(log, record, shown):
+        write(log, record, shown)
+        if record["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_sft.Log, "write", patched)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_resumed_run_equals_uninterrupted_run_bitwise_even_without_its_reference_cache(
+        work, reference, kto, monkeypatch, loss):
+    whole, flags, rows = ("reference", [], "pairs.jsonl") if loss == "sigmoid" else (
+        "kto", kto[1], "labels.jsonl")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)  # read in the middle of step 3, which is finished
+        _, text = run(work, f"stop_{loss}", *inputs(work, rows), *BASIC, *flags, status=143)
+    assert f"--resume --output_dir {work / f'stop_{loss}'}" in text
+    _, text = run(work, f"stop_{loss}", *inputs(work, rows), status=2)
+    assert "--resume" in text and text.count("\n") == 1  # not overwritten by mistake
+    shutil.copytree(work / f"stop_{loss}", work / f"bare_{loss}")
+    shutil.rmtree(work / f"bare_{loss}" / "reference")
+    for name, computed in ((f"stop_{loss}", 0), (f"bare_{loss}", 1)):
+        _, text = run(work, name, "--resume")
+        assert text.count("log-probabilities of") == computed
+        assert_same_run(work / whole, work / name)
+
+
+def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
+    flags = [*inputs(work), *BASIC, "--save_every", 1]
+    process = subprocess.Popen(command(work, "killed", *flags), cwd=work,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            time.sleep(random.Random(0).random() / 50)  # in a step or in the middle of saving
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    run(work, "killed", "--resume")
+    assert_same_run(work / "reference", work / "killed")
+
+
+def test_run_whose_reference_has_changed_is_not_resumed(work, monkeypatch):
+    shutil.copytree(work / "base", work / "moving")
+    flags = ["--model", work / "moving", "--data", work / "pairs.jsonl", "--steps", 4]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        run(work, "moved", *flags, status=143)
+    shutil.copyfile(work / "other/model.safetensors", work / "moving/model.safetensors")
+    _, text = run(work, "moved", "--resume", status=2)
+    assert "the reference of training data has changed" in text
+
+
+# ------------------------------------------------------------------------------ reference cache
+
+
+def cached(folder):
+    return sorted((folder / "reference").iterdir())
+
+
+def test_cached_reference_is_read_and_equals_a_live_one_bit_for_bit(work):
+    flags = [*inputs(work), "--batch_size", 8, "--steps", 3, "--learning_rate", 1e-3,
+             "--reference", work / "other"]
+    live, text = run(work, "live", *flags)
+    assert "log-probabilities of 16 preferences" in text
+    shutil.copytree(work / "live" / "reference", work / "again" / "reference")
+    records, text = run(work, "again", *flags)
+    assert "log-probabilities of" not in text and len(cached(work / "again")) == 1
+    assert_same_run(work / "live", work / "again")
+    (path,) = cached(work / "again")
+    save_file({"logprobs": load_file(path)["logprobs"] + torch.tensor([1.0, 0.0])}, path)
+    records, _ = run(work, "again", *flags)
+    assert records[0]["reward_margin"] == pytest.approx(live[0]["reward_margin"] - 0.1, abs=1e-5)
+
+
+def test_reference_is_computed_anew_when_weights_data_lengths_or_template_change(work):
+    shutil.copytree(work / "base", work / "grown")
+    flags = ["--model", work / "grown", "--data", work / "pairs.jsonl", "--steps", 1]
+    text = (work / "pairs.jsonl").read_text(encoding="utf-8")
+    (work / "asked.jsonl").write_text(text.replace('"0 ', '"5 ', 1), encoding="utf-8")
+    changes = [[], ["--max_length", 60], ["--template", "plain"], ["--data", work / "more.jsonl"],
+               ["--reference", work / "other"], ["--data", work / "asked.jsonl"]]
+    for count, change in enumerate(changes, 1):
+        _, text = run(work, "cache", *flags, *change)
+        assert "log-probabilities of" in text and len(cached(work / "cache")) == count
+    run(work, "cache", *flags, "--learning_rate", 1e-4, "--seed", 3, "--beta", 1)
+    assert len(cached(work / "cache")) == 6  # what does not enter them computes nothing
+    shutil.copyfile(work / "other/model.safetensors", work / "grown/model.safetensors")
+    run(work, "cache", *flags)
+    assert len(cached(work / "cache")) == 7
+
+
+def test_reference_is_gone_before_the_policy_is_loaded_and_simpo_loads_none(work, monkeypatch):
+    loaded, load = [], modeling.load
+
+    def watched(folder, *rest):
+        assert all(model() is None for _, model in loaded)  # nobody holds the model before
+        model = load(folder, *rest)
+        loaded.append((str(folder), weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(modeling, "load", watched)
+    run(work, "loads", *inputs(work), "--steps", 1, "--reference", work / "other")
+    assert [folder for folder, _ in loaded] == [str(work / "other"), str(work / "base")]
+    _, text = run(work, "simpo", *inputs(work), "--steps", 1, "--loss", "simpo")
+    assert len(loaded) == 3 and "log-probabilities of" not in text
+    assert not (work / "simpo" / "reference").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--loss", "ipo"], ["--loss", "hinge"],
+                                   ["--nll_weight", 0.5], ["--label_smoothing", 0.1]])
+def test_warning_says_when_the_reference_is_not_where_the_policy_started(work, flags):
+    same = [*inputs(work), "--steps", 1, *flags]
+    records, text = run(work, "same", *same)
+    assert "warning" not in text
+    if not flags:
+        assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert records[0]["reward_accuracy"] < 1 and abs(records[0]["reward_margin"]) < 1e-5
+    _, text = run(work, "warned", *same, "--reference", work / "other")
+    assert "warning: the first step's loss is" in text
+
+
+# ------------------------------------------------------------------------- metrics and summary
+
+STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens",
+        "tokens_per_second", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy",
+        "logp_chosen", "logp_rejected", "length_chosen", "length_rejected"}
+VAL = {"val_loss", "val_reward_accuracy", "val_reward_margin", "val_logp_accuracy"}
+
+
+def test_metrics_hold_what_the_readme_explains(work, reference, kto):
+    assert all(set(record) == STEP for record in reference[0])
+    assert all(set(record) == STEP | {"kl"} for record in kto[0][0])
+    flags = ["--val_data", work / "val.jsonl", "--eval_every", 3, "--nll_weight", 0.1]
+    records, _ = run(work, "keys", *inputs(work), *BASIC, *flags)
+    assert [set(r) - STEP - {"nll"} for r in records] == [set(), set(), VAL, VAL]
+    tokenizer = data.ChatTokenizer(work / "base")
+    items, _ = data.load_preferences([str(work / "pairs.jsonl")], tokenizer, 2048, False)
+    drawn = train_sft.RunData(items, [], data.Mixer([16], np.ones(1), 0), 24, 4).step(0, 6)
+    first = [items[i] for i, _ in drawn]
+    wanted = np.mean([p.lengths[0] for p in first])
+    assert reference[0][0]["length_chosen"] == pytest.approx(wanted, abs=1e-5)
+    assert reference[0][0]["target_tokens"] == sum(sum(p.lengths) for p in first)
+    assert reference[0][0]["tokens"] == sum(  # a prompt counts once
+        len(p.prompt) + sum(len(ids) for ids, _ in p.answers) for p in first)
+
+
+def test_validation_before_and_after_equals_a_plain_transformers_pass(work):
+    flags = ["--val_data", work / "val.jsonl", "--steps", 4, "--learning_rate", 3e-3]
+    records, text = run(work, "held", *inputs(work), *flags)
+    rows = whole_rows(work / "val.jsonl", work / "base")
+    sums = []
+    for folder in ("held", "base"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(work / folder)
+        with torch.no_grad():
+            sums.append(padded_logprobs(theirs, rows)[0].view(-1, 2))
+    loss, metrics = written_out(*sums, torch.ones(10))
+    likelier = (sums[0][:, 0] > sums[0][:, 1]).float().mean().item()
+    assert records[-1]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert records[-1]["val_logp_accuracy"] == pytest.approx(likelier)
+    for name in ("reward_margin", "reward_accuracy"):
+        assert records[-1][f"val_{name}"] == pytest.approx(metrics[name].item(), abs=1e-5)
+    before = (sums[1][:, 0] > sums[1][:, 1]).float().mean().item()
+    assert f"held out: chosen likelier than rejected {before:.3f} -> {likelier:.3f}" in text
+    assert f"held out: reward accuracy 0.000 -> {metrics['reward_accuracy']:.3f}" in text
+    assert f"held out: margin 0.000 -> {metrics['reward_margin']:.3f}" in text
+
+
+def explained(**last):
+    """What the summary says when metrics move from those of `first` to `last`."""
+    first = {"reward_margin": 0.0, "reward_accuracy": 0.5, "logp_chosen": -50.0,
+             "logp_rejected": -60.0, "length_chosen": 20.0, "length_rejected": 19.0}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train_dpo.explain([first, {**first, **last}])
+    return {line.split()[0]: line for line in out.getvalue().splitlines()[1:]}
+
+
+def test_summary_says_in_a_sentence_how_each_metric_moved_and_what_that_means():
+    said = explained(reward_margin=1.5, reward_accuracy=0.7, logp_chosen=-55.0, logp_rejected=-80.0)
+    assert "0.000 -> 1.500: the policy sets chosen answers further apart" in said["reward_margin"]
+    assert "0.500 -> 0.700: the share of pairs in the right order" in said["reward_accuracy"]
+    assert "-50.000 -> -55.000: falling is normal" in said["logp_chosen"]
+    assert "did" in said["logp_rejected"] and "did not" not in said["logp_rejected"]
+    assert "still" in said["length_chosen"]
+    said = explained(reward_margin=-0.1, reward_accuracy=0.99, logp_chosen=-40.0,
+                     logp_rejected=-45.0, length_chosen=40.0)
+    assert "did not grow" in said["reward_margin"] and "memory" in said["reward_accuracy"]
+    assert "likelier" in said["logp_chosen"] and "did not" in said["logp_rejected"]
+    assert "try --length_normalize" in said["length_chosen"]
+
+
+def test_figure_of_rewards_is_drawn_with_matplotlib_and_silently_left_out_without(
+        work, reference, monkeypatch):
+    pytest.importorskip("matplotlib")
+    assert (work / "reference" / "rewards.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    _, text = run(work, "nofigure", *inputs(work), "--steps", 1)
+    assert "matplotlib" not in text and not (work / "nofigure" / "rewards.png").exists()
+
+
+def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "reference").eval()
+    ours, ids = modeling.load(work / "reference"), torch.arange(5, 45)
+    with torch.no_grad():
+        states, _ = ours.hidden(ids, [40])
+        torch.testing.assert_close(ours.next_logits(states), theirs(ids[None]).logits[0],
+                                   atol=1e-5, rtol=1e-5)
+    names = {p.name for p in (work / "reference").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "generation_config.json", "metrics.jsonl", "run.json", "state", "reference"} <= names
+    assert not any(p.name.startswith(".") for p in (work / "reference").rglob("*"))
+
+
+def test_mixer_serves_preferences_too(work):
+    records, _ = run(work, "mixed", *inputs(work, "pairs.jsonl", "more.jsonl"), "--mix", "equal",
+                     "--epochs", 1, "--batch_size", 10)
+    facts = json.loads((work / "mixed" / "run.json").read_text())
+    assert {n: r["examples"] for n, r in facts["mix"].items()} == {"pairs": 10, "more": 10}
+    assert len(records) == 2 and records[-1]["epoch"] == 1.0
+
+
+def test_dropped_pairs_are_counted_by_reason_on_screen_and_in_run_json(work):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"},
+            {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 3}]
+    flags = ["--model", work / "base", "--data", write_rows(work / "three.jsonl", rows)]
+    _, text = run(work, "bad", *flags, status=2)
+    assert "three.jsonl line 3" in text and text.count("\n") == 1
+    _, text = run(work, "counted", *flags, "--steps", 1, "--skip_bad_rows")
+    assert "1 training, 0 validation examples; dropped: chosen equals rejected: 1; " in text
+    counts = json.loads((work / "counted" / "run.json").read_text())["counts"]
+    assert counts == {"dropped: chosen equals rejected": 1, "dropped: bad row": 1}
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--loss", "dpo"], "--loss"), (["--beta", "-1"], "--beta must be 0 or more"),
+    (["--loss", "ipo", "--label_smoothing", 0.1], "--label_smoothing goes with --loss sigmoid"),
+    (["--label_smoothing", 0.5], "in [0, 0.5)"), (["--train_on", "all"], "--train_on"),
+    (["--loss", "kto", "--length_normalize"], "not for --loss kto"),
+    (["--simpo_gamma", 1], "goes with --loss simpo"),
+    (["--loss", "simpo", "--desirable_weight", 2], "goes with --loss kto"),
+    (["--loss", "simpo", "--reference", "x"], "takes no --reference"),
+    (["--max_length", 3], "--max_length must be at least 4"), (["--recipe", "lima"], "known are"),
+    (["--reference", "absent"], "absent"), (["--reference", "SMALL"], "config.json only 10"),
+    (["--bet", 1], "did you mean --beta?"),
+    (["--data", "LABELS"], "--loss kto takes labels"), (["--data", "PLAIN"], "PLAIN line 1"),
+    (["--data", "PLAIN", "--loss", "kto"], "PLAIN line 1: expected a label"),
+    (["--resume"], "no run to go on with")])
+def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
+    write_rows(work / "plain.jsonl", [{"prompt": "a", "completion": "b"}])
+    config = json.loads((work / "base/config.json").read_text())
+    modeling.write_json(work / "small/config.json", {**config, "vocab_size": 10})
+    files = {"LABELS": work / "labels.jsonl", "PLAIN": work / "plain.jsonl",
+             "SMALL": work / "small"}
+    _, text = run(work, "bad", *inputs(work), *(files.get(f, f) for f in flags), status=2)
+    assert said.replace("PLAIN", "plain.jsonl") in text
+    assert text.count("\n") == 1 and "Traceback" not in text and not (work / "bad").exists()
+
+
+def test_output_never_overwrites_the_checkpoint_it_starts_from_or_compares_with(work):
+    before = {p: p.read_bytes() for name in ("base", "other") for p in (work / name).iterdir()}
+    for name in ("base", "other"):
+        _, text = run(work, name, *inputs(work), "--reference", work / "other", status=2)
+        assert "--output_dir must be another folder" in text and text.count("\n") == 1
+    assert before == {p: p.read_bytes() for name in ("base", "other")
+                      for p in (work / name).iterdir()}
+
+
+# ------------------------------------------------------------------------------------- the demo
+
+
+def test_demo_without_the_checkpoint_of_sft_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("other.jsonl", "pairs.jsonl"):  # without the demo's files, and with some of them
+        Path("out/demo").mkdir(parents=True, exist_ok=True)
+        Path("out/demo", name).touch()
+        status, text = sft.run_here(["train_dpo.py"], train_dpo)
+        assert status == 2 and text.count("\n") == 1 and "`torchrun train_sft.py`" in text
+        assert not (tmp_path / "out/dpo").exists()
+
+
+def test_demo_without_flags_reports_accuracy_exam_and_one_prompt_answered_by_both_models(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train_dpo.DEMO, "epochs", 0.15)
+    data.make_demo(Path("out/demo"))
+    train_sft.make_demo_model(Path("out/demo/base"))
+    shutil.copytree("out/demo/base", "out/sft")  # random weights; the demo's are trained
+    status, text = sft.run_here(["train_dpo.py"], train_dpo)
+    assert not status, text
+    for pattern in ("held out: reward accuracy 0.000 -> ", "exam: before ", "(", "of 320), after",
+                    "polite answers to 40 held-out questions: before", "\n  before: ", "  after: "):
+        assert pattern in text, pattern
+    assert "warning" not in text
+
+
+def test_demo_shows_a_question_that_was_answered_rudely_before(capsys):
+    rows = [data.Row("", [{"role": "user", "content": text}]) for text in ("甲？", "乙？")]
+    before, after = ("95%", ["您好！甲", "真笨！乙"]), ("94%", ["您好！甲", "好的，乙"])
+    train_dpo.report_demo(before, after, rows)
+    assert capsys.readouterr().out == (
+        "polite answers to 2 held-out questions: before 1, after 2\nexam: before 95%, after 94%\n"
+        "乙？\n  before: 真笨！乙\n  after:  好的，乙\n")
+
+
+# ------------------------------------------------------------------------------ the real thing
+
+
+@pytest.mark.skipif(not (sft.SHARED / "models" / "story").exists(), reason="needs ../shared")
+@pytest.mark.parametrize("name,flags", [("dpo_en_demo", []), ("kto_en_demo", ["--loss", "kto"])])
+def test_story_learns_real_preferences_with_a_rising_margin(tmp_path, name, flags):
+    rows = json.loads((sft.SHARED / f"data/{name}.json").read_text(encoding="utf-8"))[:16]
+    records, _ = run(tmp_path, "out", "--model", sft.SHARED / "models/story", "--max_length", 64,
+                     "--data", write_rows(tmp_path / "rows.jsonl", rows), "--batch_size", 16,
+                     "--steps", 4, "--warmup", 0, "--learning_rate", 3e-4, *flags)
+    margins = [r["reward_margin"] for r in records]
+    assert abs(margins[0]) < 1e-4 and margins[-1] > margins[2] > 0.02
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
