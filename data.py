@@ -714,35 +714,38 @@ def to_preferences(rows: list[Row], tokenizer: ChatTokenizer, source: int, max_l
 
     `labelled` makes of a pair two rows, one liked and one not; else rows with a label are refused.
     """
-    groups = []  # (row, conversations with the same prompt, label)
+    groups = []  # (row, conversations with the same prompt)
     for row in rows:
         if row.chosen and (why := why_no_pair(row)):
             counts[f"dropped: {why}"] += 1
         elif row.chosen:
-            pair = conversations(row)
-            groups += ([(row, [c], c is pair[0]) for c in pair] if labelled
-                       else [(row, pair, None)])
+            groups.append((row, conversations(row)))
         elif row.label is not None and labelled and row.messages[-1]["role"] == "assistant":
             history = [{**m, "train": False} for m in row.messages[:-1]]
-            groups.append((row, [[*history, row.messages[-1]]], row.label))
+            groups.append((row, [[*history, row.messages[-1]]]))
         else:
             wanted = "a label and an answer, or chosen" if labelled else "chosen"
             raise DataError(f"{row.where}: expected {wanted} and rejected (--loss kto takes labels,"
                             " train_sft.py rows without preferences)")
-    encoded = iter(tokenizer.encode([tokenizer.pieces(c) for _, group, _ in groups for c in group]))
+    encoded = iter(tokenizer.encode([tokenizer.pieces(c) for _, group in groups for c in group]))
     out = []
-    for row, group, label in groups:
-        whole = [next(encoded) for _ in group]
+    for row, group in groups:
+        whole = [next(encoded) for _ in group]  # a template may write on after the end of a turn
+        whole = [(ids[: spans[-1][1]] if spans else ids, spans) for ids, spans in whole]
         prompt, answers = fit_answers(whole, max_length)
         long = any(len(ids) > max_length for ids, _ in whole)
         if not all(spans for _, spans in answers):
-            counts["dropped: a response lost to truncation"] += 1
+            why = "a response lost to truncation" if long else "nothing to supervise"
+            counts[f"dropped: {why}"] += 1
         elif len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
             why = "alike once truncated" if long else "chosen equals rejected"
             counts[f"dropped: {why}"] += 1
         else:
             counts["truncated"] += long
-            out.append(Preference(prompt, tuple(answers), source, row.where, label))
+            labels = [row.label] if row.label is not None else [True, False]
+            out += ([Preference(prompt, (a,), source, row.where, label)
+                     for a, label in zip(answers, labels, strict=True)] if labelled
+                    else [Preference(prompt, tuple(answers), source, row.where)])
     return out
 
 
@@ -1156,7 +1159,7 @@ class Coh:
 
 FEEDBACK = {"en": {True: "A good answer:", False: "A bad answer:"},
             "zh": {True: "好的回答：", False: "不好的回答："}}
-WORD = re.compile(r"\s*(?:[\u3400-\u9fff]|[^\s\u3400-\u9fff]+)")  # a Chinese character is a word
+WORD = re.compile(r"\s*(?:[\u3400-\u9fff]|[^\s\u3400-\u9fff]+|$)")  # a Chinese character is one
 
 
 def hindsight(row: Row, mask_past: float, rng: random.Random) -> list[list[dict]]:
@@ -1197,6 +1200,8 @@ def coh(c: Coh) -> None:
         counts[f"dropped: {why}" if why else "pairs"] += 1
         for messages in [] if why else hindsight(row, c.mask_past, rng):
             lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    if not lines:
+        raise DataError(f"no pair to write; {dict(counts)}")
     modeling.write_lines(Path(c.output), lines)
     counts["dropped: bad row"] = len(bad or [])
     print(f"{len(lines)} conversations in {c.output}",

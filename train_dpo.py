@@ -331,7 +331,8 @@ def report_balance(c: Config, items: list[Preference]) -> None:
     """Print how many answers are liked, and what KTO's authors advise on their weights."""
     liked = sum(p.label for p in items)
     disliked = len(items) - liked
-    ratio = c.desirable_weight * liked / max(c.undesirable_weight * disliked, 1e-9)
+    weight = c.undesirable_weight * disliked
+    ratio = c.desirable_weight * liked / weight if weight else math.inf
     print(f"{liked} liked, {disliked} disliked answers; with their weights {ratio:.2f} : 1"
           + ("" if 1 <= ratio <= 4 / 3 else " (KTO's authors advise 1 to 1.33: set "
              "--desirable_weight or --undesirable_weight)"))
@@ -473,7 +474,10 @@ def mean_of(records: list[dict], key: str) -> float:
 
 
 def explain(records: list[dict]) -> None:
-    """Print how each metric moved, from the first tenth of the steps to the last."""
+    """Print how each metric moved, from the first tenth of the steps to the last.
+
+    Steps have different pairs, so likelier or not is judged by rewards, which compare the same one.
+    """
     records = [r for r in records if "reward_margin" in r]  # a step of KTO's may lack a side
     if not records:
         return
@@ -481,7 +485,7 @@ def explain(records: list[dict]) -> None:
     a, b = ({key: mean_of(part, key) for key in records[-1]} for part in (
         records[:n], records[-n:]))
     up = {key: b[key] - a[key] for key in b}
-    longer = b["length_chosen"] > 1.2 * b["length_rejected"]
+    lengths = f"rejected ones have {b['length_rejected']:.0f}: "
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
     for key, good, yes, no in (
         ("reward_margin", up["reward_margin"] > 0,
@@ -490,17 +494,18 @@ def explain(records: list[dict]) -> None:
         ("reward_accuracy", b["reward_accuracy"] < 0.95,
          "the share of pairs in the right order; 0.6 to 0.8 is usual on real preferences",
          "nearly all are in the right order; held-out pairs tell whether that is memory"),
-        ("logp_chosen", up["logp_chosen"] < 0,
-         "falling is normal, only the difference is trained (--nll_weight holds it up)",
-         "good answers became likelier; often it falls, since only the difference is trained"),
-        ("logp_rejected", up["logp_rejected"] < up["logp_chosen"],
-         "it should fall further than that of the chosen answers, and did",
-         "it should fall further than that of the chosen answers, and did not"),
-        ("length_chosen", longer,
-         f"rejected ones have {b['length_rejected']:.0f}: a margin that grows while generated "
-         "answers get ever longer is no success; try --length_normalize",
-         f"rejected ones have {b['length_rejected']:.0f}: still, a margin that grows while "
-         "generated answers get ever longer would be no success"),
+        ("logp_chosen", up["reward_chosen"] < 0,
+         "chosen answers became less likely, which is normal: only the difference is trained "
+         "(--nll_weight holds them up)",
+         "chosen answers became likelier; often they do not, only the difference is trained"),
+        ("logp_rejected", up["reward_rejected"] < min(up["reward_chosen"], 0),
+         "rejected answers became less likely, more so than chosen ones, as they should",
+         "rejected answers should become less likely, more so than chosen ones, and did not"),
+        ("length_chosen", b["length_chosen"] > 1.2 * b["length_rejected"],
+         lengths + "a margin that grows while generated answers get ever longer is no success; "
+         "try --length_normalize",
+         lengths + "still, a margin that grows while generated answers get ever longer would be "
+         "no success"),
     ):
         print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
 

@@ -834,7 +834,8 @@ def test_pair_of_each_form_is_one_prompt_and_two_answers_with_their_end_of_turn(
     assert item.lengths == [3, 3] and not counts and item.label is None
     for (ids, spans), answer in zip(item.answers, (YO, NO), strict=True):
         whole = item.prompt.tolist() + ids.tolist()
-        assert whole == render(letters, [*TURNS, answer])[0]
+        rendered, marks = render(letters, [*TURNS, answer])
+        assert whole == rendered[: marks[-1][1]]  # nothing after the end of turn
         assert whole[: len(item.prompt) + 1] == letters.prompt_ids(TURNS)
         assert supervised(letters, (ids, spans)) == [answer["content"] + "<|im_end|>"]
 
@@ -878,8 +879,11 @@ def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
             assert ids[0] == kept[-1] and ids[1:].tolist() == whole[: len(ids) - 1]
             assert len(item.prompt) + len(ids) <= max_length
             assert spans == ((1, min(len(ids), len(row[side]) + 2), 1.0),)
-        cut += max(map(len, (row["chosen"], row["rejected"]))) + 2 + len(full) > max_length
+        cut += max(map(len, (row["chosen"], row["rejected"]))) + 1 + len(full) > max_length
     assert counts["truncated"] == cut and len(items) == 100
+    singles, _ = preferences(tmp_path, letters, *rows, max_length=max_length, labelled=True)
+    assert [p.prompt.tolist() for p in singles[::2]] == [p.prompt.tolist() for p in items]
+    assert [p.prompt.tolist() for p in singles[1::2]] == [p.prompt.tolist() for p in items]
 
 
 @pytest.mark.parametrize("labelled,row,said", [
@@ -1432,7 +1436,7 @@ def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(
     items, counts = data.load_preferences([path], tokenizer, 10**6, name.startswith("kto"))
     wholes, _ = data.load_examples([path], tokenizer, max_length=10**6, keep_all=True)
     found = [item.prompt.tolist() + ids.tolist() for item in items for ids, _ in item.answers]
-    assert found == [e.ids.tolist() for e in wholes] and not counts
+    assert found == [e.ids[: e.spans[-1][1]].tolist() for e in wholes] and not counts
     items, counts = data.load_preferences([path], tokenizer, 256, name.startswith("kto"))
     assert len(items) + counts["dropped: alike once truncated"] == 300
     assert all(len(p.prompt) + len(ids) <= 256 and spans for p in items for ids, spans in p.answers)
