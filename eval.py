@@ -470,20 +470,22 @@ def resolve_exam(c: Exam) -> Exam:
     check(c)
     if not c.data:
         c = replace(c, data=str(Path(data.DEMO["model"]).parent / "exam"), chat=True, shots=0)
+    folder, output, known = Path(c.data), Path(c.output_dir), PROTOCOLS[c.protocol]
     last = "out/dpo" if Path("out/dpo/config.json").exists() else "out/sft"
-    most = 0 if c.protocol == "steel" else 5
-    c = replace(c, model=c.model or [last], shots=most if c.shots < 0 else c.shots,
-                chat=c.chat or c.protocol == "steel")
-    folder, output = Path(c.data), Path(c.output_dir)
-    layout = "ceval" if (folder / "subject_mapping.json").exists() else (
-        "mmlu" if any(folder.glob("test/*_test.csv")) else "cmmlu")
-    c = replace(c, benchmark=c.benchmark or layout)
+    steel, layout = c.protocol == "steel", "cmmlu"
+    if (folder / "subject_mapping.json").exists():
+        layout = "ceval"
+    elif any(folder.glob("test/*_test.csv")):
+        layout = "mmlu"
+    most = 0 if steel else 5
+    c = replace(c, model=c.model or [last], benchmark=c.benchmark or layout,
+                shots=most if c.shots == -1 else c.shots, chat=c.chat or steel)
     c = replace(c, split=c.split or ("val" if c.benchmark == "ceval" else "test"))
-    known = PROTOCOLS[c.protocol]
     for bad, message in (
             (not folder.is_dir(), f"--data {folder} is not a folder (the demo makes its own)"),
             (c.benchmark not in known, f"--protocol {c.protocol} is for {', '.join(known)} only"),
-            (c.shots > most, f"--shots {c.shots}: with --protocol {c.protocol} at most {most}"),
+            (not 0 <= c.shots <= most,
+             f"--shots {c.shots}: with --protocol {c.protocol} at most {most}"),
             (len(set(map(short_name, c.model))) < len(c.model), "--model names one twice"),
             (any(p.exists() and not p.is_dir() for p in (output, *output.parents)),
              f"--output_dir {output} cannot be written: it is a file, or lies in one")):
@@ -511,7 +513,7 @@ def read_exam(c: Exam) -> list[Subject]:
     header = ["question", *LETTERS, "answer"] if plain else []
     solved = (*columns, "answer", *(["explanation"] if c.protocol == "cot" else []))
     subjects = []
-    for h in c.subjects or there:
+    for h in dict.fromkeys(c.subjects or there):
         shots = read_questions(path("dev", h), solved, header)[: c.shots] if c.shots else []
         if len(shots) < c.shots:
             raise DataError(f"{path('dev', h)}: {len(shots)} rows are too few for {c.shots} shots")
@@ -578,10 +580,12 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
     prompts, shots, options, first = [None] * count, [None] * count, [], ""
     for left in range(c.shots, -1, -1):
         waiting = [i for i in range(count) if prompts[i] is None]
+        if not waiting:
+            break
         plans = [prompt_pieces(tokenizer, subject, subject.questions[i], left, p, c.chat)
                  for i in waiting]
-        if waiting and not p.tokens:
-            options = options or option_ids(tokenizer, plans[0], p, c.chat)
+        if not p.tokens and not options:
+            options = option_ids(tokenizer, plans[0], p, c.chat)
         room = context - (p.tokens or max(map(len, options)) - 1)
         for i, plan, (ids, _) in zip(waiting, plans, tokenizer.encode(plans), strict=True):
             if i == 0:
@@ -623,8 +627,9 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
     asked = [(i, head) for i in range(len(prompts)) for head in heads]
     rest = [[*prompts[i][shared:], *head] for i, head in asked]
     scores = torch.zeros(len(prompts), len(options))
-    # each row gets a copy of the prefix, so its tokens count
-    for chunk in data.micro_batches([shared + len(r) for r in rest], micro_tokens)[0]:
+    # each row gets a copy of the prefix, so its tokens count; a CPU is faster if copies are few
+    limit = min(micro_tokens, 2048) if device.type == "cpu" else micro_tokens
+    for chunk in data.micro_batches([shared + len(r) for r in rest], limit)[0]:
         lengths = [len(rest[s]) for s in chunk]
         ids = torch.tensor([t for s in chunk for t in rest[s]], device=device)  # [T]
         same = torch.zeros(len(chunk), dtype=torch.long, device=device)  # all continue prefix 0
@@ -676,8 +681,7 @@ def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: in
 
 def exam_accuracy(model, tokenizer: data.ChatTokenizer, folder: str | Path, split: str = "",
                   micro_tokens: int = 8192, rank: int = 0, world: int = 1) -> tuple[int, int]:
-    """(right, questions) of a `training_exam`; of several ranks each asks every world-th subject.
-    """
+    """(right, questions) of a training_exam; of several ranks each asks its share of subjects."""
     context = model.config.max_position_embeddings
     p, sheets = training_exam(tokenizer, folder, context, split)
     answers = [a for sheet in sheets[rank::world]
@@ -738,8 +742,8 @@ def summarize(benchmark: str, subjects: list[Subject], answers: list[dict]) -> d
         "shortened": sum(a["shots"] not in (None, len(subjects[0].shots)) for a in answers),
         "too_long": sum(a["shots"] is None for a in answers),
         "categories": {name: averages(handles) for name, handles in groups.items() if handles},
-        "subject_scores": {s.handle: {"category": s.category, "questions": len(right[s.handle]),
-                                      "accuracy": mean(right[s.handle])} for s in subjects}}
+        "subjects": {s.handle: {"category": s.category, "questions": len(right[s.handle]),
+                                "accuracy": mean(right[s.handle])} for s in subjects}}
 
 
 # ------------------------------------------------------------------------------ exams: their report
@@ -747,7 +751,7 @@ def summarize(benchmark: str, subjects: list[Subject], answers: list[dict]) -> d
 
 def short_name(folder: str) -> str:
     """A checkpoint's name in tables and as a folder of results."""
-    return str(Path(folder)).strip("./").replace("/", "-")
+    return str(Path(folder)).strip("./").replace("/", "-") or "model"
 
 
 def print_table(results: list[dict], comparisons: list[dict]) -> None:
@@ -760,8 +764,8 @@ def print_table(results: list[dict], comparisons: list[dict]) -> None:
         print(f"{label:42}{count:>9}" + "".join(f"{cell:>{width}}" for cell in cells))
 
     line("accuracy in %", "questions", names)
-    for handle, row in first["subject_scores"].items():
-        line(handle, row["questions"], [r["subject_scores"][handle]["accuracy"] for r in results])
+    for handle, row in first["subjects"].items():
+        line(handle, row["questions"], [r["subjects"][handle]["accuracy"] for r in results])
     for kind in ("macro", "micro"):
         for name, row in first["categories"].items():
             line(f"{name}, {kind}", row["questions"],
@@ -796,25 +800,27 @@ def draw_exam(path: Path, results: list[dict]) -> None:
     except ImportError:
         return
     names = [short_name(r["model"]) for r in results]
-    handles, micro = list(results[0]["subject_scores"]), [100 * r["micro"] for r in results]
+    handles, floor = list(results[0]["subjects"]), 100 * results[0]["floor"]["micro"]
     ends = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     if len(names) > 1 and all(ends) and len({end[1] for end in ends}) == 1:
-        bars = [[abs(100 * r["interval"][side] - m) for r, m in zip(results, micro, strict=True)]
-                for side in (0, 1)]
-        axes.errorbar([int(end[2]) for end in ends], micro, bars, marker=".", capsize=3)
+        points = sorted((int(end[2]), 100 * r["micro"], *(100 * x for x in r["interval"]))
+                        for end, r in zip(ends, results, strict=True))
+        steps, micro, low, high = zip(*points, strict=True)
+        axes.plot(steps, micro, marker=".")
+        axes.fill_between(steps, low, high, alpha=0.2)
         axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
-        axes.axhline(100 * results[0]["floor"]["micro"], color="gray", linestyle="--")
+        axes.axhline(floor, color="gray", linestyle="--")
     else:
         figure.set_figheight(2 + 0.2 * len(handles))
         for k, (name, r) in enumerate(zip(names, results, strict=True)):
             axes.barh([i + 0.8 * k / len(names) for i in range(len(handles))],
-                      [100 * r["subject_scores"][h]["accuracy"] for h in handles],
+                      [100 * r["subjects"][h]["accuracy"] for h in handles],
                       0.8 / len(names), align="edge", label=name)
         axes.set_yticks([i + 0.4 for i in range(len(handles))], handles, fontsize=7)
         axes.set_xlabel("accuracy in %")
-        axes.axvline(100 * results[0]["floor"]["micro"], color="gray", linestyle="--")
+        axes.axvline(floor, color="gray", linestyle="--")
         axes.legend()
         axes.invert_yaxis()
     modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
@@ -827,10 +833,13 @@ def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> N
           f"{c.protocol}, {c.shots} shots{', in the chat template' if c.chat else ''}")
     if absent := len(subject_table(c)) - len(subjects):
         print(f"note: {absent} other subjects of {c.benchmark} are no part of this score")
+    shown = {}  # first prompt and options: the checkpoints that get them
     for name, (first, *_) in zip(c.model, sheets, strict=True):
-        print(f"first prompt of {name}"
-              + (f", options {[list(ids) for ids in first.options]}:" if first.options else ":"))
-        print(first.first.replace("\r", "\\r").replace("\n", "\\n\n"), flush=True)
+        options = f", options {[list(ids) for ids in first.options]}" if first.options else ""
+        shown.setdefault((first.first, options), []).append(name)
+    for (prompt, options), names in shown.items():
+        print(f"first prompt of {', '.join(names)}{options}:")
+        print(prompt.replace("\r", "\\r").replace("\n", "\\n\n"), flush=True)
 
 
 def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None:
@@ -843,7 +852,7 @@ def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None
                              (json.dumps(a, ensure_ascii=False) + "\n" for a in lines))
         if not labelled:  # the form that C-Eval's site takes
             form = {h: {a["id"]: a["prediction"] or "" for a in lines if a["subject"] == h}
-                    for h in r["subject_scores"]}
+                    for h in r["subjects"]}
             modeling.write_json(folder / "submission.json", form)
     for i in range(1, len(results) if labelled else 0):
         right = [[a["prediction"] == a["answer"] for a in answers[k]] for k in (i - 1, i)]
@@ -861,12 +870,31 @@ def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None
     print(f"results in {output}")
 
 
+def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet], rank: int,
+                     world: int) -> tuple[list[dict], dict]:
+    """(answers in order, what results.json says); every rank answers some of the subjects."""
+    model, began = open_model(c, tokenizer), time.perf_counter()
+    p, subjects = PROTOCOLS[c.protocol][c.benchmark], [sheet.subject for sheet in sheets]
+    mine = tqdm(sheets[rank::world], desc=str(tokenizer.folder), unit=" subjects",
+                disable=rank > 0 or not sys.stderr.isatty())
+    parts = [[answer_sheet(model, tokenizer, sheet, p, c.micro_tokens) for sheet in mine]]
+    if world > 1:  # only the answers travel
+        found, parts = parts[0], [None] * world
+        dist.all_gather_object(parts, found)
+    answers = [a for i in range(len(sheets)) for a in parts[i % world][i // world]]
+    asked = {name: getattr(c, name) for name in (
+        "data", "benchmark", "split", "protocol", "shots", "chat", "subject_names")}
+    return answers, {**asked, "dtype": str(model.head.dtype).removeprefix("torch."),
+                     "seconds": time.perf_counter() - began,
+                     "characters_lost": characters_lost(tokenizer, subjects),
+                     **summarize(c.benchmark, subjects, answers)}
+
+
 def exam_command(c: Exam) -> None:
     """`eval.py exam`."""
     c = resolve_exam(c)
-    subjects, p = read_exam(c), PROTOCOLS[c.protocol][c.benchmark]
+    subjects, sheets = read_exam(c), []
     tokenizers = [data.ChatTokenizer(folder, c.template) for folder in c.model]
-    sheets, lost = [], [characters_lost(tokenizer, subjects) for tokenizer in tokenizers]
     for tokenizer in tokenizers:
         config = modeling.load_config(tokenizer.folder)
         tokenizer.check_size(config.vocab_size)
@@ -875,27 +903,13 @@ def exam_command(c: Exam) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         start_exam(c, subjects, sheets)
-    if world > 1:  # each rank answers some subjects; only the answers travel
+    if world > 1:
         dist.init_process_group("gloo")
-    results, answers = [], []
-    for k, tokenizer in enumerate(tokenizers):
-        model, began = open_model(c, tokenizer), time.perf_counter()
-        hidden = rank > 0 or not sys.stderr.isatty()
-        mine = tqdm(sheets[k][rank::world], desc=c.model[k], unit=" subjects", disable=hidden)
-        found = [answer_sheet(model, tokenizer, sheet, p, c.micro_tokens) for sheet in mine]
-        parts = [found]
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, found)
-        answers.append([a for i in range(len(subjects)) for a in parts[i % world][i // world]])
-        asked = {name: getattr(c, name) for name in (
-            "data", "benchmark", "split", "protocol", "shots", "chat", "subject_names")}
-        results.append({"model": c.model[k], **asked, "characters_lost": lost[k],
-                        "dtype": str(model.head.dtype).removeprefix("torch."),
-                        "seconds": time.perf_counter() - began,
-                        **summarize(c.benchmark, subjects, answers[-1])})
+    scored = [score_checkpoint(c, tokenizer, mine, rank, world)
+              for tokenizer, mine in zip(tokenizers, sheets, strict=True)]
     if rank == 0:
-        finish_exam(c, results, answers)
+        finish_exam(c, [{"model": name, **result} for name, (_, result)
+                        in zip(c.model, scored, strict=True)], [answers for answers, _ in scored])
     if world > 1:
         dist.destroy_process_group()
 

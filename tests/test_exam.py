@@ -412,7 +412,7 @@ def test_averages_floor_letters_and_interval_by_hand(place, tmp_path):
     assert results["questions"] == 19 and results["correct"] == total
     assert results["micro"] == pytest.approx(total / 19)
     assert results["macro"] == pytest.approx(sum(shares.values()) / 4)
-    assert {h: s["accuracy"] for h, s in results["subject_scores"].items()} == shares
+    assert {h: s["accuracy"] for h, s in results["subjects"].items()} == shares
     humanities = results["categories"]["Humanities"]
     assert humanities["micro"] == pytest.approx(sum(right["law"] + right["logic"]) / 8)
     assert humanities["macro"] == pytest.approx((shares["law"] + shares["logic"]) / 2)
@@ -435,7 +435,7 @@ def test_files_have_the_promised_keys(place, tmp_path):
                                    place / "cmmlu", "--shots", 2)
     assert {"model", "benchmark", "split", "protocol", "shots", "chat", "questions", "correct",
             "micro", "macro", "interval", "floor", "letters", "invalid", "seconds", "categories",
-            "subject_scores", "shortened", "too_long", "characters_lost"} <= set(results)
+            "subjects", "shortened", "too_long", "characters_lost"} <= set(results)
     assert (results["benchmark"], results["split"]) == ("cmmlu", "test")
     assert [(a["subject"], a["id"]) for a in predictions] == [
         (h, str(i)) for h in ("arts", "agronomy") for i in range(6)]
@@ -654,6 +654,7 @@ def test_checkpoints_of_one_run_are_columns_with_a_paired_test_and_a_curve(place
     assert row == {"first": names[0], "second": names[1], "lost": lost, "won": won,
                    "p": evaluation.mcnemar(lost, won)}
     assert lost + won > 0 and f"{lost} questions lost, {won} won" in out
+    assert out.count("first prompt of") == 1  # both get the same
     header = next(line for line in out.splitlines() if line.startswith("accuracy in %"))
     assert header.split()[-2:] == names
     alone, _, _ = exam(tmp_path / "alone", "--model", folders[1], "--data", place / "ceval",
@@ -673,10 +674,10 @@ def test_curve_is_drawn_only_for_names_that_end_in_steps(monkeypatch, tmp_path):
     scores = {"law": {"accuracy": 0.5}}
     for names in (["run/100", "run/20"], ["run/100", "other/20"], ["run/100"]):
         evaluation.draw_exam(tmp_path / "x.png", [
-            {"model": n, "micro": 0.5, "interval": [0.4, 0.6], "subject_scores": scores,
+            {"model": n, "micro": 0.5, "interval": [0.4, 0.6], "subjects": scores,
              "floor": {"micro": 0.26}} for n in names])
     assert [f.axes[0].get_xlabel() == "step" for f in shown] == [True, False, False]
-    assert sorted(shown[0].axes[0].lines[0].get_xdata()) == [20, 100]
+    assert list(shown[0].axes[0].lines[0].get_xdata()) == [20, 100]
 
 
 def test_ranks_share_the_subjects_and_give_the_same_files(place, tmp_path):
@@ -813,6 +814,7 @@ BAD = {
     "unknown subject": (["--data", "ceval", "--subjects", "law", "lau"], ["lau", "logic"]),
     "absent subject": (["--data", "cmmlu", "--subjects", "nutrition"], ["nutrition.csv"]),
     "six shots": (["--data", "ceval", "--shots", "6"], ["--shots 6", "5"]),
+    "negative shots": (["--data", "ceval", "--shots", "-2"], ["--shots -2", "5"]),
     "shots with steel": (["--data", "ceval", "--protocol", "steel", "--shots", "1"], ["--shots 1"]),
     "cot of cmmlu": (["--data", "cmmlu", "--protocol", "cot"], ["cot", "ceval"]),
     "unknown protocol": (["--data", "ceval", "--protocol", "best"], ["official"]),
