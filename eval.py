@@ -570,7 +570,8 @@ def option_ids(tokenizer: data.ChatTokenizer, prompt: list[tuple], p: Protocol,
     options = [ids[:1] for ids in options] if p.scored == "next token" else options
     if len(set(options)) < 4 or not all(options):
         raise DataError(f"{tokenizer.folder}: after a prompt {texts} have the ids {options}: "
-                        "not four different options")
+                        "not four different options"
+                        + (" (--protocol lm_eval takes several tokens)" if not chat else ""))
     return options
 
 
@@ -757,28 +758,29 @@ def short_name(folder: str) -> str:
 def print_table(results: list[dict], comparisons: list[dict]) -> None:
     """A line a subject, a column a checkpoint; shares in percent."""
     first, names = results[0], [short_name(r["model"]) for r in results]
-    width = max(14, *(len(name) + 2 for name in names))
+    width = max(19, *(len(name) + 2 for name in names))
+
+    def percent(*shares, digits: int = 2) -> str:
+        return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
 
     def line(label: str, count, cells) -> None:
-        cells = [f"{100 * x:.2f}" if isinstance(x, float) else x or "-" for x in cells]
         print(f"{label:42}{count:>9}" + "".join(f"{cell:>{width}}" for cell in cells))
 
     line("accuracy in %", "questions", names)
     for handle, row in first["subjects"].items():
-        line(handle, row["questions"], [r["subjects"][handle]["accuracy"] for r in results])
-    for kind in ("macro", "micro"):
-        for name, row in first["categories"].items():
-            line(f"{name}, {kind}", row["questions"],
-                 [r["categories"][name][kind] for r in results])
-        line(f"all, {kind}", first["questions"], [r[kind] for r in results])
+        line(handle, row["questions"],
+             [percent(r["subjects"][handle]["accuracy"]) for r in results])
+    for name, row in {**first["categories"], "all": first}.items():
+        rows = [r["categories"].get(name, r) for r in results]
+        line(f"{name}: macro / micro", row["questions"],
+             [percent(row["macro"], row["micro"]) for row in rows])
     if first["floor"]:
-        bounds = [[f"{100 * x:.2f}" for x in r["interval"]] for r in results]
-        line("95% interval of micro (Wilson)", "", map(" - ".join, bounds))
+        line("95% interval of micro, low / high", "", [percent(*r["interval"]) for r in results])
         line(f"floor of micro: always {first['floor']['letter']}", "",
-             [r["floor"]["micro"] for r in results])
-    for letter in LETTERS:
-        line(f"answered {letter}", "", [r["letters"][letter] for r in results])
-    line("invalid", "", [r["invalid"] for r in results])
+             [percent(r["floor"]["micro"]) for r in results])
+    line("answered A / B / C / D", "",
+         [percent(*r["letters"].values(), digits=0) for r in results])
+    line("invalid", "", [percent(r["invalid"]) for r in results])
     line("seconds", "", [f"{r['seconds']:.1f}" for r in results])
     for name, r in zip(names, results, strict=True):
         if r["shortened"] or r["too_long"]:
