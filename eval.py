@@ -831,10 +831,9 @@ def draw_exam(path: Path, results: list[dict]) -> None:
 def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> None:
     """Say exactly what is asked."""
     count = sum(len(s.questions) for s in subjects)
-    print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} subjects; protocol "
-          f"{c.protocol}, {c.shots} shots{', in the chat template' if c.chat else ''}")
-    if absent := len(subject_table(c)) - len(subjects):
-        print(f"note: {absent} other subjects of {c.benchmark} are no part of this score")
+    print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of its "
+          f"{len(subject_table(c))} subjects; protocol {c.protocol}, {c.shots} shots"
+          + (", in the chat template" if c.chat else ""))
     shown = {}  # first prompt and options: the checkpoints that get them
     for name, (first, *_) in zip(c.model, sheets, strict=True):
         options = f", options {[list(ids) for ids in first.options]}" if first.options else ""

@@ -469,7 +469,7 @@ def test_mmlu_is_read_without_header_and_scores_a_letter_with_its_space(place, t
                                      place / "mmlu", "--protocol", "lm_eval", "--shots", 5)
     assert results["benchmark"] == "mmlu" and results["questions"] == 12
     assert [a["id"] for a in predictions[:6]] == list("012345")
-    assert "55 other subjects of mmlu" in out
+    assert "12 questions in 2 of its 57 subjects" in out
     byte = data.ChatTokenizer(place / "one").tokenizer.token_to_id
     assert str([[byte("Ġ"), byte(x)] for x in "ABCD"]) in out
 
