@@ -629,7 +629,7 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
     rest = [[*prompts[i][shared:], *head] for i, head in asked]
     scores = torch.zeros(len(prompts), len(options))
     # each row gets a copy of the prefix, so its tokens count; a CPU is faster if copies are few
-    limit = min(micro_tokens, 2048) if device.type == "cpu" else micro_tokens
+    limit = min(micro_tokens, 4096) if device.type == "cpu" else micro_tokens
     for chunk in data.micro_batches([shared + len(r) for r in rest], limit)[0]:
         lengths = [len(rest[s]) for s in chunk]
         ids = torch.tensor([t for s in chunk for t in rest[s]], device=device)  # [T]
