@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import data
+import eval as evaluation
 import model as modeling
 import train_sft
 from data import DataError, Preference
@@ -447,6 +448,8 @@ def train(c: Config, tokenizer, run, references, first: int, model, wrapped, har
         stop, done = hardware.sum(len(signals))[0], step == run.steps
         if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
             record |= validation(model, run.validation, references[1], c, hardware)
+        if c.exam_data and (done or (c.exam_every and step % c.exam_every == 0)):
+            record["exam_accuracy"] = train_sft.exam_accuracy(model, tokenizer, c, hardware)
         if step == 1 and hardware.rank == 0:
             check_first_loss(c, record)
         shown = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
@@ -527,9 +530,11 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
           f"{facts['pairs'] / facts['seconds']:.1f} a second")
     explain(records)
     for key, name in (("val_reward_accuracy", "reward accuracy"), ("val_reward_margin", "margin"),
-                      ("val_logp_accuracy", "chosen likelier than rejected")):
+                      ("val_logp_accuracy", "chosen likelier than rejected"),
+                      ("exam_accuracy", "exam accuracy")):
         if key in records[-1]:
-            before = f"{facts['before'][key]:.3f} -> " if "before" in facts else ""
+            known = key in facts.get("before", ())
+            before = f"{facts['before'][key]:.3f} -> " if known else ""
             print(f"held out: {name} {before}{records[-1][key]:.3f}")
     print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}")
 
@@ -570,6 +575,8 @@ def main() -> None:
     for folder in (c.reference or c.model, c.model):
         config = modeling.load_config(folder)
         tokenizer.check_size(config.vocab_size)
+    if c.exam_data:  # an error in it should come now
+        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings)
     c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
     run, facts = train_sft.prepare_data(c, lambda files: data.load_preferences(
         files, tokenizer, c.max_length, c.loss == "kto", c.skip_bad_rows, quiet), quiet)

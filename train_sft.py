@@ -80,12 +80,14 @@ class Config:
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
     log_every: int = 10  # steps between lines when the output is no terminal
     eval_every: int = 0  # steps between validations; 0: before and after training
+    exam_data: str = ""  # an exam's folder (eval.py exam), asked in the chat template, no shots
+    exam_every: int = 0  # steps between exams; 0: after training
     save_every: int = 500  # steps between checkpoints; there is always one at the end
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
 
 
 HARDWARE = {"output_dir", "resume", "micro_tokens", "dtype", "compile", "checkpoint_activations",
-            "log_every", "eval_every", "save_every"}
+            "log_every", "eval_every", "exam_data", "exam_every", "save_every"}
 
 # What each paper publishes; what it does not keeps the default. All AdamW.
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.95}
@@ -155,6 +157,7 @@ def check_config(c) -> None:
     for name in ("batch_size", "micro_tokens", "log_every", "temperature", "epochs"):
         need(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
     for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
+                 "exam_every",
                  "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
         need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction"):
@@ -169,6 +172,7 @@ def check_config(c) -> None:
     need(not c.weights or (len(c.weights) == len(c.data) and min(c.weights) > 0),
          f"--weights needs a number above 0 for each of the {len(c.data)} files")
     need(not c.cap or c.mix == "temperature", "--cap goes with --mix temperature")
+    need(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
 
 
 # --------------------------------------------------------------------------- schedule and optimizer
@@ -530,6 +534,18 @@ def validation_loss(model, examples: list[data.Example], c: Config, hardware: Ha
     return loss / weight
 
 
+def exam_accuracy(model, tokenizer, c: Config, hardware: Hardware) -> float:
+    """Share of the questions of --exam_data answered rightly; each rank asks some subjects."""
+    model.eval()
+    with hardware.autocast():
+        right, count = evaluation.exam_accuracy(
+            model, tokenizer, c.exam_data, micro_tokens=c.micro_tokens, rank=hardware.rank,
+            world=hardware.world)
+    model.train()
+    right, count = hardware.sum(right, count)
+    return right / count
+
+
 def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardware: Hardware):
     """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
     state = Path(c.output_dir) / "state" / "state.safetensors"
@@ -557,7 +573,10 @@ def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardwa
         done = step == run.steps
         if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
             record["val_loss"] = validation_loss(model, run.validation, c, hardware)
-        log.write(record, {k: f"{record[k]:.4f}" for k in ("loss", "val_loss") if k in record})
+        if c.exam_data and (done or (c.exam_every and step % c.exam_every == 0)):
+            record["exam_accuracy"] = exam_accuracy(model, tokenizer, c, hardware)
+        log.write(record, {k: f"{record[k]:.4f}" for k in ("loss", "val_loss", "exam_accuracy")
+                           if k in record})
         if done or stop or (c.save_every and step % c.save_every == 0):
             if hardware.rank == 0:
                 save_checkpoint(model, tokenizer, Path(c.output_dir))
@@ -591,6 +610,9 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
     if "val_loss" in records[-1]:
         before = f"{facts['val_before']:.4f} -> " if "val_before" in facts else ""
         print(f"validation loss {before}{records[-1]['val_loss']:.4f}")
+    if "exam_accuracy" in records[-1]:
+        print(f"exam accuracy {records[-1]['exam_accuracy']:.1%}; more with `python eval.py exam`")
+        draw_figure(folder / "exam.png", records, {"exam_accuracy": "exam"}, "share right")
     print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}\n"
           f"  python eval.py logprobs --model {folder} --data {c.data[0]}")
 
@@ -642,6 +664,8 @@ def main() -> None:
     config = modeling.load_config(c.model)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
     tokenizer.check_size(config.vocab_size)
+    if c.exam_data:  # an error in it should come now
+        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings)
     quiet = hardware.rank > 0
     run, facts = prepare_data(c, lambda files: data.load_examples(
         files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows, quiet), quiet)

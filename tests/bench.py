@@ -1,16 +1,17 @@
 """Speed and memory of the training steps against plain transformers loops, on this machine.
 
-    python tests/bench.py            # SFT and DPO, both loops in turn on the same model and rows
-    python tests/bench.py --only dpo # one of them
+    python tests/bench.py            # SFT, DPO, and an exam on a prefix against prompts in full
+    python tests/bench.py --only dpo # one of them: sft, dpo, exam
     python tests/bench.py --large    # with a GPU: a 1.1B model at length 2048, share of peak FLOPs
 
-Both train the same random model (50M parameters, vocabulary 32,000) on the same 16 rows a step of
-../shared/data/alpaca_zh_demo.json, for DPO 4 pairs of dpo_zh_demo.json, or on random rows of such
-lengths where those are absent. Theirs is what a tutorial shows: rows padded to the longest (chosen
-and rejected together), logits of every position, the reference run in every step. SFT's speed
-counts real tokens, padding excluded. Our DPO step finds the reference's log-probabilities ready;
-the second line adds the one pass that made them, as in a run of one epoch. Peak memory is that of a
-process of its own (CPU) or of the allocator (GPU), weights, gradients and optimizer included.
+In SFT and DPO two loops, in turn, train the same random model (50M parameters, vocabulary 32,000)
+on the same 16 rows a step of ../shared/data/alpaca_zh_demo.json, for DPO 4 pairs a step of
+dpo_zh_demo.json, or on random rows of such lengths where those are absent. Theirs is what a
+tutorial shows: rows padded to the longest (chosen and rejected together), logits of every position,
+the reference run in every step. SFT's speed counts real tokens, padding excluded. Our DPO step
+finds the reference's log-probabilities ready; the second line adds the one pass that made them, as
+in a run of one epoch. Peak memory is that of a process of its own (CPU) or of the allocator (GPU),
+weights, gradients and optimizer included.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
+import eval as evaluation
 import model as modeling
 import train_dpo
 import train_sft
@@ -330,12 +332,57 @@ def large() -> None:
           f"{peak_gib():.1f} GiB")
 
 
+EXAM = {**SMALL, "vocab_size": 6400, "hidden_size": 192, "intermediate_size": 512,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3,
+        "tie_word_embeddings": True}  # 2.0M parameters
+
+
+@torch.no_grad()
+def score_in_full(model, prompts: list[list[int]], options: list[tuple]) -> torch.Tensor:
+    """What `score_options` gives for options of one token, every prompt encoded whole."""
+    scores = torch.empty(len(prompts), len(options))
+    for chunk in data.micro_batches([len(p) for p in prompts], 8192)[0]:
+        lengths = [len(prompts[i]) for i in chunk]
+        ids = torch.tensor([t for i in chunk for t in prompts[i]], device=model.device)  # [T]
+        last = torch.tensor(lengths, device=model.device).cumsum(0) - 1  # [B]
+        logp = model.next_logits(model.hidden(ids, lengths)[0][last]).log_softmax(-1)  # [B, V]
+        scores[chunk] = logp[:, [o for (o,) in options]].cpu()
+    return scores
+
+
+def exam(_: int, device: str) -> None:
+    """The val split of C-Eval with a random model, on a prefix and in full."""
+    folder, source = SHARED / "data/ceval", SHARED / "models/minimind-tokenizer"
+    if not folder.exists():
+        print(f"the exam's comparison needs C-Eval in {folder}")
+        return
+    model, began = new_model(EXAM, device).eval(), synchronized()
+    c = evaluation.resolve_exam(evaluation.Exam(data=str(folder), shots=5))
+    tokenizer, subjects = data.ChatTokenizer(source), evaluation.read_exam(c)
+    sheets = [evaluation.make_sheet(tokenizer, s, c, 2048) for s in subjects]
+    seconds, scores = {"reading and encoding": synchronized() - began}, {}
+    for name, score in (("on a prefix", lambda *a: evaluation.score_options(*a, 8192)),
+                        ("in full", score_in_full)):
+        began = synchronized()
+        scores[name] = torch.cat([score(model, s.prompts, s.options) for s in sheets])
+        seconds[name] = synchronized() - began
+    ours, full = scores["on a prefix"], scores["in full"]
+    count, threads = len(ours), "" if device == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"C-Eval val, 5 shots, {count} questions, 2.0M parameters, {device}{threads}")
+    for name, value in seconds.items():
+        print(f"{name:24}{value:8.1f} s{1e3 * value / count:10.2f} ms a question")
+    ratio = seconds["in full"] / seconds["on a prefix"]
+    print(f"{ratio:.2f} times faster; predictions that agree: "
+          f"{(ours.argmax(1) == full.argmax(1)).sum()} of {count}; largest difference "
+          f"{(ours - full).abs().max():.1e} nats")
+
+
 def main() -> None:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--only", choices=list(LOOPS), help="one comparison instead of all")
+    parser.add_argument("--only", choices=[*LOOPS, "exam"], help="one comparison instead of all")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -344,7 +391,7 @@ def main() -> None:
     elif flags.large:
         large()
     else:
-        for task, compare in (("sft", compare_sft), ("dpo", compare_dpo)):
+        for task, compare in (("sft", compare_sft), ("dpo", compare_dpo), ("exam", exam)):
             if flags.only in (None, task):
                 compare(flags.steps, device)
 

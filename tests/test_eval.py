@@ -328,7 +328,7 @@ def test_options_after_a_shared_prefix_score_as_after_every_full_prompt(
     folder, reference, _ = family(name)
     model, options = modeling.load(folder), [40, 41, 42, 43]
     for prompts in QUESTIONS.values():
-        scores = evaluation.score_options(model, prompts, options, micro_tokens)
+        scores = evaluation.score_options(model, prompts, [(o,) for o in options], micro_tokens)
         with torch.no_grad():
             logits = torch.stack([reference(torch.tensor([p])).logits[0, -1] for p in prompts])
         expected = logits.log_softmax(-1)[:, options]
