@@ -640,7 +640,8 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
                   for s, end in zip(chunk, ends, strict=True) for k, o in enumerate(options)
                   if tuple(o[:-1]) == asked[s][1] for j in range(len(o))]
         row, column, place, target = torch.tensor(wanted, device=device).T  # [N] each
-        logp = modeling.token_logprobs(states[place], model.head, target)  # [N]
+        place, which = place.unique(return_inverse=True)  # the four options share their positions
+        logp = model.next_logits(states[place]).log_softmax(-1)[which, target]  # [N]
         scores.index_put_((row.cpu(), column.cpu()), logp.cpu(), accumulate=True)
     return scores
 

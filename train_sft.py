@@ -157,8 +157,7 @@ def check_config(c) -> None:
     for name in ("batch_size", "micro_tokens", "log_every", "temperature", "epochs"):
         need(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
     for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
-                 "exam_every",
-                 "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
+                 "exam_every", "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
         need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction"):
         need(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), not {getattr(c, name)}")
