@@ -771,6 +771,17 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
 
 
+def add_token(model: Llama, token: int, like: int) -> None:
+    """Copy row `like` of the embedding and the LM head to row `token`, maybe a new last one."""
+    head = [] if model.config.tie_word_embeddings else [model.lm_head]
+    for module in [model.model.embed_tokens, *head]:
+        old = module.weight.data  # [V, D]
+        rows = torch.cat((old[:token], old[like : like + 1], old[token + 1 :]))
+        module.weight = nn.Parameter(rows)
+    model.config.vocab_size = len(rows)
+    model.config.source = {**model.config.source, "vocab_size": len(rows)}
+
+
 def write_atomic(path: Path, write) -> None:
     """Call write(temporary path), then rename: no reader or crash ever meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

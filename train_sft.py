@@ -54,6 +54,7 @@ class Config:
     cap: int = 0  # examples a file counts for at most under --mix temperature (T5's K); 0: all
     weights: list[float] = field(default_factory=list)  # of --mix weights, one a file
     template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    eot: str = ""  # token such as <|end|> that ends an answer instead of EOS (LIMA); added if new
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
     val_data: list[str] = field(default_factory=list)  # validation files
@@ -245,9 +246,11 @@ def watch_signals() -> list[int]:
     return received
 
 
-def load_trainable(c, hardware: Hardware):
+def load_trainable(c, hardware: Hardware, tokenizer=None):
     """The model with fp32 weights in training mode, and the same wrapped for several ranks."""
     model = modeling.load(c.model, torch.float32, hardware.device).train()
+    if tokenizer and tokenizer.eot != tokenizer.config.get("eot_token", ""):  # new: begins as EOS
+        modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
     model.set_dropout(c.dropout[0], c.dropout[-1])
     model.checkpoint_activations = c.checkpoint_activations
     if c.compile:
@@ -609,13 +612,13 @@ def main() -> None:
             data.make_demo(Path(c.model).parent)
             make_demo_model(Path(c.model))
         hardware.barrier()
-    tokenizer = data.ChatTokenizer(c.model, c.template)
+    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot)
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
     config = modeling.load_config(c.model)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
-    tokenizer.check_size(config.vocab_size)
+    tokenizer.check_size(config.vocab_size + bool(c.eot))
     run, facts = prepare_data(c, tokenizer, quiet=hardware.rank > 0)
-    model, wrapped = load_trainable(c, hardware)
+    model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
         count = sum(p.numel() for p in model.parameters())
