@@ -1189,6 +1189,11 @@ def need(good, message: str) -> None:
         raise DataError(message)
 
 
+def check_output(c) -> None:
+    """Raise DataError unless --output can be written."""
+    need(c.output and not Path(c.output).is_dir(), f"--output FILE.jsonl, not {c.output!r}")
+
+
 def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, row) of a C-Eval, CMMLU or MMLU file; MMLU's have no line of column names."""
     try:
@@ -1310,7 +1315,7 @@ FINAL_ANSWERS = [re.compile(pattern) for pattern in (
 
 def final_answer(text: str) -> list[str]:
     """Words of the last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all."""
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)  # 1,234, **bold**, $formula$
     found = next((f for pattern in FINAL_ANSWERS if (f := pattern.findall(text))), [text])
     return words_of(found[-1])
 
@@ -1355,7 +1360,7 @@ def filter_rows(c: Filter) -> None:
     """`data.py filter`."""
     by_tokens = (c.min_tokens, c.max_tokens) != (0, math.inf)
     by_loss = (c.min_perplexity, c.max_perplexity) != (0, math.inf)
-    need(c.output, "--output FILE.jsonl is missing")
+    check_output(c)
     need(c.model or not (by_tokens or by_loss), "tests of tokens and perplexity need --model DIR")
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
     found = list(parallel(functools.partial(judge, c, tokenizer), read_all(c)))
@@ -1422,29 +1427,30 @@ def cover_tags(tags: list[set], n: int) -> list[int]:
     In rounds, rows with most tags first: a row is taken that adds a tag to those of the round.
     """
     left, chosen = sorted(range(len(tags)), key=lambda i: -len(tags[i])), []
-    while len(chosen) < n:
+    while left:
         seen, passed = set(), []
         for i in left:
-            adds = not tags[i] <= seen or not tags[i]  # rows without tags come last
-            (chosen if adds and len(chosen) < n else passed).append(i)
+            (passed if tags[i] <= seen else chosen).append(i)
             seen |= tags[i]
         left = passed
-    return chosen
+    return chosen[:n]
 
 
 def select(c: Select) -> None:
     """`data.py select`."""
-    need(c.output, "--output FILE.jsonl is missing")
+    check_output(c)
     need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
     need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
     reasons, tags = [], []
     for value, row in read_all(c):
         roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
         asked = c.method != "ifd" or ("user" in roles and roles[-1] == "assistant")
-        reasons.append("bad row" if row is None else "" if asked else "no question and answer")
-        tags.append(value.get("tags") if row else [])
-        need(c.method != "tags" or (isinstance(tags[-1], list) and all(map(is_text, tags[-1]))),
-             f"{row and row.where}: expected a list of texts as tags, found {tags[-1]!r:.40}")
+        found = value.get("tags") if row and c.method == "tags" else ["any"]
+        need(isinstance(found, list) and all(map(is_text, found)),
+             f"{row and row.where}: expected a list of texts as tags, found {found!r:.40}")
+        tags.append(set(found))
+        reasons.append("bad row" if row is None else "" if asked and found else
+                       "no question and answer" if found else "no tags")
     rows = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
     n = c.n or max(1, round(c.share * len(rows)))
     need(n <= len(rows), f"--n {n} is more than the {len(rows)} rows there are to choose from")
@@ -1459,7 +1465,7 @@ def select(c: Select) -> None:
         states = run_model(c, reasons, "states")
         chosen = rows[core_set(np.stack([states[i] for i in rows]), n, c.clusters, c.seed)]
     elif c.method == "tags":
-        chosen = rows[cover_tags([set(tags[i]) for i in rows], n)]
+        chosen = rows[cover_tags([tags[i] for i in rows], n)]
     else:
         chosen = np.random.default_rng(c.seed).permutation(rows)[:n]
     for i in set(rows.tolist()).difference(map(int, chosen)):
@@ -1505,18 +1511,21 @@ def exam_row(q: dict, style: str) -> dict:
 
 def exam(c: Exam) -> None:
     """`data.py exam`."""
-    need(c.output, "--output FILE.jsonl is missing")
+    check_output(c)
     need(c.from_exam or not any(path.endswith(".csv") for path in c.files),
          "training on the .csv files of an exam contaminates it; --from_exam does so all the same")
-    rows = read_all(c, parse_question)
-    write_rows(c.output, (
-        (None, "bad row") if q is None else (exam_row(q, c.style), "" if q["answer"] or q["why"]
-                                             else "no answer") for _, q in rows))
+
+    def convert(where: str, value) -> tuple[dict, str]:
+        q = parse_question(where, value)
+        return exam_row(q, c.style), "" if q["answer"] or q["why"] else "no answer"
+
+    write_rows(c.output, (row or (None, "bad row") for _, row in read_all(c, convert)))
 
 
 def identity(c: Identity) -> None:
     """`data.py identity`."""
-    need(c.output and c.name and c.author, "--output, --name and --author are all needed")
+    check_output(c)
+    need(c.name and c.author, "--name and --author are both needed")
 
     def fill(where: str, value) -> object:
         parse_row(where, value)

@@ -3,12 +3,13 @@
     python tests/bench_data.py              # 200,000 rows; --rows N for another number
 
 The rows are random Chinese and English sentences over a Zipfian vocabulary; one in fifty repeats an
-earlier row, half of those with a word changed. Memory is the peak of the command and the largest of
-its processes; cores is processor time divided by wall time. Selection is timed on random
-embeddings, without a model.
+earlier row, half of those with a word changed. Memory is the peak of the command's main process;
+cores is the processor time of all its processes divided by the wall time. Selection is timed on
+random embeddings, without a model.
 """
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +31,9 @@ def make_rows(path: Path, count: int, seed: int = 0) -> int:
     rng = random.Random(seed)
     characters = [chr(0x4E00 + k) for k in range(3000)]
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
-    weights = [[1 / (k + 10) for k in range(len(pool))] for pool in (characters, words)]
-    planted, kept = 0, []
+    pools = [(pool, list(itertools.accumulate(1 / (k + 10) for k in range(len(pool)))))
+             for pool in (characters, words)]
+    planted, kept = 0, deque(maxlen=1000)
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
             if kept and rng.random() < 0.02:
@@ -39,10 +42,10 @@ def make_rows(path: Path, count: int, seed: int = 0) -> int:
                     row[rng.randrange(len(row))] = "改"
             else:
                 side = rng.random() < 0.5
-                pool, weight = (words, weights[1]) if side else (characters, weights[0])
-                row = rng.choices(pool, weight, k=rng.randint(60, 300))
+                pool, weights = pools[side]
+                row = rng.choices(pool, cum_weights=weights, k=rng.randint(60, 300))
                 row = [w + " " * side for w in row]
-                kept = [*kept[-1000:], row]
+                kept.append(row)
             cut = len(row) // 5
             messages = [{"role": "user", "content": "".join(row[:cut])},
                         {"role": "assistant", "content": "".join(row[cut:])}]
@@ -65,7 +68,8 @@ def measure(*arguments) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall
     print(f"{arguments[0]:10}{wall:8.1f} s{cores:8.2f} cores{peak / 2**20:8.2f} GiB   "
-          + " | ".join(line.strip() for line in process.stdout.read().splitlines()[-3:]))
+          + " | ".join(line.strip() for line in process.stdout.read().splitlines()[-3:]),
+          flush=True)
 
 
 def main() -> None:

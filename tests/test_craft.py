@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import make_checkpoint
 from test_data import SHARED, assistant, command, jsonl, system, user
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -241,7 +242,8 @@ def test_perplexity_is_that_of_eval_logprobs(tmp_path, checkpoint):
 @pytest.mark.parametrize("text, final", [
     ("so \\boxed{42} and\nAnswer: 7", "42"), ("1+1=2\n#### 1,234", "1234"),
     ("答案是B。因为A不对", "B"), ("解释。答案为C", "C"),
-    ("The answer is 3.5.", "3.5"), ("Answer: yes, since", "yes"),
+    ("**答案是：B**", "B"), ("So the answer is $42$.", "42"), ("The answer is 3.5.", "3.5"),
+    ("Answer: yes, since", "yes"),
     ("B。因为如此", "B"), ("(A)", "A"), ("D", "D"), ("A cat sat.", "A cat sat"), ("巴黎。", "巴黎"),
     ("答案是A。不，答案是D", "D")])
 def test_final_answer_is_found(text, final):
@@ -297,6 +299,14 @@ def test_k_center_equals_brute_force_and_never_takes_a_row_twice():
     theirs, true_radius = brute_force_k_center(x, 7, 25)
     assert ours == theirs and radius == pytest.approx(true_radius, abs=1e-9)
     assert sorted(data.k_center(x, 7, 60)[0]) == list(range(60))
+
+
+def test_kmeans_ends_where_every_row_is_in_the_cluster_of_the_nearest_centre():
+    x = np.random.default_rng(2).normal(size=(300, 3)) * (1, 2, 3) + 1
+    centres, cluster = data.kmeans(x, 5, 0, rounds=200)
+    assert (np.square(x[:, None] - centres).sum(2).argmin(1) == cluster).all()
+    for j in range(5):
+        np.testing.assert_allclose(centres[j], x[cluster == j].mean(0))
 
 
 def test_kmeans_finds_the_groups_and_the_core_sample_lies_in_the_largest(capsys):
@@ -375,12 +385,11 @@ def test_ifd_is_the_ratio_of_mean_losses_with_and_without_the_question(tmp_path,
 
 
 def test_tags_are_covered_in_rounds_with_the_richest_rows_first():
-    tags = [{"a"}, {"a", "b", "c"}, {"d"}, {"c", "d"}, {"a", "b"}, set()]
-    # round 1: 1 (a b c), 3 (adds d), the empty one; round 2: 4, then 2 (adds d); round 3: 0
-    assert data.cover_tags(tags, 2) == [1, 3]
-    assert data.cover_tags(tags, 6) == [1, 3, 5, 4, 2, 0]
+    tags = [{"a"}, {"a", "b", "c"}, {"d"}, {"c", "d"}, {"a", "b"}]
+    # round 1: 1 (a b c), 3 (adds d); round 2: 4 (a b), 2 (adds d); round 3: 0
+    assert data.cover_tags(tags, 5) == [1, 3, 4, 2, 0] and data.cover_tags(tags, 2) == [1, 3]
     rng = random.Random(0)
-    tags = [set(rng.sample(range(40), rng.randint(0, 4))) for _ in range(200)]
+    tags = [set(rng.sample(range(40), rng.randint(1, 4))) for _ in range(200)]
     chosen = data.cover_tags(tags, 40)
     assert set.union(*(tags[i] for i in chosen)) == set.union(*tags)
     assert len(set(data.cover_tags(tags, 200))) == 200
@@ -392,6 +401,9 @@ def test_tags_must_be_a_list_of_texts(tmp_path):
     status, _, err = command("data.py", "select", path, "--method", "tags", "--n", 1, "--output",
                              tmp_path / "o.jsonl")
     assert status == 2 and "line 2: expected a list of texts as tags" in err
+    path = jsonl(tmp_path / "b.jsonl", rows[0], asked("q", "b", tags=[]))
+    kept, out = run("select", [path], "--method", "tags", "--n", 1)
+    assert kept == rows[:1] and "dropped 1: no tags" in out
     assert not (tmp_path / "o.jsonl").exists()
 
 
@@ -542,6 +554,12 @@ def test_show_draws_the_mix_that_training_draws(tmp_path):
     rows = [line.split() for line in out.splitlines() if line.startswith(("a ", "b "))][-2:]
     assert rows[0][:4] == ["a", "25.0%", str(count), f"{count / 80:.1%}"]
     assert rows[1][:3] == ["b", "75.0%", str(80 - count)]
+    status, out, _ = command("data.py", "show", a, b, "--rows", 0, "--steps", 30, "--mix",
+                             "temperature", "--temperature", 2, "--cap", 40)
+    rows = [line.split() for line in out.splitlines() if line.startswith(("a ", "b "))][-2:]
+    rates = np.sqrt(np.minimum([90, 10], 40) / 50)
+    assert [row[1] for row in rows] == [f"{r:.1%}" for r in rates / rates.sum()]
+    assert abs(int(rows[0][2]) / 480 - 2 / 3) < 0.05
     status, _, err = command("data.py", "show", a, b, "--weights", 1, 3)
     assert status == 2 and "--mix weights" in err
 
@@ -610,6 +628,7 @@ def test_every_question_of_cmmlu_is_found_in_training_data_made_from_it(tmp_path
 
 BAD = {
     "no output": (["filter", "GOOD"], "--output"),
+    "a folder as output": (["exam", "GOOD", "--output", "FOLDER"], "--output"),
     "tokens without a model": (["filter", "GOOD", "--output", "O", "--min_tokens", "3"], "--model"),
     "kcenter without a model": (["select", "GOOD", "--output", "O", "--n", "1", "--method",
                                  "kcenter"], "--model"),
@@ -628,7 +647,7 @@ BAD = {
 def test_bad_input_ends_with_one_line_and_writes_nothing(name, tmp_path):
     paths = {"GOOD": jsonl(tmp_path / "good.jsonl", asked("q", "a")),
              "O": str(tmp_path / "o.jsonl"), "BROKEN": str(tmp_path / "broken.jsonl"),
-             "NONE": str(tmp_path / "none.jsonl")}
+             "NONE": str(tmp_path / "none.jsonl"), "FOLDER": str(tmp_path)}
     Path(paths["BROKEN"]).write_text('{"text": "a"}\n{"text": \n{"nothing": 1}\n', encoding="utf-8")
     arguments, message = BAD[name]
     status, _, err = command("data.py", *[paths.get(a, a) for a in arguments])
@@ -659,7 +678,8 @@ def test_new_turn_end_begins_as_eos_and_ends_the_answer(family, tmp_path):
     before, after = data.ChatTokenizer(tmp_path / "base"), data.ChatTokenizer(tmp_path / "out")
     old, new = modeling.load(tmp_path / "base"), modeling.load(tmp_path / "out")
     end, eos = after.stop_id, before.eos_id
-    assert end == after.tokenizer.token_to_id("<|end|>") != eos == after.eos_id
+    stored = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    assert end == stored.token_to_id("<|end|>") != eos == after.eos_id
     for a, b in ((old.model.embed_tokens.weight, new.model.embed_tokens.weight),
                  (old.head, new.head)):
         assert torch.equal(b[end], a[eos]) and torch.equal(b[:end], a[:end])
