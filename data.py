@@ -1577,7 +1577,8 @@ def overlap(c: Overlap) -> None:
         for gram in ngrams(questions[-1][1]).tolist():
             index.setdefault(gram, []).append(len(questions) - 1)
     job = functools.partial(find_questions, questions, index, c.near)
-    hits = [hit for row in parallel(job, read_all(c)) for hit in row]
+    rows = list(parallel(job, read_all(c)))
+    hits = [hit for row in rows for hit in row]
     if c.output:
         write_rows(c.output, ((hit, "") for hit in hits))
     kinds = {}
@@ -1586,11 +1587,11 @@ def overlap(c: Overlap) -> None:
     found = Counter((str(Path(where).parent), kind) for where, kind in kinds.items())
     print(f"{'exam':40}{'questions':>10}{'exact':>8}{'near':>8}{'short':>8}")
     for folder, count in Counter(str(Path(q["where"]).parent) for q, _, _ in questions).items():
-        row = "".join(f"{found[folder, kind]:8}" for kind in ("exact", "near", "short"))
-        print(f"{folder[-39:]:40}{count:10}{row}")
+        cells = "".join(f"{found[folder, kind]:8}" for kind in ("exact", "near", "short"))
+        print(f"{folder[-39:]:40}{count:10}{cells}")
     bad = sum(kind != "short" for kind in kinds.values())
     found = f"CONTAMINATED: {bad} questions" if bad else "clean"
-    print(f"{found}; {len(kinds) - bad} short ones stand there without their options")
+    print(f"{len(rows)} rows read, {found}; {len(kinds) - bad} short ones stand without options")
 
 
 # ---------------------------------------------------------------------------------------- data show
