@@ -4,29 +4,38 @@ From small to large: flags, rows of every format, chat templates, tokens and the
 the mixer, micro-batches, the built-in demo, the commands.
 
     python data.py show FILE... --model DIR    # what a trainer sees: tokens, mask, lengths, shares
-    python data.py coh PAIRS... --output FILE  # preference pairs as conversations with feedback
+    python data.py filter FILE... --output FILE.jsonl --language zh --duplicates near
+    python data.py select FILE... --output FILE.jsonl --method kcenter --share 0.005 --model DIR
+    python data.py coh FILE... --output FILE.jsonl    # preference pairs with words of feedback
+    python data.py exam FILE... --output FILE.jsonl --style answer_first
+    python data.py identity FILE --output FILE.jsonl --name NAME --author AUTHOR
+    python data.py overlap FILE... --exam DIR  # which exam questions the training data holds
 """
 
 import argparse
 import csv
 import difflib
+import functools
 import gzip
 import hashlib
 import inspect
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
 import re
 import sys
 import tempfile
 import typing
+import unicodedata
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,6 +47,12 @@ from tqdm import tqdm
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one line: what was found, how to fix it."""
+
+
+def need(good, message: str) -> None:
+    """Raise DataError with the message unless `good`."""
+    if not good:
+        raise DataError(message)
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -356,7 +371,7 @@ class ChatTokenizer:
     that continues the prompt could never produce that token.
     """
 
-    def __init__(self, folder: str | Path, template: str = ""):
+    def __init__(self, folder: str | Path, template: str = "", eot: str = ""):
         self.folder = folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise DataError(f"{folder / 'tokenizer.json'} is missing; is {folder} a checkpoint?")
@@ -369,13 +384,19 @@ class ChatTokenizer:
             source = {t["name"]: t["template"] for t in source}.get("default")
         if (folder / "chat_template.jinja").exists():  # newer checkpoints; transformers prefers it
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
         self.bos, self.eos = self.special("bos_token"), self.special("eos_token")
-        ours = {jinja(t, self.bos or "", self.eos or ""): t for t in TEMPLATES.values()}
-        t = TEMPLATES.get(template) or ours.get(source) or recognize_template(source, added)
-        self.template = t
+        self.eot = eot = eot or self.config.get("eot_token", "")  # ours, of train_sft.py --eot
+        if eot and (eot == self.eos or not MARKER.fullmatch(eot)):
+            raise DataError(f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
+        self.tokenizer.add_special_tokens([AddedToken(eot, normalized=False)] if eot else [])
+        added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
+        known = {name: replace(t, stop=eot or t.stop) for name, t in TEMPLATES.items()}
+        ours = {jinja(t, self.bos or "", self.eos or ""): t for t in known.values()}
+        t = known.get(template) or ours.get(source) or recognize_template(source, added)
+        self.template = t = known[t.name] if eot else t
         # Mistral's own Jinja loses the system text once an answer follows; ours takes its place
-        self.jinja = source if source and not template and t.name != "mistral" else None
+        own = source and not (template or eot) and t.name != "mistral"
+        self.jinja = source if own else None
         marks = set(MARKER.findall(t.system + t.user + t.header + t.stop))
         marks &= added  # those that are tokens; elsewhere a marker is plain text
         texts = {m: m for m in marks} | {"<bos>": self.bos or "", "<eos>": self.eos or ""}
@@ -532,8 +553,14 @@ class ChatTokenizer:
                  "added_tokens.json", "vocab.json", "merges.txt")
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).exists()}
         own = self.jinja or jinja(self.template, self.bos or "", self.eos)
-        config = json.dumps({**self.config, "chat_template": own}, ensure_ascii=False, indent=2)
-        files["tokenizer_config.json"] = f"{config}\n".encode()
+        config = {**self.config, "chat_template": own}
+        if self.eot:
+            config["eot_token"] = self.eot
+            whole = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            whole.add_special_tokens([AddedToken(self.eot, normalized=False)])
+            files["tokenizer.json"] = whole.to_str(pretty=True).encode()
+        text = json.dumps(config, ensure_ascii=False, indent=2)
+        files["tokenizer_config.json"] = f"{text}\n".encode()
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (folder / ".tokenizer.tmp").write_bytes(content)
@@ -1088,20 +1115,605 @@ DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.3, "bat
         "adam_beta2": 0.98, "log_every": 200}
 
 
+# -------------------------------------------------------------------------------- words and n-grams
+
+HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+WORDS = re.compile(rf"[{HAN}\u3040-\u30ff]|[^\W_{HAN}\u3040-\u30ff]+|[-+*/=<>^]")
+NGRAM = 5  # words, as in the search for near-duplicates of arXiv:2107.06499, section 4.2
+MINHASHES, BAND = 64, 4  # numbers in a signature; how many of them a bucket needs alike
+
+
+def words_of(text: str) -> list[str]:
+    """Words in lower case and NFKC; a CJK character is a word, so is + or =; no punctuation."""
+    return WORDS.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def hash64(text: str) -> int:
+    """A hash that is alike in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+word_hash = functools.lru_cache(2**18)(hash64)
+
+
+def ngrams(words: list[str], n: int = NGRAM) -> np.ndarray:
+    """Hashes sum_j w_j B^(n-1-j) mod 2^64 of all n-grams in order; a shorter text is one n-gram."""
+    keys = np.fromiter(map(word_hash, words), np.uint64, len(words))
+    n = min(n, len(keys))
+    out = np.zeros(len(keys) - n + 1 if n else 0, np.uint64)
+    for j in range(n):
+        out = out * np.uint64(0x9E3779B97F4A7C15) + keys[j : j + len(out)]
+    return out
+
+
+def repetition(text: str) -> float:
+    """Share of the n-grams of a text that stood in it before."""
+    grams = ngrams(words_of(text))
+    return 1 - len(np.unique(grams)) / len(grams) if len(grams) else 0.0
+
+
+def coverage(part: list[str], words: list[str]) -> float:
+    """Share of the words of `part` that lie in an n-gram which `words` has too."""
+    n = min(NGRAM, len(part))
+    same = np.isin(ngrams(part, n), ngrams(words, n))
+    return float((np.convolve(same, np.ones(n)) > 0).mean()) if n else 0.0
+
+
+def signature(words: list[str]) -> np.ndarray:
+    """MinHash (Broder, 1997): the least of the n-grams under many hashes [MINHASHES] uint32.
+
+    Two texts agree in each number with probability |A and B| / |A or B|, A and B their n-grams.
+    """
+    factors = np.random.default_rng(0).integers(2**63, size=MINHASHES, dtype=np.uint64) * 2 + 1
+    hashes = ngrams(words)[:, None] * factors >> 32  # [n-grams, MINHASHES]
+    return hashes.min(0, initial=2**32 - 1).astype(np.uint32)
+
+
+def near_duplicates(signatures: np.ndarray, near: float) -> np.ndarray:
+    """True for rows [R] that agree with an earlier one in `near` of the signature [R, MINHASHES].
+
+    A row is compared with the first and the latest earlier row of its buckets: those alike in BAND
+    neighbouring numbers. At similarity s a pair shares no bucket with probability
+    (1 - s^BAND)^(MINHASHES / BAND), 0.0002 at 0.8.
+    """
+    duplicate = np.zeros(len(signatures), dtype=bool)
+    for place in range(0, MINHASHES, BAND):
+        _, bucket = np.unique(signatures[:, place : place + BAND], axis=0, return_inverse=True)
+        order = np.argsort(bucket.ravel(), kind="stable")
+        bucket = bucket.ravel()[order]
+        later = np.flatnonzero(bucket[1:] == bucket[:-1]) + 1  # all of a bucket but its first row
+        for earlier in (np.searchsorted(bucket, bucket[later]), later - 1):
+            a, b = signatures[order[earlier]], signatures[order[later]]  # [pairs, MINHASHES]
+            duplicate[order[later]] |= (a == b).mean(1) >= near
+    return duplicate
+
+
+def run_job(item):
+    """The function of `parallel`, in one of its processes."""
+    return run_job.function(item)
+
+
+def parallel(function, items: Iterable) -> Iterator:
+    """function(item) of every item in order, on all cores, few items in memory at a time."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(initializer=setattr, initargs=(run_job, "function", function)) as pool:
+        yield from pool.imap(run_job, items, chunksize=64)
+
+
 # ----------------------------------------------------------------------------------------- commands
 
 
 @dataclass
-class Show:
-    """Show what a trainer sees of some files: tokens, what is supervised, lengths, shares."""
+class Files:
+    """What every command takes."""
 
     files: list[str]  # files of any format, preference pairs included
+    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+
+
+@dataclass
+class Show(Files):
+    """Show what a trainer sees of some files: tokens, what is supervised, lengths, shares."""
+
     model: str = ""  # checkpoint whose tokenizer and template to use; empty: bytes and ChatML
     rows: int = 3  # rows of each file to print
     template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
-    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+    steps: int = 0  # show what training for so many steps draws of each file; 0: do not
+    batch_size: int = 16  # examples per step
+    mix: Literal["proportional", "temperature", "equal", "weights"] = "proportional"  # of the files
+    temperature: float = 2.0  # of --mix temperature
+    cap: int = 0  # examples a file counts for at most under --mix temperature; 0: all
+    weights: list[float] = field(default_factory=list)  # of --mix weights, one a file
+    seed: int = 0  # of the order
+
+
+@dataclass
+class Modelled(Files):
+    """What a command takes that may run a model over the rows."""
+
+    output: str = ""  # .jsonl to write
+    model: str = ""  # checkpoint that scores or embeds the rows, or counts their tokens
+    template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    max_length: int = 2048  # tokens of a row that the model sees; longer ones are truncated
+    micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
+
+
+@dataclass
+class Filter(Modelled):
+    """Write the rows that pass every test."""
+
+    language: Literal["any", "zh", "en"] = "any"  # keep Chinese or English, by Chinese characters
+    min_chars: int = 0  # least characters of a row's answers together
+    max_chars: float = math.inf  # most of them
+    min_tokens: int = 0  # least tokens of a row, rendered for --model
+    max_tokens: float = math.inf  # most of them
+    lima: bool = False  # LIMA's tests: 1200 to 4096 characters, no "I", no other answers, score 10
+    max_repetition: float = 1.0  # most of the 5-grams of an answer that stood in it before
+    min_perplexity: float = 0.0  # least perplexity of the answers under --model
+    max_perplexity: float = math.inf  # most of it
+    duplicates: Literal["keep", "exact", "near"] = "keep"  # near: drop exact and near duplicates
+    near: float = 0.8  # share of 5-grams in common that makes near duplicates
+    no_system: bool = False  # write the rows without their system messages: what they asked distils
+    answer_matches: bool = False  # keep samples of eval.py generate whose final answer is right
+
+
+@dataclass
+class Select(Modelled):
+    """Write the rows that a method thinks worth most; compare with --method random."""
+
+    method: Literal["kcenter", "ifd", "tags", "random"] = "random"  # how to choose
+    n: int = 0  # rows to choose
+    share: float = 0.0  # or this share of the rows
+    clusters: int = 10  # of k-means, for kcenter
+    seed: int = 0  # of k-means, and of random
+
+
+@dataclass
+class Coh(Files):
+    """Chain of Hindsight: preference pairs as conversations in which feedback names each answer."""
+
+    output: str = ""  # .jsonl that train_sft.py trains on
+    mask_past: float = 0.0  # hide up to this share of the first answer's words from the second
+    seed: int = 0  # of which answer comes first, and of what is hidden
+
+
+@dataclass
+class Exam(Files):
+    """Turn multiple-choice rows, with Wanjuan's keys or C-Eval's, into conversations."""
+
+    output: str = ""  # .jsonl to write
+    style: Literal["answer_first", "explanation_first"] = "answer_first"  # Steel-LLM's formats
+    from_exam: bool = False  # take .csv files of C-Eval or CMMLU too: this CONTAMINATES the exam
+
+
+@dataclass
+class Identity(Files):
+    """Fill in {{name}} and {{author}} of self-identity templates."""
+
+    output: str = ""  # .jsonl to write
+    name: str = ""  # of the model
+    author: str = ""  # who made it
+
+
+@dataclass
+class Overlap(Files):
+    """Say which questions of an exam occur in training files, so that its score can be trusted."""
+
+    output: str = ""  # .jsonl: the hits, one a line
+    exam: str = ""  # folder with the .csv files of C-Eval, CMMLU or MMLU
+    near: float = 0.8  # share of a question's words in 5-grams of the row that makes a near hit
+
+
+def check_output(c) -> None:
+    """Raise DataError unless --output can be written."""
+    need(c.output and not Path(c.output).is_dir(), f"--output FILE.jsonl, not {c.output!r}")
+    own = Path(c.output).resolve() in [Path(path).resolve() for path in c.files]
+    need(not own, f"--output {c.output} would overwrite what is read")
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, row) of a C-Eval, CMMLU or MMLU file; MMLU's have no line of column names."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            named = "A" in next(csv.reader(file), [])
+            file.seek(0)
+            names = None if named else ["question", *"ABCD", "answer"]
+            for number, row in enumerate(csv.DictReader(file, names), 1):
+                whole = None not in row and None not in row.values()
+                need(whole, f"{path} question {number}: expected {list(row)}, found {row!r:.80}")
+                yield f"{path} question {number}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def read_all(c: Files, parse=parse_row, again: bool = False) -> Iterator[tuple]:
+    """(value, parse(where, value)) of every row, the latter None for a bad row that is skipped."""
+    for path in map(Path, c.files):
+        for where, value in (read_csv if path.suffix == ".csv" else read_values)(path):
+            try:
+                row = parse(where, value)
+            except DataError as error:
+                need(c.skip_bad_rows, f"{error} (--skip_bad_rows leaves it out)")
+                row = None if again else print(f"dropped {error}")
+            yield value, row
+
+
+def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
+    """Write the values of (value, reason) that have no reason; print what was kept and dropped."""
+    from model import write_lines
+
+    counts = Counter()
+
+    def lines() -> Iterator[str]:
+        for value, reason in rows:
+            counts[reason] += 1
+            if not reason:
+                line = json.dumps(value, ensure_ascii=False)
+                yield (line if is_text(line) else json.dumps(value)) + "\n"
+
+    write_lines(Path(path), lines())
+    kept = counts.pop("", 0)
+    print(f"{path}: kept {kept} of {kept + counts.total()} rows")
+    for reason, count in counts.most_common():
+        print(f"  dropped {count}: {reason}")
+
+
+def write_kept(c: Modelled, reasons: list[str], change=lambda value: value) -> None:
+    """Read the files again and write the rows that have no reason, as they were or changed."""
+    rows = zip(read_all(c, parse=lambda where, value: None), reasons, strict=True)
+    write_rows(c.output, ((None if why else change(value), why) for (value, _), why in rows))
+
+
+def said(row: Row, role: str = "") -> list[str]:
+    """What a row, or `role` in it, says; raw text is an answer."""
+    messages = [*row.messages, *(row.chosen or []), *(row.rejected or [])]
+    messages += [{"role": "assistant", "content": row.text}] * (row.text is not None)
+    return [m["content"] for m in messages if role in ("", m["role"])]
+
+
+def han_share(words: list[str]) -> float:
+    """Share of Chinese characters among the words."""
+    return len(re.findall(f"[{HAN}]", "".join(words))) / max(len(words), 1)
+
+
+def pieces_of(row: Row, tokenizer: ChatTokenizer, part: str = "all") -> list[tuple]:
+    """A row as pieces, answers supervised: all, the last, or the last alone, with nothing before.
+
+    A preference pair counts as its better answer.
+    """
+    messages = [*row.messages, *(row.chosen or [])][-1 if part == "alone" else 0 :]
+    if row.text is not None:
+        return tokenizer.text_pieces(row.text)
+    return tokenizer.pieces(messages, "all" if part == "all" else "last")
+
+
+@torch.no_grad()
+def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> dict:
+    """{row number: mean of the last hidden states [D], or loss in nats}, of rows without a reason.
+
+    `what` is states or loss; the loss is the mean over what `pieces_of` supervises.
+    """
+    import model as modeling
+
+    tokenizer, device, out = ChatTokenizer(c.model, c.template), modeling.best_device(), {}
+    tokenizer.check_size(modeling.load_config(c.model).vocab_size)
+    model = modeling.load(c.model, modeling.best_dtype("auto", device), device)
+
+    rows = ((i, row) for i, (_, row) in enumerate(read_all(c, again=True)) if not reasons[i])
+    while some := list(itertools.islice(rows, 2000)):  # enough for every thread, little memory
+        plans = tokenizer.encode([pieces_of(row, tokenizer, part) for _, row in some])
+        examples = [Example(*fit(*plan, c.max_length)) for plan in plans]
+        for chunk in micro_batches([len(e.ids) for e in examples], c.micro_tokens)[0]:
+            batch = collate([examples[k] for k in chunk], device)
+            size = torch.tensor(batch.lengths, device=device)
+            example = torch.arange(len(chunk), device=device).repeat_interleave(size)  # [T]
+            if what == "states":
+                values = model.hidden(batch.ids, batch.lengths)[0].float()  # [T, D]
+            else:
+                values = -model(batch.ids, batch.lengths, batch.targets)[:, None]  # [N, 1]
+                example = example[batch.targets]  # [N]
+            total = values.new_zeros(len(chunk), values.shape[1]).index_add(0, example, values)
+            mean = total / torch.bincount(example, minlength=len(chunk))[:, None]  # [B, D or 1]
+            out |= zip((some[k][0] for k in chunk), mean.squeeze(1).cpu().numpy(), strict=True)
+    return out
+
+
+# -------------------------------------------------------------------------------------- data filter
+
+CHINESE, ENGLISH = 0.5, 0.05  # at least, at most this share of Chinese characters among the words
+# LIMA (arXiv:2305.11206, section 2.1) names "I", "my", "as mentioned", "stack exchange"
+FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|我(?!们)")
+OTHER_ANSWERS = re.compile(r"(?i)as mentioned|stack ?exchange|other answers|如上所述|其他回答|楼上")
+FINAL_ANSWERS = [re.compile(pattern) for pattern in (
+    r"\\boxed\{([^{}]*)\}", r"####\s*(.+)",
+    r"(?:答案[是为：:]+|[Aa]nswer(?: is|:)+)\s*(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
+    r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)")]
+
+
+def final_answer(text: str) -> list[str]:
+    """Words of the last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all."""
+    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)  # 1,234, **bold**, $formula$
+    found = next((f for pattern in FINAL_ANSWERS if (f := pattern.findall(text))), [text])
+    return words_of(found[-1])
+
+
+def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
+    """(why a row is dropped or nothing, its hash, its signature), by the tests without a model."""
+    value, row = item
+    if row is None:
+        return "bad row", 0, None
+    answers, words = said(row, "assistant"), words_of("\n".join(said(row)))
+    chars, tokens = len("\n".join(answers)), c.min_tokens
+    if tokenizer:
+        tokens = len(tokenizer.encode([pieces_of(row, tokenizer)])[0][0])
+    score, reference = value.get("score"), value.get("reference")
+    failed = {
+        "not Chinese": c.language == "zh" and han_share(words) < CHINESE,
+        "not English": c.language == "en" and han_share(words) > ENGLISH,
+        "length in characters": not c.min_chars <= chars <= c.max_chars,
+        "length in tokens": not c.min_tokens <= tokens <= c.max_tokens,
+        "LIMA: length": c.lima and not 1200 <= chars <= 4096,
+        "LIMA: first person": c.lima and any(map(FIRST_PERSON.search, answers)),
+        "LIMA: other answers": c.lima and any(map(OTHER_ANSWERS.search, answers)),
+        "LIMA: score": c.lima and isinstance(score, int | float) and score < 10,
+        "repetition": c.max_repetition < 1 and any(
+            repetition(answer) > c.max_repetition for answer in answers),
+        "no reference": c.answer_matches and not (is_text(reference) and answers),
+        "another final answer": c.answer_matches and is_text(reference) and answers
+        and final_answer(answers[-1]) != final_answer(reference),
+    }
+    reason = next((name for name, bad in failed.items() if bad), "")
+    return reason, hash64(repr(row[1:])), signature(words) if c.duplicates == "near" else None
+
+
+def without_system(value: dict) -> dict:
+    """A row of any format without its system messages (context distillation, arXiv:2112.00861)."""
+    return {key: [m for m in part if "system" not in (m.get("role"), m.get("from"))]
+            if key in ("messages", "conversations") else part
+            for key, part in value.items() if key != "system"}
+
+
+def filter_rows(c: Filter) -> None:
+    """`data.py filter`."""
+    by_tokens = (c.min_tokens, c.max_tokens) != (0, math.inf)
+    by_loss = (c.min_perplexity, c.max_perplexity) != (0, math.inf)
+    check_output(c)
+    need(c.model or not (by_tokens or by_loss), "tests of tokens and perplexity need --model DIR")
+    tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
+    found = list(parallel(functools.partial(judge, c, tokenizer), read_all(c)))
+    reasons = [reason for reason, _, _ in found]
+    if by_loss:
+        for i, loss in run_model(c, reasons, "loss").items():
+            inside = c.min_perplexity <= np.exp(loss) <= c.max_perplexity  # False for NaN
+            reasons[i] = "" if inside else "perplexity"
+    kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
+    if c.duplicates != "keep" and len(kept):
+        first = np.unique([found[i][1] for i in kept], return_index=True)[1]
+        exact = near = np.isin(np.arange(len(kept)), first, invert=True)
+        if c.duplicates == "near":
+            near = near_duplicates(np.stack([found[i][2] for i in kept]), c.near)
+        for i in np.flatnonzero(exact | near):
+            reasons[kept[i]] = "exact duplicate" if exact[i] else "near duplicate"
+    write_kept(c, reasons, *[without_system] * c.no_system)
+
+
+# -------------------------------------------------------------------------------------- data select
+
+
+def kmeans(x: np.ndarray, k: int, seed: int, rounds: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """(centres [k, D], cluster of each row [R]): Lloyd's algorithm from random rows."""
+    centres = np.random.default_rng(seed).choice(x, min(k, len(x)), replace=False)
+    for _ in range(rounds):
+        cluster = (x @ centres.T - np.square(centres).sum(1) / 2).argmax(1)  # [R], from [R, k]
+        for j in np.unique(cluster):
+            centres[j] = x[cluster == j].mean(0)
+    return centres, cluster
+
+
+def k_center(x: np.ndarray, first: int, n: int) -> tuple[list[int], float]:
+    """k-center greedy (arXiv:1708.00489, algorithm 1) on unit vectors [R, D]: (rows, radius).
+
+    From row `first` on repeat argmax_i min_{s chosen} d(i, s), d = 1 - cos. The radius is the
+    largest distance from a row to the nearest chosen one.
+    """
+    chosen, nearest = [first], 1 - x @ x[first]  # [R]
+    while len(chosen) < n:
+        nearest[chosen[-1]] = -np.inf
+        chosen.append(int(nearest.argmax()))
+        np.minimum(nearest, 1 - x @ x[chosen[-1]], out=nearest)
+    return chosen, max(float(nearest.max()), 0.0)
+
+
+def core_set(states: np.ndarray, n: int, clusters: int, seed: int) -> list[int]:
+    """n rows by their embeddings [R, D] (arXiv:2305.09246, section 3): L2 norm, k-means, k-center.
+
+    k-center starts at the task's core sample: the row nearest to the centre of the cluster that
+    most rows fall in.
+    """
+    x = states / np.linalg.norm(states, axis=1, keepdims=True)
+    centres, cluster = kmeans(x, clusters, seed)
+    core = np.square(x - centres[np.bincount(cluster).argmax()]).sum(1).argmin()
+    chosen, radius = k_center(x, int(core), n)
+    print(f"k-center radius {radius:.4f} (1 - cos)")
+    return chosen
+
+
+def cover_tags(tags: list[set], n: int) -> list[int]:
+    """n rows by complexity-first diverse sampling (InsTag, arXiv:2308.07074, algorithm 1).
+
+    In rounds, rows with most tags first: a row is taken that adds a tag to those of the round.
+    """
+    left, chosen = sorted(range(len(tags)), key=lambda i: -len(tags[i])), []
+    while left:
+        seen, passed = set(), []
+        for i in left:
+            (passed if tags[i] <= seen else chosen).append(i)
+            seen |= tags[i]
+        left = passed
+    return chosen[:n]
+
+
+def select(c: Select) -> None:
+    """`data.py select`."""
+    check_output(c)
+    need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
+    need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
+    reasons, tags = [], []
+    for value, row in read_all(c):
+        roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
+        asked = c.method != "ifd" or ("user" in roles and roles[-1] == "assistant")
+        found = value.get("tags") if row and c.method == "tags" else ["any"]
+        need(isinstance(found, list) and all(map(is_text, found)),
+             f"{row and row.where}: expected a list of texts as tags, found {found!r:.40}")
+        tags.append(set(found))
+        reasons.append("bad row" if row is None else "" if asked and found else
+                       "no question and answer" if found else "no tags")
+    rows = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
+    n = c.n or max(1, round(c.share * len(rows)))
+    need(n <= len(rows), f"--n {n} is more than the {len(rows)} rows there are to choose from")
+    if c.method == "ifd":
+        # mean NLL(answer | question) / mean NLL(answer), arXiv:2308.12032, eq. 3
+        asked, alone = (run_model(c, reasons, "loss", part) for part in ("last", "alone"))
+        scores = {i: asked[i] / alone[i] for i in asked}
+        for i, score in scores.items():
+            reasons[i] = "" if score <= 1 else "IFD above 1" if score > 1 else "nothing to score"
+        chosen = sorted((i for i in scores if not reasons[i]), key=lambda i: -scores[i])[:n]
+    elif c.method == "kcenter":
+        states = run_model(c, reasons, "states")
+        chosen = rows[core_set(np.stack([states[i] for i in rows]), n, c.clusters, c.seed)]
+    elif c.method == "tags":
+        chosen = rows[cover_tags([tags[i] for i in rows], n)]
+    else:
+        chosen = np.random.default_rng(c.seed).permutation(rows)[:n]
+    for i in set(rows.tolist()).difference(map(int, chosen)):
+        reasons[i] = reasons[i] or "not chosen"
+    write_kept(c, reasons)
+
+
+# ----------------------------------------------------------------------------------- exam, identity
+
+
+def parse_question(where: str, value) -> dict:
+    """A question from the keys q_main, option_a, std_ans, ... or question, A, answer, ..."""
+    row = {k.lower(): v or "" for k, v in value.items()} if isinstance(value, dict) else {}
+
+    def first(*names: str):
+        return next((row[name] for name in names if name in row), "")
+
+    q = {"where": where, "question": first("q_main", "question"),
+         "answer": first("std_ans", "answer"), "why": first("answer_detail", "explanation"),
+         "type": first("q_type") or "单选题"}
+    options = {letter: first(f"option_{letter.lower()}", letter.lower()) for letter in "ABCDE"}
+    q["options"] = {letter: text for letter, text in options.items() if text}
+    good = all(map(is_text, [*list(q.values())[:-1], *options.values()])) and q["question"]
+    need(good and len(q["options"]) > 1 and set(q["answer"]) <= set(q["options"]),
+         f"{where}: expected a question, options, an answer among them, found {value!r:.80}")
+    return q
+
+
+def exam_row(q: dict, style: str) -> dict:
+    """A question in one of Steel-LLM's formats (arXiv:2502.06635; its data preparation).
+
+    Without an answer, or with an explanation under 10 characters, answer_first in either style.
+    """
+    choice = q["question"] + "\n" + "".join(f"{k}. {text}\n" for k, text in q["options"].items())
+    asked = f"以下是一道单选题:\n{choice}请给出答案。\n"
+    answer = f"{q['answer']}。{q['why']}" if q["answer"] else q["why"]
+    if style == "explanation_first" and q["answer"] and len(q["why"]) >= 10:
+        asked = f"以下是一道{q['type']}:\n{choice}请先给出解释再给出答案。\n"
+        answer = re.sub("(?s)故选.*", "", q["why"]) + f"答案为{q['answer']}"
+    return {"messages": [{"role": "user", "content": asked},
+                         {"role": "assistant", "content": answer}]}
+
+
+def exam(c: Exam) -> None:
+    """`data.py exam`."""
+    check_output(c)
+    need(c.from_exam or not any(path.endswith(".csv") for path in c.files),
+         "training on the .csv files of an exam contaminates it; --from_exam does so all the same")
+
+    def convert(where: str, value) -> tuple[dict, str]:
+        q = parse_question(where, value)
+        return exam_row(q, c.style), "" if q["answer"] or q["why"] else "no answer"
+
+    write_rows(c.output, (row or (None, "bad row") for _, row in read_all(c, convert)))
+
+
+def identity(c: Identity) -> None:
+    """`data.py identity`."""
+    check_output(c)
+    need(c.name and c.author, "--name and --author are both needed")
+
+    def fill(where: str, value) -> object:
+        parse_row(where, value)
+        text = json.dumps(value)
+        for key in ("name", "author"):
+            text = text.replace("{{" + key + "}}", json.dumps(getattr(c, key))[1:-1])
+        left = re.search(r"\{\{[^{}]*\}\}", text)
+        need(not left, f"{where}: the placeholder {left and left[0]} is left over")
+        return json.loads(text)
+
+    write_rows(c.output, ((row, "" if row else "bad row") for _, row in read_all(c, fill)))
+
+
+# ------------------------------------------------------------------------------------- data overlap
+
+SHORT = 20  # words: a shorter question alone says too little, its options must be there too
+
+
+def find_questions(questions: list[tuple], index: dict, near: float, item: tuple) -> list[dict]:
+    """The exam questions that one training row holds; `index` has the questions of every n-gram.
+
+    "exact": the words of the question stand in the row unbroken. "near": its `coverage` reaches
+    `near`. A question under SHORT words whose options are not covered so far is only "short".
+    """
+    words, hits = words_of("\n".join(said(item[1]))) if item[1] else [], []
+    grams = {gram for n in range(1, NGRAM + 1) for gram in ngrams(words, n).tolist()}
+    shared = Counter(k for gram in grams for k in index.get(gram, ()))
+    for k, count in shared.items():
+        q, text, options = questions[k]
+        if count * NGRAM < near * len(text):  # an n-gram covers NGRAM words at most
+            continue
+        covered, size = coverage(text, words), max(sum(map(len, options)), 1)
+        others = sum(coverage(o, words) * len(o) for o in options) / size
+        exact = f" {' '.join(text)} " in f" {' '.join(words)} "
+        if exact or covered >= near:
+            kind = "short" if len(text) < SHORT and others < near else "exact" if exact else "near"
+            hits.append({"kind": kind, "exam": q["where"], "row": item[1].where, "covered": covered,
+                         "options_covered": others, "question": q["question"]})
+    return hits
+
+
+def overlap(c: Overlap) -> None:
+    """`data.py overlap`."""
+    paths = sorted(Path(c.exam).rglob("*.csv")) if c.exam else []
+    need(paths, f"--exam needs a folder with .csv files, found {c.exam!r}")
+    questions, index = [], {}
+    for q in (parse_question(*row) for path in paths for row in read_csv(path)):
+        questions.append((q, words_of(q["question"]), list(map(words_of, q["options"].values()))))
+        for gram in ngrams(questions[-1][1]).tolist():
+            index.setdefault(gram, []).append(len(questions) - 1)
+    job = functools.partial(find_questions, questions, index, c.near)
+    rows = list(parallel(job, read_all(c)))
+    hits = [hit for row in rows for hit in row]
+    if c.output:
+        write_rows(c.output, ((hit, "") for hit in hits))
+    kinds = {}
+    for hit in hits:  # in alphabetical order "exact" comes first and "short" last
+        kinds[hit["exam"]] = min(hit["kind"], kinds.get(hit["exam"], "z"))
+    found = Counter((str(Path(where).parent), kind) for where, kind in kinds.items())
+    print(f"{'exam':40}{'questions':>10}{'exact':>8}{'near':>8}{'short':>8}")
+    for folder, count in Counter(str(Path(q["where"]).parent) for q, _, _ in questions).items():
+        cells = "".join(f"{found[folder, kind]:8}" for kind in ("exact", "near", "short"))
+        print(f"{folder[-39:]:40}{count:10}{cells}")
+    bad = sum(kind != "short" for kind in kinds.values())
+    found = f"CONTAMINATED: {bad} questions" if bad else "clean"
+    print(f"{len(rows)} rows read, {found}; {len(kinds) - bad} short ones stand without options")
+
+
+# ---------------------------------------------------------------------------------------- data show
 
 
 def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
@@ -1116,10 +1728,60 @@ def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
     return out + tokenizer.decode(example.ids[position:])
 
 
+def row_facts(item: tuple) -> tuple:
+    """(hash, answers, words, Chinese share, repetition, empty, unfinished answers) of a row.
+
+    An answer seems unfinished that has sentences but ends with a letter or a comma.
+    """
+    words, answers = words_of("\n".join(said(item[1]))), said(item[1], "assistant")
+    unfinished = [re.search(r"[\w,，、]$", a.rstrip()[-1:]) and re.search(r"[。！？]|[.!?]\s", a)
+                  for a in answers]
+    return (hash64(repr(item[1][1:])), len(answers), len(words), len(words) * han_share(words),
+            sum(map(repetition, answers)), sum(not a.strip() for a in answers),
+            sum(map(bool, unfinished)))
+
+
+def show_facts(c: Show, examples: list[Example]) -> None:
+    """What a person wants to know of the rows before training on them."""
+    rows = (item for item in read_all(c, again=True) if item[1])
+    keys, answers, words, han, repeated, empty, cut_off = zip(*parallel(row_facts, rows),
+                                                              strict=True)
+    lengths = np.array([len(e.ids) for e in examples])
+    count, targets = max(sum(answers), 1), sum(e.targets for e in examples)
+    print(f"{len(keys)} rows, {len(keys) - len(set(keys))} of them exact duplicates\n"
+          f"{count / len(keys):.2f} answers a row, at most {max(answers)}; {sum(empty)} are empty, "
+          f"{sum(cut_off)} seem unfinished\n"
+          f"Chinese characters: {sum(han) / max(sum(words), 1):.1%} of the words\n"
+          f"supervised: {targets / lengths.sum():.1%} of the tokens\n"
+          f"repetition: {sum(repeated) / count:.1%} of an answer's {NGRAM}-grams\n"
+          "tokens of an example, by percentiles:",
+          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
+    for k, count in enumerate(np.bincount(np.log2(lengths).astype(int)).tolist()):
+        if count:
+            bar = "#" * round(50 * count / len(lengths))
+            print(f"{2**k:>8} to {2 ** (k + 1) - 1:<8}{bar} {count}")
+
+
+def show_mix(c: Show, examples: list[Example]) -> None:
+    """The intended and the realised share of every file in --steps."""
+    examples = [e for e in examples if e.spans]
+    sizes = [sum(e.source == i for e in examples) for i in range(len(c.files))]
+    rates = mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
+    drawn = Mixer(sizes, rates, c.seed).draws(0, c.steps * c.batch_size)
+    table = shares([examples[i] for i, _ in drawn], source_names(c.files))
+    print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}\n"
+          f"{'source':24}{'intended':>10}{'drawn':>10}{'share':>8}{'of supervised tokens':>22}")
+    for rate, (name, row) in zip(rates.tolist(), table.items(), strict=True):
+        print(f"{name[:24]:24}{rate:10.1%}{row['examples']:10}{row['share']:8.1%}"
+              f"{row['target_share']:22.1%}")
+
+
 def show(c: Show) -> None:
     """`data.py show`."""
-    if c.max_length < 2:
-        raise DataError(f"--max_length must be at least 2, not {c.max_length}")
+    need(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
+    need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
+    need(not c.weights or (len(c.weights) == len(c.files) and min(c.weights) > 0),
+         f"--weights needs a number above 0 for each of the {len(c.files)} files")
     with tempfile.TemporaryDirectory() as folder:
         if not c.model:
             make_tokenizer(Path(folder), [], 0)
@@ -1141,25 +1803,19 @@ def show(c: Show) -> None:
         lengths = [len(e.ids) for e in examples if e.source == i]
         print(f"{name[:24]:24}{row['examples']:10}{row['share']:8.1%}{row['target_tokens']:12}"
               f"{row['target_share']:8.1%}{np.median(lengths):15.0f}{max(lengths):9}")
+    show_facts(c, examples)
     counts["nothing to supervise"] = sum(not e.spans for e in examples)
     for reason, count in (+counts).items():
         print(f"{reason}: {count}")
+    if c.steps:
+        show_mix(c, examples)
 
 
-@dataclass
-class Coh:
-    """Chain of Hindsight: preference pairs as conversations in which feedback names each answer."""
-
-    pairs: list[str]  # files of preference pairs
-    output: str = ""  # .jsonl that train_sft.py trains on
-    mask_past: float = 0.0  # hide up to this share of the first answer's words from the second
-    seed: int = 0  # of which answer comes first, and of what is hidden
-    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
-
+# ----------------------------------------------------------------------------------------- data coh
 
 FEEDBACK = {"en": {True: "A good answer:", False: "A bad answer:"},
             "zh": {True: "好的回答：", False: "不好的回答："}}
-WORD = re.compile(r"\s*(?:[\u3400-\u9fff]|[^\s\u3400-\u9fff]+|$)")  # a Chinese character is one
+WORD = re.compile(rf"\s*(?:[{HAN}]|[^\s{HAN}]+|$)")  # a Chinese character is a word
 
 
 def hindsight(row: Row, mask_past: float, rng: random.Random) -> list[list[dict]]:
@@ -1170,7 +1826,7 @@ def hindsight(row: Row, mask_past: float, rng: random.Random) -> list[list[dict]
     the first answer are left out, in a second conversation where only the second answer counts.
     """
     *history, question = [{**m, "train": False} for m in row.messages]
-    words = FEEDBACK["zh" if re.search("[\u3400-\u9fff]", question["content"]) else "en"]
+    words = FEEDBACK["zh" if re.search(f"[{HAN}]", question["content"]) else "en"]
     order = [(True, row.chosen[0]), (False, row.rejected[0])]
     rng.shuffle(order)
     (first, past), (second, answer) = order
@@ -1185,30 +1841,29 @@ def hindsight(row: Row, mask_past: float, rng: random.Random) -> list[list[dict]
 
 def coh(c: Coh) -> None:
     """`data.py coh`."""
-    import model as modeling
+    check_output(c)
+    need(0 <= c.mask_past < 1, f"--mask_past must be in [0, 1), not {c.mask_past}")
+    rng = random.Random(c.seed)
 
-    if not c.output or not 0 <= c.mask_past < 1:
-        raise DataError(f"--output FILE.jsonl is needed, and --mask_past in [0, 1), not "
-                        f"{c.mask_past}")
-    if Path(c.output).resolve() in [Path(path).resolve() for path in c.pairs]:
-        raise DataError(f"--output {c.output} would overwrite the pairs")
-    rng, bad, counts, lines = random.Random(c.seed), [] if c.skip_bad_rows else None, Counter(), []
-    for row in (row for path in c.pairs for row in read_rows(path, bad)):
-        if row.chosen is None or not row.messages or row.messages[-1]["role"] != "user":
-            raise DataError(f"{row.where}: expected a question with chosen and rejected answers")
-        why = why_no_pair(row)
-        counts[f"dropped: {why}" if why else "pairs"] += 1
-        for messages in [] if why else hindsight(row, c.mask_past, rng):
-            lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    if not lines:
-        raise DataError(f"no pair to write; {dict(counts)}")
-    modeling.write_lines(Path(c.output), lines)
-    counts["dropped: bad row"] = len(bad or [])
-    print(f"{len(lines)} conversations in {c.output}",
-          *(f"{what}: {n}" for what, n in (+counts).items()), sep="; ")
+    def pair(where: str, value) -> Row:
+        row = parse_row(where, value)
+        asked = row.messages[-1]["role"] == "user" if row.messages else True
+        need(row.chosen and asked, f"{where}: expected a question, chosen and rejected answers")
+        return row
+
+    def conversations_of_pairs() -> Iterator[tuple[dict | None, str]]:
+        for _, row in read_all(c, pair):
+            why = why_no_pair(row) if row else "bad row"
+            for messages in [None] if why else hindsight(row, c.mask_past, rng):
+                yield {"messages": messages}, why
+
+    write_rows(c.output, conversations_of_pairs())
 
 
-COMMANDS = {"show": (Show, show, "files"), "coh": (Coh, coh, "pairs")}
+COMMANDS = {"show": (Show, show, "files"), "filter": (Filter, filter_rows, "files"),
+            "select": (Select, select, "files"), "coh": (Coh, coh, "files"),
+            "exam": (Exam, exam, "files"), "identity": (Identity, identity, "files"),
+            "overlap": (Overlap, overlap, "files")}
 
 if __name__ == "__main__":
     with one_line_errors():

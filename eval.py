@@ -913,6 +913,7 @@ def exam_command(c: Exam) -> None:
         finish_exam(c, [{"model": name, **result} for name, (_, result)
                         in zip(c.model, scored, strict=True)], [answers for answers, _ in scored])
     if world > 1:
+        dist.barrier()  # gloo aborts where one rank is gone before the rest
         dist.destroy_process_group()
 
 

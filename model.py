@@ -520,7 +520,8 @@ class TokenLogprobs(torch.autograd.Function):
         kind = states.device.type
         autocast = torch.is_autocast_enabled(kind)
         ctx.dtype = torch.get_autocast_dtype(kind) if autocast else states.dtype
-        grad_states = torch.empty_like(states) if any(ctx.needs_input_grad) else None
+        # under no_grad the head, a parameter, still says that it needs a gradient; states do not
+        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] and equal else None
         with torch.autocast(kind, enabled=False):
             logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head)
@@ -530,7 +531,8 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         states, head, targets, grad_states, grad_head = ctx.saved_tensors
-        grad_states = grad_states * g[:, None].to(grad_states.dtype)
+        if grad_states is not None:
+            grad_states = grad_states * g[:, None].to(grad_states.dtype)
         if not ctx.needs_input_grad[1]:
             return grad_states, None, None, None
         if grad_head is not None and len(g) and bool((g == g[0]).all()):
@@ -741,6 +743,17 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     model.stored_dtype = tensor.dtype
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+
+
+def add_token(model: Llama, token: int, like: int) -> None:
+    """Copy row `like` of the embedding and the LM head to row `token`, maybe a new last one."""
+    head = [] if model.config.tie_word_embeddings else [model.lm_head]
+    for module in [model.model.embed_tokens, *head]:
+        old = module.weight.data  # [V, D]
+        rows = torch.cat((old[:token], old[like : like + 1], old[token + 1 :]))
+        module.weight = nn.Parameter(rows)
+    model.config.vocab_size = len(rows)
+    model.config.source = {**model.config.source, "vocab_size": len(rows)}
 
 
 def write_atomic(path: Path, write) -> None:

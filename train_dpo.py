@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,7 +32,7 @@ import data
 import eval as evaluation
 import model as modeling
 import train_sft
-from data import DataError, Preference
+from data import DataError, Preference, need
 from train_sft import Hardware
 
 # ------------------------------------------------------------------------------------------- config
@@ -84,10 +83,6 @@ DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
 def check(c: Config) -> None:
     """Raise DataError for combinations of preference flags that make no sense; fill in defaults."""
 
-    def need(good: bool, message: str) -> None:
-        if not good:
-            raise DataError(message)
-
     for name in ("beta", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
         need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
     need(0 <= c.label_smoothing < 0.5, f"--label_smoothing is in [0, 0.5), not {c.label_smoothing}")
@@ -97,6 +92,7 @@ def check(c: Config) -> None:
              f"--{name} goes with --loss {loss}")
     need(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
     need(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
+    need(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
     need(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
     for folder in (c.model, c.reference or c.model):
         need(Path(folder).resolve() != Path(c.output_dir).resolve(), "--output_dir must be another "
@@ -602,8 +598,7 @@ def main() -> None:
         summary(c, records, facts, run.steps)
         if rows and not facts["stopped"]:
             report_demo(before, try_demo(model, tokenizer, rows), rows)
-    if hardware.world > 1:
-        dist.destroy_process_group()
+    hardware.leave()
     sys.exit(facts["stopped"])
 
 

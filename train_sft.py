@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import model as modeling
-from data import DataError
+from data import DataError, need
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -54,6 +54,7 @@ class Config:
     cap: int = 0  # examples a file counts for at most under --mix temperature (T5's K); 0: all
     weights: list[float] = field(default_factory=list)  # of --mix weights, one a file
     template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    eot: str = ""  # token such as <|end|> that ends an answer instead of EOS (LIMA); added if new
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
     val_data: list[str] = field(default_factory=list)  # validation files
@@ -147,13 +148,8 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo: dict):
 
 def check_config(c) -> None:
     """Raise DataError for values and combinations that make no sense."""
-
-    def need(good: bool, message: str) -> None:
-        if not good:
-            raise DataError(message)
-
-    need(bool(c.model), "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
-    need(bool(c.data), "--model needs --data FILE..., what to train on (no flag runs the demo)")
+    need(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
+    need(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
     for name in ("batch_size", "micro_tokens", "log_every", "temperature", "epochs"):
         need(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
     for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
@@ -254,6 +250,12 @@ class Hardware(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Part from the other ranks, all at once: gloo aborts where one is gone before the rest."""
+        self.barrier()
+        if self.world > 1:
+            dist.destroy_process_group()
+
 
 def setup_hardware(dtype: str) -> Hardware:
     """Find the device, join the other ranks that torchrun started, choose the precision."""
@@ -275,9 +277,11 @@ def watch_signals() -> list[int]:
     return received
 
 
-def load_trainable(c, hardware: Hardware):
+def load_trainable(c, hardware: Hardware, tokenizer=None):
     """The model with fp32 weights in training mode, and the same wrapped for several ranks."""
     model = modeling.load(c.model, torch.float32, hardware.device).train()
+    if tokenizer and tokenizer.eot != tokenizer.config.get("eot_token", ""):  # new: begins as EOS
+        modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
     model.set_dropout(c.dropout[0], c.dropout[-1])
     model.checkpoint_activations = c.checkpoint_activations
     if c.compile:
@@ -658,17 +662,17 @@ def main() -> None:
             data.make_demo(Path(c.model).parent)
             make_demo_model(Path(c.model))
         hardware.barrier()
-    tokenizer = data.ChatTokenizer(c.model, c.template)
+    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot)
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
     config = modeling.load_config(c.model)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
-    tokenizer.check_size(config.vocab_size)
+    tokenizer.check_size(config.vocab_size + bool(c.eot))
     if c.exam_data:  # an error in it should come now
         evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings)
     quiet = hardware.rank > 0
     run, facts = prepare_data(c, lambda files: data.load_examples(
         files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows, quiet), quiet)
-    model, wrapped = load_trainable(c, hardware)
+    model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
         announce(c, model, tokenizer, run.steps, hardware)
@@ -678,8 +682,7 @@ def main() -> None:
         summary(c, records, facts, run.steps)
         if demo and not facts["stopped"]:
             report_demo(before, demo_exam(model, tokenizer), model, tokenizer)
-    if hardware.world > 1:
-        dist.destroy_process_group()
+    hardware.leave()
     sys.exit(facts["stopped"])
 
 

@@ -1343,8 +1343,7 @@ def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_wi
             {"prompt": "q", "chosen": "same", "rejected": "same"}]
     flags = ["--mask_past", 0.05]
     one, out = hindsight(tmp_path, letters, *rows, flags=flags)
-    assert "40 conversations" in out and "pairs: 20" in out
-    assert "dropped: chosen equals rejected: 1" in out
+    assert "kept 40 of 41 rows" in out and "dropped 1: chosen equals rejected" in out
     assert hindsight(tmp_path, letters, *rows, flags=flags)[0] == one
     assert hindsight(tmp_path, letters, *rows, flags=[*flags, "--seed", 1])[0] != one
     shutil.copytree(letters.folder, tmp_path / "model")
@@ -1357,9 +1356,9 @@ def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_wi
 
 @pytest.mark.parametrize("rows,flags,said", [
     ([PAIRS["instruction"]], ["--mask_past", 1], "--mask_past"), ([], [], "--output"),
-    ([PAIRS["instruction"]], ["--output", "PAIRS"], "would overwrite the pairs"),
-    ([{"prompt": "a", "completion": "b"}], [], "line 1: expected a question with chosen and"),
-    ([{"chosen": [YO, YO], "rejected": [YO, NO]}], [], "line 1: expected a question with")])
+    ([PAIRS["instruction"]], ["--output", "PAIRS"], "would overwrite what is read"),
+    ([{"prompt": "a", "completion": "b"}], [], "line 1: expected a question, chosen and"),
+    ([{"chosen": [YO, YO], "rejected": [YO, NO]}], [], "line 1: expected a question, chosen")])
 def test_chain_of_hindsight_refuses_bad_input_in_one_line(rows, flags, said, tmp_path):
     path = jsonl(tmp_path / "pairs.jsonl", *rows)
     output = ["--output", tmp_path / "coh.jsonl"] if rows else []

@@ -1349,3 +1349,18 @@ def test_promise_of_equal_weights_changes_no_gradient_even_if_broken(weights, mo
         found.append((value.detach(), h.grad, w.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_spends_nothing_on_gradients(monkeypatch):
+    """Under no_grad a weight still says that it requires a gradient."""
+    asked, head_pass = [], M.head_pass
+
+    def watched(states, head, targets, dtype, grad_states, grad_head, g=None):
+        asked.append((grad_states is None, grad_head is None))
+        return head_pass(states, head, targets, dtype, grad_states, grad_head, g)
+
+    monkeypatch.setattr(M, "head_pass", watched)
+    head = torch.nn.Parameter(torch.randn(10, 4))
+    with torch.no_grad():
+        M.token_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]))
+    assert asked == [(True, True)]

@@ -1,0 +1,101 @@
+"""Time and memory of the data commands on a large file that this script makes.
+
+    python tests/bench_data.py              # 200,000 rows; --rows N for another number
+
+The rows are random Chinese and English sentences over a Zipfian vocabulary; one in fifty repeats an
+earlier row, half of those with a word changed. Memory is the peak of the command's main process;
+cores is the processor time of all its processes divided by the wall time. Selection is timed on
+random embeddings, without a model.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make_rows(path: Path, count: int, seed: int = 0) -> int:
+    """Write the file; returns the number of planted duplicates."""
+    rng = random.Random(seed)
+    characters = [chr(0x4E00 + k) for k in range(3000)]
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
+    pools = [(pool, list(itertools.accumulate(1 / (k + 10) for k in range(len(pool)))))
+             for pool in (characters, words)]
+    planted, kept = 0, deque(maxlen=1000)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            if kept and rng.random() < 0.02:
+                row, planted = list(rng.choice(kept)), planted + 1
+                if rng.random() < 0.5:
+                    row[rng.randrange(len(row))] = "改"
+            else:
+                side = rng.random() < 0.5
+                pool, weights = pools[side]
+                row = rng.choices(pool, cum_weights=weights, k=rng.randint(60, 300))
+                row = [w + " " * side for w in row]
+                kept.append(row)
+            cut = len(row) // 5
+            messages = [{"role": "user", "content": "".join(row[:cut])},
+                        {"role": "assistant", "content": "".join(row[cut:])}]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return planted
+
+
+def measure(*arguments) -> None:
+    """Run a command of data.py and print what it took."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", *map(str, arguments)],
+                               stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))])
+        time.sleep(0.05)
+    wall = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall
+    print(f"{arguments[0]:10}{wall:8.1f} s{cores:8.2f} cores{peak / 2**20:8.2f} GiB   "
+          + " | ".join(line.strip() for line in process.stdout.read().splitlines()[-3:]),
+          flush=True)
+
+
+def main() -> None:
+    """Make the file, run the commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=200_000)
+    rows = parser.parse_args().rows
+    import data
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        path, out = folder / "rows.jsonl", folder / "out.jsonl"
+        planted = make_rows(path, rows)
+        print(f"{rows} rows, {path.stat().st_size / 2**20:.0f} MiB, {planted} planted duplicates")
+        data.make_demo(folder / "demo")
+        measure("filter", path, "--output", out, "--language", "zh")
+        measure("filter", path, "--output", out, "--duplicates", "near")
+        measure("select", path, "--output", out, "--share", 0.005)
+        measure("overlap", path, "--exam", folder / "demo" / "exam")
+        measure("show", path, "--rows", 0)
+    x = np.random.default_rng(0).normal(size=(50_000, 256)).astype(np.float32)
+    began = time.perf_counter()
+    data.core_set(x, 500, 10, 0)
+    print(f"k-center: 500 of 50,000 embeddings of 256 dimensions in "
+          f"{time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
