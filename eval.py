@@ -823,8 +823,8 @@ def draw_exam(path: Path, results: list[dict]) -> None:
                       0.8 / len(names), align="edge", label=name)
         axes.set_yticks([i + 0.4 for i in range(len(handles))], handles, fontsize=7)
         axes.set_xlabel("accuracy in %")
-        axes.axvline(floor, color="gray", linestyle="--")
-        axes.legend()
+        axes.axvline(floor, color="gray", linestyle="--", label="floor")
+        figure.legend(loc="outside lower center", ncols=3)
         axes.invert_yaxis()
     modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 

@@ -428,7 +428,8 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
     for key, label in curves.items():
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
-            top.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else "")
+            marker = "." if len(points) < 50 else ""
+            top.plot(*zip(*points, strict=True), label=label, marker=marker)
     bottom.plot([r["step"] for r in records], [r["learning_rate"] for r in records], "tab:gray")
     top.set_ylabel(unit)
     top.legend()
@@ -648,7 +649,8 @@ def report_demo(before: str, after: str, model, tokenizer: data.ChatTokenizer) -
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "你是谁？"}])
     model.eval()
     ids = modeling.generate(model, [prompt], 64, stop_ids=tokenizer.stop_ids)[0]
-    print(f"你是谁？ {tokenizer.decode(ids, special=False)}\nlook at what it was trained on:\n"
+    print(f"你是谁？ {tokenizer.decode(ids, special=False)}\nnext, preferences, the exam in full, "
+          "what it was trained on:\n  torchrun train_dpo.py\n  python eval.py exam\n"
           f"  python data.py show {' '.join(data.DEMO['data'])} --model {data.DEMO['model']}")
 
 
