@@ -252,13 +252,17 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
         expect(bool(row.get("chosen") and row.get("rejected")), "both chosen and rejected")
         chosen = as_messages(where, row["chosen"], "assistant")
         rejected = as_messages(where, row["rejected"], "assistant")
-        turns = [m for m in messages if m["role"] != "system"]
-        if common_prefix([turns, chosen, rejected]) == len(turns):  # both repeat the prompt
-            chosen, rejected = chosen[len(turns) :], rejected[len(turns) :]
+        for turns in (messages, [m for m in messages if m["role"] != "system"]):
+            if common_prefix([turns, chosen, rejected]) == len(turns):  # both repeat the prompt
+                chosen, rejected = chosen[len(turns) :], rejected[len(turns) :]
+                break
         shared = common_prefix([chosen[:-1], rejected[:-1]])  # further turns that both hold
+        again = messages and any(m["role"] == "system" for m in chosen[:shared])
+        expect(not again, "answers that repeat the whole prompt, or nothing of it")
         messages = messages + chosen[:shared]
         chosen, rejected = chosen[shared:], rejected[shared:]
-        expect(bool(messages) or len(chosen) > 1, "a prompt, or two conversations")
+        asked = any(m["role"] != "system" for m in messages)
+        expect(asked or len(chosen) > 1, "a prompt, or two conversations")
         for answers in (chosen, rejected):
             expect(answers and answers[-1]["role"] == "assistant", "two answers by the assistant")
         return Row(where, messages, chosen=chosen, rejected=rejected)
@@ -1118,7 +1122,7 @@ DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.3, "bat
 # -------------------------------------------------------------------------------- words and n-grams
 
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
-WORDS = re.compile(rf"[{HAN}\u3040-\u30ff]|[^\W_{HAN}\u3040-\u30ff]+|[-+*/=<>^]")
+WORDS = re.compile(rf"[{HAN}\u3040-\u30ff]|[^\W_{HAN}\u3040-\u30ff]+|[-+*/=<>^%×÷√≤≥≠]")
 NGRAM = 5  # words, as in the search for near-duplicates of arXiv:2107.06499, section 4.2
 MINHASHES, BAND = 64, 4  # numbers in a signature; how many of them a bucket needs alike
 
@@ -1311,6 +1315,7 @@ def check_output(c) -> None:
     need(c.output and not Path(c.output).is_dir(), f"--output FILE.jsonl, not {c.output!r}")
     own = Path(c.output).resolve() in [Path(path).resolve() for path in c.files]
     need(not own, f"--output {c.output} would overwrite what is read")
+    need(not c.output.endswith(".gz"), "--output is written as plain text: leave out .gz")
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
@@ -1427,7 +1432,7 @@ CHINESE, ENGLISH = 0.5, 0.05  # at least, at most this share of Chinese characte
 FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|我(?!们)")
 OTHER_ANSWERS = re.compile(r"(?i)as mentioned|stack ?exchange|other answers|如上所述|其他回答|楼上")
 FINAL_ANSWERS = [re.compile(pattern) for pattern in (
-    r"\\boxed\{([^{}]*)\}", r"####\s*(.+)",
+    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r"####\s*(.+)",
     r"(?:答案[是为：:]+|[Aa]nswer(?: is|:)+)\s*(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
     r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)")]
 
@@ -1436,7 +1441,7 @@ def final_answer(text: str) -> list[str]:
     """Words of the last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all."""
     text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)  # 1,234, **bold**, $formula$
     found = next((f for pattern in FINAL_ANSWERS if (f := pattern.findall(text))), [text])
-    return words_of(found[-1])
+    return words_of(found[-1]) or [found[-1].strip()]
 
 
 def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
@@ -1444,7 +1449,8 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
     value, row = item
     if row is None:
         return "bad row", 0, None
-    answers, words = said(row, "assistant"), words_of("\n".join(said(row)))
+    answers, text = said(row, "assistant"), "\n".join(said(row))
+    words = words_of(text)
     chars, tokens = len("\n".join(answers)), c.min_tokens
     if tokenizer:
         tokens = len(tokenizer.encode([pieces_of(row, tokenizer)])[0][0])
@@ -1465,13 +1471,15 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
         and final_answer(answers[-1]) != final_answer(reference),
     }
     reason = next((name for name, bad in failed.items() if bad), "")
-    return reason, hash64(repr(row[1:])), signature(words) if c.duplicates == "near" else None
+    return reason, hash64(repr(row[1:])), (
+        signature(words or list(text)) if c.duplicates == "near" else None)
 
 
 def without_system(value: dict) -> dict:
     """A row of any format without its system messages (context distillation, arXiv:2112.00861)."""
+    turns = ("messages", "conversations", "prompt", "input", "completion", "chosen", "rejected")
     return {key: [m for m in part if "system" not in (m.get("role"), m.get("from"))]
-            if key in ("messages", "conversations") else part
+            if key in turns and isinstance(part, list) else part
             for key, part in value.items() if key != "system"}
 
 
@@ -1481,6 +1489,9 @@ def filter_rows(c: Filter) -> None:
     by_loss = (c.min_perplexity, c.max_perplexity) != (0, math.inf)
     check_output(c)
     need(c.model or not (by_tokens or by_loss), "tests of tokens and perplexity need --model DIR")
+    need(c.min_chars <= c.max_chars and c.min_tokens <= c.max_tokens and 0 < c.near <= 1
+         and c.min_perplexity <= c.max_perplexity and c.max_length >= 2 and c.micro_tokens > 0,
+         "no row passes: a least value is above the most, or --near is not in (0, 1]")
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
     found = list(parallel(functools.partial(judge, c, tokenizer), read_all(c)))
     reasons = [reason for reason, _, _ in found]
@@ -1560,6 +1571,8 @@ def select(c: Select) -> None:
     check_output(c)
     need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
     need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
+    need(c.clusters > 0 and c.seed >= 0 and c.max_length >= 2 and c.micro_tokens > 0,
+         "--clusters and --micro_tokens must be above 0, --max_length above 1, --seed not negative")
     reasons, tags = [], []
     for value, row in read_all(c):
         roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
@@ -1779,8 +1792,11 @@ def show_mix(c: Show, examples: list[Example]) -> None:
 def show(c: Show) -> None:
     """`data.py show`."""
     need(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
+    need(c.temperature > 0 and c.batch_size > 0 and min(c.cap, c.steps, c.seed) >= 0,
+         "--temperature and --batch_size must be above 0; --cap, --steps and --seed not negative")
     need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
-    need(not c.weights or (len(c.weights) == len(c.files) and min(c.weights) > 0),
+    need(not c.weights or (len(c.weights) == len(c.files) and 0 < min(c.weights) and
+                            max(c.weights) < math.inf),
          f"--weights needs a number above 0 for each of the {len(c.files)} files")
     with tempfile.TemporaryDirectory() as folder:
         if not c.model:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import model as modeling
-from data import DataError
+from data import DataError, need
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -350,7 +350,7 @@ class Protocol(NamedTuple):
 
 FOUR = "\nA. {A}\nB. {B}\nC. {C}\nD. {D}"
 CEVAL = "以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n"
-SHORT = "以下是中国关于{subject}的单项选择题，请选出其中的正确答案。\n\n"
+CEVAL_LM_EVAL = "以下是中国关于{subject}的单项选择题，请选出其中的正确答案。\n\n"
 CMMLU = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n"
 MMLU = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 COT = "让我们一步一步思考，\n"
@@ -364,7 +364,7 @@ PROTOCOLS = {
         "cmmlu": Protocol(CMMLU, "题目：{question}" + FOUR, "\n答案是：", "{answer}"),
         "mmlu": Protocol(MMLU.replace("{", " {"), "{question}" + FOUR, "\nAnswer:", " {answer}")},
     "lm_eval": {  # EleutherAI's harness; it would move a space at a prompt's end to the options
-        "ceval": Protocol(SHORT, "{stripped}" + FOUR, "\n答案：", " {answer}", "sum"),
+        "ceval": Protocol(CEVAL_LM_EVAL, "{stripped}" + FOUR, "\n答案：", " {answer}", "sum"),
         "cmmlu": Protocol(CMMLU, "{stripped}" + FOUR, "\n答案：", " {answer}", "sum"),
         "mmlu": Protocol(MMLU, "{stripped}" + FOUR, "\nAnswer:", " {answer}", "sum")},
     "qwen": {  # evaluate_ceval.py and its like in Qwen's repository
@@ -377,14 +377,15 @@ PROTOCOLS = {
 }
 
 # How words give an answer; the first pattern that finds letters decides.
-LETTER = r"\s*[（(]?((?<![A-Za-z])[A-D](?:[、和与及或]?[A-D])*(?![A-Za-z]))"
+LETTER = r"\s*[*“\"]*[（(]?((?<![A-Za-z])[A-D](?:[、和与及或]?[A-D])*(?![A-Za-z]))"
 PATTERNS = (
     r"所以答案是(.+?)。",
     r"答案(?:应该|应当)?(?:是|为|选)?(?:选项)?[：:]?" + LETTER,
-    r"(?<![不别能])选(?:择|项)?(?:是|为)?[：:]?" + LETTER + r"(?!\s*(?:选?项)?是?(?:不|错))",
+    r"(?<![不别能])选(?:择|项(?=是|为|[：:]?\s*$))?(?:是|为)?[：:]?" + LETTER
+    + r"(?!\s*(?:选?项)?是?(?:不|错))",
     LETTER + r"[）)]?\s*(?:选?项)?(?:是|为)?(?:正确|对的|符合题意)",
     r"[Aa]nswer(?: is)?:?" + LETTER,
-    r"^" + LETTER + r"(?:$|[）)。.，,、：:\s])",
+    r"^" + LETTER + r"(?:$|[）)。.，,、：:\s*])",
 )
 
 
@@ -418,6 +419,7 @@ def subject_table(c: Exam) -> dict[str, tuple[str, str]]:
     """{handle: (name in the header, category)} of a benchmark; C-Eval brings its own table."""
     if c.benchmark == "ceval":
         path = Path(c.data) / "subject_mapping.json"
+        need(path.exists(), f"{path} is missing; it lies in C-Eval's repository, beside its code")
         table = modeling.read_json(path)
         for handle, entry in table.items():
             if not (isinstance(entry, list) and len(entry) == 3 and entry[2] in CATEGORIES):
@@ -469,11 +471,12 @@ def resolve_exam(c: Exam) -> Exam:
     """Fill in what was left open; DataError for what makes no sense."""
     check(c)
     if not c.data:
-        c = replace(c, data=str(Path(data.DEMO["model"]).parent / "exam"), chat=True, shots=0)
+        c = replace(c, data=str(Path(data.DEMO["model"]).parent / "exam"), chat=True,
+                    shots=max(c.shots, 0))
     folder, output, known = Path(c.data), Path(c.output_dir), PROTOCOLS[c.protocol]
     last = "out/dpo" if Path("out/dpo/config.json").exists() else "out/sft"
     steel, layout = c.protocol == "steel", "cmmlu"
-    if (folder / "subject_mapping.json").exists():
+    if any((folder / name).exists() for name in ("subject_mapping.json", "dev/accountant_dev.csv")):
         layout = "ceval"
     elif any(folder.glob("test/*_test.csv")):
         layout = "mmlu"
@@ -482,7 +485,7 @@ def resolve_exam(c: Exam) -> Exam:
                 shots=most if c.shots == -1 else c.shots, chat=c.chat or steel)
     c = replace(c, split=c.split or ("val" if c.benchmark == "ceval" else "test"))
     for bad, message in (
-            (not folder.is_dir(), f"--data {folder} is not a folder (the demo makes its own)"),
+            (not folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)"),
             (c.benchmark not in known, f"--protocol {c.protocol} is for {', '.join(known)} only"),
             (not 0 <= c.shots <= most,
              f"--shots {c.shots}: with --protocol {c.protocol} at most {most}"),
@@ -506,7 +509,9 @@ def read_exam(c: Exam) -> list[Subject]:
         return Path(c.data) / split / f"{handle}{ending}.csv"
 
     there = [h for h in table if c.benchmark == "ceval" or path(c.split, h).exists()]
-    if unknown := [h for h in c.subjects if h not in table] or ([] if there else [c.data]):
+    need(there, f"{Path(c.data) / c.split} has no file of {c.benchmark}, such as "
+         f"{path(c.split, next(iter(table), 'SUBJECT')).name}")
+    if unknown := [h for h in c.subjects if h not in table]:
         raise DataError(f"{', '.join(unknown)}: no subject of {c.benchmark}; it has "
                         f"{', '.join(table)}")
     columns = ("question", *LETTERS) if plain else ("id", "question", *LETTERS)
@@ -661,7 +666,9 @@ def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet, p: Protocol
                                         stop_ids=tokenizer.stop_ids)
             for k, ids in zip(chunk, answers, strict=True):
                 text = tokenizer.decode(ids, special=False)
-                out[rows[k]] |= {"prediction": extract(text), "text": text}
+                # a shot ends with a blank line; after it a base model makes up the next question
+                answer = text.split("\n\n")[0] if p.begin else text
+                out[rows[k]] |= {"prediction": extract(answer), "text": text}
         if not p.tokens:
             scores = score_options(model, prompts, sheet.options, micro_tokens).tolist()
             for i, logp in zip(rows, scores, strict=True):
@@ -672,12 +679,17 @@ def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet, p: Protocol
 
 
 def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: int,
-                  split: str = "") -> tuple[Protocol, list[Sheet]]:
+                  split: str = "", quiet: bool = True) -> tuple[Protocol, list[Sheet]]:
     """How an exam is asked during training: in the chat template, without shots."""
     c = resolve_exam(Exam(data=str(folder), split=split, shots=0, chat=True))
     sheets = [make_sheet(tokenizer, subject, c, context) for subject in read_exam(c)]
     if "answer" not in sheets[0].subject.questions[0]:
         raise DataError(f"{folder}: split {c.split} has no column answer")
+    lost = characters_lost(tokenizer, [sheet.subject for sheet in sheets])
+    long = sum(ids is None for sheet in sheets for ids in sheet.prompts)
+    if not quiet and (lost or long):
+        print(f"exam: {lost:.1%} of its characters are lost by the tokenizer, {long} questions do "
+              "not fit")
     return PROTOCOLS[c.protocol][c.benchmark], sheets
 
 
@@ -699,7 +711,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     z, share = 1.959964, right / count
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)  # rounding aside they never leave [0, 1]
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -804,7 +817,7 @@ def draw_exam(path: Path, results: list[dict]) -> None:
         return
     names = [short_name(r["model"]) for r in results]
     handles, floor = list(results[0]["subjects"]), 100 * results[0]["floor"]["micro"]
-    ends = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    ends = [re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", name) for name in names]
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     if len(names) > 1 and all(ends) and len({end[1] for end in ends}) == 1:
@@ -858,11 +871,13 @@ def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None
             modeling.write_json(folder / "submission.json", form)
     for i in range(1, len(results) if labelled else 0):
         right = [[a["prediction"] == a["answer"] for a in answers[k]] for k in (i - 1, i)]
-        lost, won = (sum(a > b for a, b in zip(*order, strict=True))
-                     for order in (right, right[::-1]))
+        pairs = Counter(zip(*right, strict=True))  # (right before, right after)
+        lost, won = pairs[True, False], pairs[False, True]
         comparisons.append({"first": short_name(c.model[i - 1]), "second": short_name(c.model[i]),
                             "lost": lost, "won": won, "p": mcnemar(lost, won)})
     print_table(results, comparisons)
+    for stale in ("accuracy.png", "comparison.json", *(["submission.json"] if labelled else [])):
+        (output / stale).unlink(missing_ok=True)  # of an earlier exam
     if comparisons:
         modeling.write_json(output / "comparison.json", {"mcnemar": comparisons})
     if labelled:

@@ -55,7 +55,7 @@ class Config(train_sft.Config):
     loss: Literal["sigmoid", "ipo", "hinge", "simpo", "kto"] = "sigmoid"  # sigmoid is DPO
     beta: float = 0.0  # larger: stay closer to the reference; 0: 0.1, simpo 2, per-token sigmoid 5
     label_smoothing: float = 0.0  # of sigmoid: share of pairs that may be the wrong way (cDPO)
-    length_normalize: bool = None  # means per token, not sums; default: for ipo and simpo only
+    length_normalize: bool = None  # means per token, not sums; not given: for ipo and simpo only
     simpo_gamma: float = 0.5  # margin that SimPO asks for
     nll_weight: float = 0.0  # adds this times the chosen answer's mean nats per token
     desirable_weight: float = 1.0  # of KTO's liked answers
@@ -93,6 +93,7 @@ def check(c: Config) -> None:
     need(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
     need(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
     need(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
+    need(not c.recipe or c.loss == "sigmoid", f"--recipe {c.recipe} is for --loss sigmoid")
     need(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
     for folder in (c.model, c.reference or c.model):
         need(Path(folder).resolve() != Path(c.output_dir).resolve(), "--output_dir must be another "
@@ -229,11 +230,11 @@ def answer_logprobs(model, items: list[Preference], which=slice(None), forward=N
     longest = [max(whole[A * i : A * i + A]) for i in range(len(items))]  # [B]
     keys, alpha = [None, None], noise.alpha if noise else 0.0
     if noise:  # prompt and answers are three different examples to it
-        examples = [3 * i for i in noise.indices], [3 * noise.indices[i] + 1 + k % A
-                                                    for k, i in enumerate(row)]
-        visits = noise.visits, [noise.visits[i] for i in row]
-        keys = [modeling.noise_keys(noise.seed, *part, device) for part in zip(
-            visits, examples, (prompts.lengths, batch.lengths), strict=True)]
+        examples = [3 * noise.indices[i] + 1 + k % A for k, i in enumerate(row)]
+        keys = [modeling.noise_keys(noise.seed, noise.visits, [3 * i for i in noise.indices],
+                                    prompts.lengths, device),
+                modeling.noise_keys(noise.seed, [noise.visits[i] for i in row], examples,
+                                    batch.lengths, device)]
     _, prefix = model.hidden(prompts.ids, prompts.lengths, None, True, keys[0], alpha, longest)
     prefix = prefix.select(torch.tensor(row, device=device))
     logp = (forward or model)(batch.ids, batch.lengths, batch.targets, prefix, keys[1], alpha,
@@ -296,6 +297,7 @@ def reference_logprobs(c: Config, groups: list[list[Preference]], hardware: Hard
             modeling.write_atomic(path, lambda file, v=values: save_file({"logprobs": v}, file))
             print(f"log-probabilities of {len(items)} preferences under {folder}: "
                   f"{time.perf_counter() - began:.1f} s, kept in {path}")
+        hardware.barrier()  # it is there before a rank looks for the next
         out.append((values, key))
     return out
 
@@ -306,12 +308,15 @@ def reference_logprobs(c: Config, groups: list[list[Preference]], hardware: Hard
 def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]:
     """Give every labelled item, as a second answer, that of the next item with another prompt.
 
-    KTO estimates the policy's KL divergence on such pairs. Others shift the answers within a batch,
-    where neighbours may share a prompt and z depends on how batches were cut.
+    A disliked item takes it from the item before: of pairs, that are split into a liked and a
+    disliked row, both kinds of answers then count. KTO estimates the policy's KL divergence on such
+    mismatches. Others shift the answers within a batch, where neighbours may share a prompt and z
+    depends on how batches were cut.
     """
     out = []
     for i, item in enumerate(items):
-        after = (items[(i + k) % len(items)] for k in range(1, len(items)))
+        way = 1 if item.label else -1  # of a pair's rows: on to a liked one, back to a disliked one
+        after = (items[(i + way * k) % len(items)] for k in range(1, len(items)))
         other = next((p for p in after if p.key != item.key), None)
         if other is None:
             raise DataError(f"{item.where}: --loss kto needs at least two prompts, among the "
@@ -426,9 +431,11 @@ def train(c: Config, tokenizer, run, references, first: int, model, wrapped, har
     if first:
         train_sft.load_state(state, model, optimizer, scaler)
     signals, log = train_sft.watch_signals(), train_sft.Log(c, first, run.steps, hardware)
-    facts = {"seconds": 0.0, "pairs": 0, "stopped": 0}
+    facts = {"seconds": 0.0, "pairs": 0, "stopped": 0, "before": {}}
     if run.validation and not first:
         facts["before"] = validation(model, run.validation, references[1], c, hardware)
+    if c.exam_data and not first:
+        facts["before"]["exam_accuracy"] = train_sft.exam_accuracy(model, tokenizer, c, hardware)
     for step in range(first + 1, run.steps + 1):
         began = time.perf_counter()
         rate = train_sft.set_learning_rate(optimizer, step, run.steps, c)
@@ -475,36 +482,37 @@ def mean_of(records: list[dict], key: str) -> float:
 def explain(records: list[dict]) -> None:
     """Print how each metric moved, from the first tenth of the steps to the last.
 
-    Steps have different pairs, so likelier or not is judged by rewards, which compare the same one.
+    Steps have different pairs, so that sums of log-probabilities do not compare; rewards do, each
+    being beta times the change of the same answer's log-probability (SimPO's have no reference).
     """
     records = [r for r in records if "reward_margin" in r]  # a step of KTO's may lack a side
-    if not records:
+    if len(records) < 2:
         return
     n = max(1, len(records) // 10)
     a, b = ({key: mean_of(part, key) for key in records[-1]} for part in (
         records[:n], records[-n:]))
     up = {key: b[key] - a[key] for key in b}
-    lengths = f"rejected ones have {b['length_rejected']:.0f}: "
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
     for key, good, yes, no in (
-        ("reward_margin", up["reward_margin"] > 0,
-         "the policy sets chosen answers further apart from rejected ones than the reference did",
-         "it did not grow: nothing was learnt; more steps, or a larger --learning_rate?"),
+        ("reward_margin", b["reward_margin"] > max(0, a["reward_margin"]),
+         "chosen answers gained on rejected ones, which is what is trained",
+         "it should grow above 0: more steps, or a larger --learning_rate?"),
         ("reward_accuracy", b["reward_accuracy"] < 0.95,
-         "the share of pairs in the right order; 0.6 to 0.8 is usual on real preferences",
+         "the share in the right order; 0.6 to 0.8 is usual on real preferences",
          "nearly all are in the right order; held-out pairs tell whether that is memory"),
-        ("logp_chosen", up["reward_chosen"] < 0,
-         "chosen answers became less likely, which is normal: only the difference is trained "
-         "(--nll_weight holds them up)",
-         "chosen answers became likelier; often they do not, only the difference is trained"),
-        ("logp_rejected", up["reward_rejected"] < min(up["reward_chosen"], 0),
-         "rejected answers became less likely, more so than chosen ones, as they should",
-         "rejected answers should become less likely, more so than chosen ones, and did not"),
+        ("reward_chosen", up["reward_chosen"] < 0,
+         "the log-probability of chosen answers fell, which is normal: only the difference is "
+         "trained (--nll_weight holds it up)",
+         "the log-probability of chosen answers rose; often it falls, since only the difference is "
+         "trained"),
+        ("reward_rejected", up["reward_rejected"] < min(up["reward_chosen"], 0),
+         "the log-probability of rejected answers fell, and further, as it should",
+         "the log-probability of rejected answers should fall, further than that of chosen ones"),
         ("length_chosen", b["length_chosen"] > 1.2 * b["length_rejected"],
-         lengths + "a margin that grows while generated answers get ever longer is no success; "
-         "try --length_normalize",
-         lengths + "still, a margin that grows while generated answers get ever longer would be "
-         "no success"),
+         "longer than rejected ones: a margin that grows while generated answers get ever longer "
+         "is no success; try --length_normalize",
+         "not much longer than rejected ones; still, a margin that grows while generated answers "
+         "get ever longer would be no success"),
     ):
         print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
 
@@ -529,8 +537,7 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
                       ("val_logp_accuracy", "chosen likelier than rejected"),
                       ("exam_accuracy", "exam accuracy")):
         if key in records[-1]:
-            known = key in facts.get("before", ())
-            before = f"{facts['before'][key]:.3f} -> " if known else ""
+            before = f"{facts['before'][key]:.3f} -> " if key in facts["before"] else ""
             print(f"held out: {name} {before}{records[-1][key]:.3f}")
     print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}")
 
@@ -561,18 +568,18 @@ def main() -> None:
     """Read the flags, prepare, compute the reference, train, report."""
     c = train_sft.resolve_config(Config, sys.argv[1:], RECIPES, DEMO)
     check(c)
-    demo = (c.model, c.data) == (DEMO["model"], DEMO["data"])
+    demo = all(getattr(c, name) == DEMO[name] for name in ("model", "data", "val_data"))
     if demo and not all(Path(p).exists() for p in (f"{c.model}/config.json", *c.data)):
         raise DataError(f"the demo continues from the checkpoint in {c.model}, which is not there; "
                         "`torchrun train_sft.py` makes it in two minutes")
     first, hardware = train_sft.first_step(c), train_sft.setup_hardware(c.dtype)
     quiet = hardware.rank > 0
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    for folder in (c.reference or c.model, c.model):
-        config = modeling.load_config(folder)
-        tokenizer.check_size(config.vocab_size)
+    config, other = (modeling.load_config(f) for f in (c.model, c.reference or c.model))
+    tokenizer.check_size(min(config.vocab_size, other.vocab_size))
     if c.exam_data:  # an error in it should come now
-        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings)
+        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
+                                 quiet=quiet)
     c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
     run, facts = train_sft.prepare_data(c, lambda files: data.load_preferences(
         files, tokenizer, c.max_length, c.loss == "kto", c.skip_bad_rows, quiet), quiet)
@@ -593,13 +600,13 @@ def main() -> None:
         if demo and not first:
             rows = list(data.read_rows(c.val_data[0]))
             before = try_demo(model, tokenizer, rows)
-    records, facts = train(c, tokenizer, run, references, first, model, wrapped, hardware)
+    records, result = train(c, tokenizer, run, references, first, model, wrapped, hardware)
     if hardware.rank == 0:
-        summary(c, records, facts, run.steps)
-        if rows and not facts["stopped"]:
+        summary(c, records, result, run.steps)
+        if rows and not result["stopped"]:
             report_demo(before, try_demo(model, tokenizer, rows), rows)
     hardware.leave()
-    sys.exit(facts["stopped"])
+    sys.exit(result["stopped"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -128,12 +128,16 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo: dict):
         if not path.is_file():
             raise DataError(f"--resume: {path} does not exist, so there is no run to go on with")
         base = json.loads(path.read_text(encoding="utf-8"))["config"]
+        need(set(base) == {f.name for f in fields(cls)},
+             f"--resume: the run in {path} is of another script, or of another version of this one")
         for name in given:
             if name not in HARDWARE and base[name] != given[name]:
                 raise DataError(f"--resume: --{name} was {base[name]!r}, not {given[name]!r}; "
                                 "flags that change the result stay as they were")
     elif not given.get("model") and not given.get("data"):
         base = demo
+        if "val_fraction" in given:  # instead of the demo's own validation
+            base = {**demo, "val_data": []}
     if recipe not in ("", *recipes):
         raise DataError(f"unknown recipe {recipe!r}; known are {', '.join(recipes)}")
     if "steps" in given and "epochs" in given:
@@ -348,6 +352,8 @@ def start_run(c, steps: int, facts: dict, hardware: Hardware) -> None:
             if before.get(name) != facts["data_hashes"][name]:
                 raise DataError(f"--resume: {name} has changed since the run began")
     if hardware.rank == 0:
+        if not c.resume:  # the state of an earlier run is none of this one's
+            (path.parent / "state" / "state.safetensors").unlink(missing_ok=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         modeling.write_json(path, {
             "config": {**asdict(c), "resume": False}, "steps": steps, "ranks": hardware.world,
@@ -615,7 +621,8 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
         before = f"{facts['val_before']:.4f} -> " if "val_before" in facts else ""
         print(f"validation loss {before}{records[-1]['val_loss']:.4f}")
     if "exam_accuracy" in records[-1]:
-        print(f"exam accuracy {records[-1]['exam_accuracy']:.1%}; more with `python eval.py exam`")
+        print(f"exam accuracy {records[-1]['exam_accuracy']:.1%}; more with\n  python eval.py exam "
+              f"--model {folder} --data {c.exam_data} --chat --shots 0")
         draw_figure(folder / "exam.png", records, {"exam_accuracy": "exam"}, "share right")
     print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}\n"
           f"  python eval.py logprobs --model {folder} --data {c.data[0]}")
@@ -669,9 +676,10 @@ def main() -> None:
     config = modeling.load_config(c.model)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
     tokenizer.check_size(config.vocab_size + bool(c.eot))
-    if c.exam_data:  # an error in it should come now
-        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings)
     quiet = hardware.rank > 0
+    if c.exam_data:  # an error in it should come now
+        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
+                                 quiet=quiet)
     run, facts = prepare_data(c, lambda files: data.load_examples(
         files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows, quiet), quiet)
     model, wrapped = load_trainable(c, hardware, tokenizer)

@@ -723,3 +723,40 @@ def test_a_turn_end_must_look_like_a_token_and_not_be_eos(token, tmp_path):
     make_checkpoint(tmp_path / "base", "llama2")
     with pytest.raises(DataError, match="--eot: expected a token"):
         data.ChatTokenizer(tmp_path / "base", eot=token)
+
+
+def test_final_answers_of_signs_percents_and_nested_braces_are_told_apart(tmp_path):
+    rows = [asked("q", answer, reference=reference) for answer, reference in (
+        ("答案：√", "×"), ("答案是50%", "50"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("答案：×", "×"))]
+    kept, _ = run("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--answer_matches")
+    assert kept == rows[2:]
+
+
+def test_rows_without_words_are_duplicates_only_if_they_are_alike(tmp_path):
+    rows = [asked("😀", "🎉"), asked("……", "！！！"), asked("3×4=?", "?"), asked("3÷4=?", "!"),
+            asked("😀", "🎉")]
+    kept, _ = run("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--duplicates", "near")
+    assert kept == rows[:4]
+
+
+def test_system_messages_go_from_every_form_of_row(tmp_path):
+    rows = [{"prompt": [system("s"), user("q")], "completion": "a"},
+            {"chosen": [system("s"), user("q"), assistant("a")],
+             "rejected": [system("s"), user("q"), assistant("b")]}]
+    kept, _ = run("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--no_system")
+    assert "system" not in json.dumps(kept) and len(kept) == 2
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["filter", "--min_chars", "9", "--max_chars", "3"], "no row passes"),
+    (["filter", "--near", "-1"], "--near"),
+    (["select", "--n", "1", "--clusters", "0"], "--clusters"),
+    (["select", "--n", "1", "--seed", "-1"], "--seed")])
+def test_flags_that_make_no_sense_end_in_one_line(flags, said, tmp_path):
+    path, output = jsonl(tmp_path / "a.jsonl", asked("q", "a")), tmp_path / "o.jsonl"
+    status, _, err = command("data.py", flags[0], path, "--output", output, *flags[1:])
+    assert status == 2 and said in err and err.count("\n") == 1
+    status, _, err = command("data.py", "show", path, "--steps", "2", "--mix", "temperature",
+                             "--temperature", "0")
+    assert status == 2 and "--temperature" in err and err.count("\n") == 1

@@ -886,6 +886,19 @@ def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
     assert [p.prompt.tolist() for p in singles[1::2]] == [p.prompt.tolist() for p in items]
 
 
+def test_answers_may_repeat_the_prompt_with_its_system_message_or_without():
+    whole = [system("s"), HI]
+    for row in ({"prompt": whole, "chosen": [*whole, YO], "rejected": [*whole, NO]},
+                {"system": "s", "prompt": "hi", "chosen": [*whole, YO], "rejected": [*whole, NO]},
+                {"system": "s", "prompt": "hi", "chosen": [HI, YO], "rejected": [HI, NO]}):
+        found = data.parse_row("here", row)
+        assert (found.messages, found.chosen, found.rejected) == (whole, [YO], [NO])
+    for row in ({"prompt": "hi", "chosen": [*whole, YO], "rejected": [*whole, NO]},
+                {"system": "s", "chosen": "yo", "rejected": "no"}):
+        with pytest.raises(DataError, match="here: expected"):
+            data.parse_row("here", row)
+
+
 @pytest.mark.parametrize("labelled,row,said", [
     (False, {"prompt": "a", "completion": "b"}, "expected chosen and rejected"),
     (False, {"prompt": "a", "completion": "b", "label": True}, "--loss kto takes labels"),

@@ -501,7 +501,10 @@ ANSWERS = {
     "选项A不正确，所以答案是B。": "B", "选项A错误": None, "B选项是正确的": "B", "C符合题意": "C",
     "The answer is B.": "B", "Answer: (C)": "C", "D": "D", "A. 增量预算": "A", "(B) 零基": "B",
     "DNA复制": None, "Apple": None, "我不知道": None, "": None, "ABCD": None, "DDDD": "D",
-    "所以答案是错误的。我选C": "C", "A和B都有可能": None,
+    "所以答案是错误的。我选C": "C", "A和B都有可能": None, "选项A和B都不对，选C": "C",
+    "选项A：描述的是光合作用，不符合。选项C：正确描述。故选C。": "C",
+    "考虑选项D，其值为3。综上，应选择B。": "B", "首先看选项A，它错误。再看选项B，它正确。": None,
+    "正确答案是 **B**。": "B", "答案：**B**": "B", "**B**": "B", "正确答案是“B”。": "B",
 }
 
 
@@ -689,11 +692,12 @@ def test_curve_is_drawn_only_for_names_that_end_in_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(figure.Figure, "savefig",
                         lambda self, path, format: [shown.append(self), Path(path).touch()])
     scores = {"law": {"accuracy": 0.5}}
-    for names in (["run/100", "run/20"], ["run/100", "other/20"], ["run/100"]):
+    for names in (["run/step-100", "run/step-20"], ["out/run1", "out/run2"],
+                  ["a/step-100", "b/step-20"], ["run/step-100"]):
         evaluation.draw_exam(tmp_path / "x.png", [
             {"model": n, "micro": 0.5, "interval": [0.4, 0.6], "subjects": scores,
              "floor": {"micro": 0.26}} for n in names])
-    assert [f.axes[0].get_xlabel() == "step" for f in shown] == [True, False, False]
+    assert [f.axes[0].get_xlabel() == "step" for f in shown] == [True, False, False, False]
     assert list(shown[0].axes[0].lines[0].get_xdata()) == [20, 100]
 
 

@@ -409,8 +409,8 @@ def test_three_steps_of_kto_equal_a_plain_transformers_loop_with_z_from_mismatch
                      "--desirable_weight", 0.5, "--undesirable_weight", 1.5, "--nll_weight", 0.1)
     liked = torch.tensor([json.loads(line)["label"] for line in labels.read_text().splitlines()])
     rows = whole_rows(labels, work / "base")
-    for i in range(8):  # rows 2k and 2k+1 have one prompt; 2k+2 is the next with another
-        ids, first, end = rows[(i // 2 * 2 + 2) % 8]
+    for i in range(8):  # rows 2k and 2k+1 have one prompt: 2k+2 comes after them, 2k-1 before
+        ids, first, end = rows[(i // 2 * 2 + (2 if liked[i] else -1)) % 8]
         prompt, start = rows[i][0], rows[i][1]
         rows.append((prompt[:start] + ids[first:end], start, start + end - first))
 
@@ -507,7 +507,7 @@ def test_kto_validation_takes_its_reference_point_from_its_own_mismatched_answer
     (record,), _ = run(work, "still", "--model", work / "other", "--reference", work / "base",
                        "--data", work / "labels.jsonl", "--val_data", work / "labels.jsonl",
                        "--loss", "kto", "--batch_size", 12, "--steps", 1, "--learning_rate", 1e-12)
-    assert record["kl"] > 0.1
+    assert record["kl"] > 0.01
     for name in ("loss", "reward_accuracy", "reward_margin"):
         assert record[f"val_{name}"] == pytest.approx(record[name], abs=1e-5)
 
@@ -521,9 +521,9 @@ def test_kto_on_two_ranks_equals_one_rank_even_with_a_single_answer_in_a_step(wo
     two, _ = run(work, "kto_two", *flags, ranks=2)
     for key in ("loss", "kl", "grad_norm"):
         assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4, abs=1e-5)
-    assert len(one) == 2 and one[0]["kl"] > 0.1 and "reward_margin" in one[0]
+    assert len(one) == 2 and one[0]["kl"] > 0.01 and "reward_margin" in one[0]
     assert (one[1]["reward_chosen"] is None) != (one[1]["reward_rejected"] is None)
-    assert "the first and the last 1 of 1 steps" in text and "nan" not in text
+    assert "what they mean" not in text and "nan" not in text  # one step has no before and after
 
 
 def test_kto_mismatches_an_answer_with_a_prompt_that_is_not_its_own(work):
@@ -769,16 +769,16 @@ def explained(**last):
 def test_summary_says_in_a_sentence_how_each_metric_moved_and_what_that_means():
     said = explained(reward_margin=1.5, reward_accuracy=0.7, logp_chosen=-55.0, reward_chosen=-0.5,
                      reward_rejected=-2.0)
-    assert "0.000 -> 1.500: the policy sets chosen answers further apart" in said["reward_margin"]
-    assert "0.500 -> 0.700: the share of pairs in the right order" in said["reward_accuracy"]
-    assert "-50.000 -> -55.000: chosen answers became less likely, which is" in said["logp_chosen"]
-    assert "as they should" in said["logp_rejected"]
+    assert "0.000 -> 1.500: chosen answers gained on rejected ones" in said["reward_margin"]
+    assert "0.500 -> 0.700: the share in the right order" in said["reward_accuracy"]
+    assert "0.000 -> -0.500: the log-probability of chosen answers fell" in said["reward_chosen"]
+    assert "as it should" in said["reward_rejected"]
     assert "still" in said["length_chosen"]
     # the last steps may have held likelier answers: what counts is the same answer's reward
     said = explained(reward_margin=-0.1, reward_accuracy=0.99, logp_chosen=-90.0,
                      reward_chosen=0.5, reward_rejected=0.6, length_chosen=40.0)
-    assert "did not grow" in said["reward_margin"] and "memory" in said["reward_accuracy"]
-    assert "likelier" in said["logp_chosen"] and "did not" in said["logp_rejected"]
+    assert "above 0: more steps" in said["reward_margin"] and "memory" in said["reward_accuracy"]
+    assert "rose" in said["reward_chosen"] and "should fall" in said["reward_rejected"]
     assert "try --length_normalize" in said["length_chosen"]
 
 
@@ -911,3 +911,29 @@ def test_story_learns_real_preferences_with_a_rising_margin(tmp_path, name, flag
     margins = [r["reward_margin"] for r in records]
     assert abs(margins[0]) < 1e-4 and margins[-1] > margins[2] > 0.02
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_state_of_a_finished_run_is_none_of_the_next_runs_in_the_same_folder(work):
+    run(work, "again", *inputs(work), "--steps", 2)
+    state = work / "again" / "state" / "state.safetensors"
+    process = subprocess.Popen(command(work, "again", *inputs(work), "--steps", 500, "--log_every",
+                                       1), cwd=work, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    process.kill()  # before anything is saved
+    process.wait()
+    process.stdout.close()
+    assert not state.exists()
+
+
+def test_ranks_agree_on_the_cache_when_both_groups_are_the_same_preferences(work):
+    flags = [*inputs(work), "--val_data", work / "pairs.jsonl", "--steps", 1]
+    records, _ = run(work, "same", *flags, ranks=2)
+    assert "val_reward_accuracy" in records[0]
+    assert len(list((work / "same" / "reference").iterdir())) == 1
+
+
+def test_a_run_is_resumed_by_the_script_that_began_it(work, reference):
+    _, text = sft.run(work, "reference", "--resume", script=sft.train_sft, status=2)
+    assert "of another script" in text and text.count("\n") == 1
