@@ -99,6 +99,18 @@ def run_command(commands: dict, usage: str) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` at the end: no reader or crash meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def one_line_errors():
     """End with one line and exit status 2 on DataError and on the model's CheckpointError."""
     try:
@@ -565,10 +577,9 @@ class ChatTokenizer:
             files["tokenizer.json"] = whole.to_str(pretty=True).encode()
         text = json.dumps(config, ensure_ascii=False, indent=2)
         files["tokenizer_config.json"] = f"{text}\n".encode()
-        folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (folder / ".tokenizer.tmp").write_bytes(content)
-            os.replace(folder / ".tokenizer.tmp", folder / name)
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
 
 
@@ -621,8 +632,11 @@ def conversations(row: Row) -> list[list[dict]]:
 
 
 def to_examples(rows: list[Row], tokenizer: ChatTokenizer, source: int, train_on: str,
-                max_length: int, counts: Counter) -> list[Example]:
-    """Tokenise rows, counting what is cut or split; some may have nothing to supervise."""
+                max_length: int, counts: Counter, keep_all: bool = False) -> list[Example]:
+    """Tokenise rows, counting what is cut, split or, unless `keep_all`, dropped."""
+    for row in rows:
+        need(keep_all or (row.chosen is None and row.label is None),
+             f"{row.where}: a preference row; train_dpo.py trains on those")
     plans = [(row, tokenizer.text_pieces(row.text)) if row.text is not None else
              (row, tokenizer.pieces(messages, train_on))
              for row in rows for messages in conversations(row)]
@@ -637,25 +651,27 @@ def to_examples(rows: list[Row], tokenizer: ChatTokenizer, source: int, train_on
         elif len(ids) > max_length:
             parts = [fit(ids, spans, max_length)]
             counts["truncated"] += 1
-        examples += [Example(*part, source, row.where) for part in parts]
+        found = [Example(*part, source, row.where) for part in parts if part[1] or keep_all]
+        counts["dropped: nothing to supervise"] += len(parts) - len(found)
+        examples += found
     return examples
 
 
 def read_files(files: list[str], convert, skip_bad_rows: bool, quiet: bool, hint: str):
-    """Rows of some files in order through convert(rows, source); returns what it gave, bad rows."""
-    bad, items = [] if skip_bad_rows else None, []
+    """(what convert(rows, source=, counts=) gave of the rows of some files in order, counts)."""
+    bad, items, counts = [] if skip_bad_rows else None, [], Counter()
     for source, path in enumerate(files):
         kept, hidden = [], quiet or not sys.stderr.isatty()
         name = f"tokenize {Path(path).name}"
         read = iter(tqdm(read_rows(path, bad, hint=hint), desc=name, unit=" rows", disable=hidden))
         while rows := list(itertools.islice(read, 2000)):  # work for every thread, little memory
-            kept += convert(rows, source)
-        if not kept:
-            raise DataError(f"{path}: no row to train on" + (f" ({bad[0]})" if bad else ""))
+            kept += convert(rows, source=source, counts=counts)
+        need(kept, f"{path}: no row to train on" + (f" ({bad[0]})" if bad else ""))
         items += kept
     for line in [] if quiet else bad or []:
         print(f"dropped {line}")
-    return items, len(bad or [])
+    counts["dropped: bad row"] = len(bad or [])
+    return items, +counts
 
 
 def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "all",
@@ -665,20 +681,10 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
 
     `keep_all` keeps examples with nothing to supervise, and takes preference rows (a pair as two).
     """
-    counts = Counter()
-
-    def convert(rows: list[Row], source: int) -> list[Example]:
-        for row in rows:
-            if not keep_all and (row.chosen or row.label is not None):
-                raise DataError(f"{row.where}: a preference row; train_dpo.py trains on those")
-        found = to_examples(rows, tokenizer, source, train_on, max_length, counts)
-        kept = [e for e in found if e.spans or keep_all]
-        counts["dropped: nothing to supervise"] += len(found) - len(kept)
-        return kept
-
+    convert = functools.partial(to_examples, tokenizer=tokenizer, train_on=train_on,
+                                max_length=max_length, keep_all=keep_all)
     hint = "" if keep_all else " (--skip_bad_rows leaves it out)"
-    examples, counts["dropped: bad row"] = read_files(files, convert, skip_bad_rows, quiet, hint)
-    return examples, +counts
+    return read_files(files, convert, skip_bad_rows, quiet, hint)
 
 
 # ------------------------------------------------------------------------------- preference pairs
@@ -783,14 +789,10 @@ def to_preferences(rows: list[Row], tokenizer: ChatTokenizer, source: int, max_l
 def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int, labelled: bool,
                      skip_bad_rows: bool = False, quiet: bool = True):
     """The preferences of some files in order, and what was cut or dropped by reason."""
-    counts = Counter()
-
-    def convert(rows: list[Row], source: int) -> list[Preference]:
-        return to_preferences(rows, tokenizer, source, max_length, labelled, counts)
-
+    convert = functools.partial(to_preferences, tokenizer=tokenizer, max_length=max_length,
+                                labelled=labelled)
     hint = " (--skip_bad_rows leaves it out)"
-    items, counts["dropped: bad row"] = read_files(files, convert, skip_bad_rows, quiet, hint)
-    return items, +counts
+    return read_files(files, convert, skip_bad_rows, quiet, hint)
 
 
 def split_validation(examples: list[Example], fraction: float, seed: int):
@@ -1318,19 +1320,31 @@ def check_output(c) -> None:
     need(not c.output.endswith(".gz"), "--output is written as plain text: leave out .gz")
 
 
+def check_model(c: Modelled) -> None:
+    """Raise DataError unless a model can run over the rows."""
+    need(c.max_length >= 2 and c.micro_tokens > 0,
+         f"--max_length must be at least 2 and --micro_tokens above 0, not {c.max_length} and "
+         f"{c.micro_tokens}")
+
+
 def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) of a C-Eval, CMMLU or MMLU file; MMLU's have no line of column names."""
+    """(where, row) of every question of an exam's file, in C-Eval's column names.
+
+    MMLU's files have no line of names. Line ends within a cell stay: prompts have them.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            named = "A" in next(csv.reader(file), [])
-            file.seek(0)
-            names = None if named else ["question", *"ABCD", "answer"]
-            for number, row in enumerate(csv.DictReader(file, names), 1):
-                whole = None not in row and None not in row.values()
-                need(whole, f"{path} question {number}: expected {list(row)}, found {row!r:.80}")
-                yield f"{path} question {number}", row
+            table = [cells for cells in csv.reader(file) if cells]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    names = ["question", *"ABCD", "answer"]
+    if table and {"question", "Question"} & set(table[0]):
+        usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
+        names = [usual.get(name, name) for name in table.pop(0)]
+    for number, cells in enumerate(table, 1):
+        where = f"{path} row {number}"
+        need(len(cells) == len(names), f"{where}: expected {len(names)} cells, found {len(cells)}")
+        yield where, dict(zip(names, cells, strict=True))
 
 
 def read_all(c: Files, parse=parse_row, again: bool = False) -> Iterator[tuple]:
@@ -1347,18 +1361,13 @@ def read_all(c: Files, parse=parse_row, again: bool = False) -> Iterator[tuple]:
 
 def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
     """Write the values of (value, reason) that have no reason; print what was kept and dropped."""
-    from model import write_lines
-
     counts = Counter()
-
-    def lines() -> Iterator[str]:
+    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for value, reason in rows:
             counts[reason] += 1
             if not reason:
                 line = json.dumps(value, ensure_ascii=False)
-                yield (line if is_text(line) else json.dumps(value)) + "\n"
-
-    write_lines(Path(path), lines())
+                file.write((line if is_text(line) else json.dumps(value)) + "\n")
     kept = counts.pop("", 0)
     print(f"{path}: kept {kept} of {kept + counts.total()} rows")
     for reason, count in counts.most_common():
@@ -1489,9 +1498,11 @@ def filter_rows(c: Filter) -> None:
     by_loss = (c.min_perplexity, c.max_perplexity) != (0, math.inf)
     check_output(c)
     need(c.model or not (by_tokens or by_loss), "tests of tokens and perplexity need --model DIR")
-    need(c.min_chars <= c.max_chars and c.min_tokens <= c.max_tokens and 0 < c.near <= 1
-         and c.min_perplexity <= c.max_perplexity and c.max_length >= 2 and c.micro_tokens > 0,
-         "no row passes: a least value is above the most, or --near is not in (0, 1]")
+    for name in ("chars", "tokens", "perplexity"):
+        need(getattr(c, f"min_{name}") <= getattr(c, f"max_{name}"),
+             f"--min_{name} is above --max_{name}: no row would pass")
+    need(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
+    check_model(c)
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
     found = list(parallel(functools.partial(judge, c, tokenizer), read_all(c)))
     reasons = [reason for reason, _, _ in found]
@@ -1571,8 +1582,8 @@ def select(c: Select) -> None:
     check_output(c)
     need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
     need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
-    need(c.clusters > 0 and c.seed >= 0 and c.max_length >= 2 and c.micro_tokens > 0,
-         "--clusters and --micro_tokens must be above 0, --max_length above 1, --seed not negative")
+    need(c.clusters > 0 and c.seed >= 0, "--clusters must be above 0, --seed not negative")
+    check_model(c)
     reasons, tags = [], []
     for value, row in read_all(c):
         roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
@@ -1742,28 +1753,20 @@ def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
 
 
 def row_facts(item: tuple) -> tuple:
-    """(hash, answers, words, Chinese share, repetition, empty, unfinished answers) of a row.
-
-    An answer seems unfinished that has sentences but ends with a letter or a comma.
-    """
+    """(hash, answers, words, Chinese words, repetition, empty answers) of a row."""
     words, answers = words_of("\n".join(said(item[1]))), said(item[1], "assistant")
-    unfinished = [re.search(r"[\w,，、]$", a.rstrip()[-1:]) and re.search(r"[。！？]|[.!?]\s", a)
-                  for a in answers]
     return (hash64(repr(item[1][1:])), len(answers), len(words), len(words) * han_share(words),
-            sum(map(repetition, answers)), sum(not a.strip() for a in answers),
-            sum(map(bool, unfinished)))
+            sum(map(repetition, answers)), sum(not a.strip() for a in answers))
 
 
 def show_facts(c: Show, examples: list[Example]) -> None:
     """What a person wants to know of the rows before training on them."""
     rows = (item for item in read_all(c, again=True) if item[1])
-    keys, answers, words, han, repeated, empty, cut_off = zip(*parallel(row_facts, rows),
-                                                              strict=True)
+    keys, answers, words, han, repeated, empty = zip(*parallel(row_facts, rows), strict=True)
     lengths = np.array([len(e.ids) for e in examples])
     count, targets = max(sum(answers), 1), sum(e.targets for e in examples)
     print(f"{len(keys)} rows, {len(keys) - len(set(keys))} of them exact duplicates\n"
-          f"{count / len(keys):.2f} answers a row, at most {max(answers)}; {sum(empty)} are empty, "
-          f"{sum(cut_off)} seem unfinished\n"
+          f"{count / len(keys):.2f} answers a row, at most {max(answers)}; {sum(empty)} are empty\n"
           f"Chinese characters: {sum(han) / max(sum(words), 1):.1%} of the words\n"
           f"supervised: {targets / lengths.sum():.1%} of the tokens\n"
           f"repetition: {sum(repeated) / count:.1%} of an answer's {NGRAM}-grams\n"

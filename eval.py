@@ -6,11 +6,10 @@
     python eval.py generate --model DIR --data FILE --output FILE.jsonl --n 4 --temperature 0.8
     python eval.py chat --model DIR
 
-Without --model every command takes the checkpoint the demo leaves (out/sft); without --data `exam`
-takes the demo's exam.
+Without --model a command takes the checkpoint the SFT demo leaves (out/sft), `exam` that of
+train_dpo.py if it is there (out/dpo); without --data `exam` takes the demo's exam.
 """
 
-import csv
 import json
 import math
 import os
@@ -104,26 +103,21 @@ class Chat(Sampling):
 def check(c) -> None:
     """Raise DataError for values that make no sense."""
     for name in ("micro_tokens", "max_new_tokens", "n", "top_p", "repetition_penalty"):
-        if getattr(c, name, 1) <= 0:
-            raise DataError(f"--{name} must be above 0, not {getattr(c, name)}")
+        need(getattr(c, name, 1) > 0, f"--{name} must be above 0, not {getattr(c, name, 1)}")
     for name in ("temperature", "top_k"):
-        if getattr(c, name, 0) < 0:
-            raise DataError(f"--{name} must not be negative, is {getattr(c, name)}")
-    if getattr(c, "max_length", 2) < 2:
-        raise DataError(f"--max_length must be at least 2, not {c.max_length}")
-    if getattr(c, "data", None) == []:
-        raise DataError("--data FILE... is missing")
-    if getattr(c, "top_p", 1) > 1 or not getattr(c, "temperature", 0) < math.inf:
-        raise DataError(f"--top_p is at most 1 and --temperature a number, not {c.top_p} and "
-                        f"{c.temperature}")
+        need(getattr(c, name, 0) >= 0, f"--{name} must not be negative, is {getattr(c, name, 0)}")
+    need(getattr(c, "max_length", 2) >= 2, "--max_length must be at least 2")
+    need(getattr(c, "data", None) != [], "--data FILE... is missing")
+    need(getattr(c, "top_p", 1) <= 1, "--top_p must be at most 1")
+    need(getattr(c, "temperature", 0) < math.inf, "--temperature must be a number")
     output = Path(getattr(c, "output", ""))
     lost = output.parent.exists() and not output.parent.is_dir()
-    if output.name and (output.is_dir() or lost):
-        raise DataError(f"--output {output} cannot be written: it is a folder, or lies in a file")
-    if isinstance(c, Generate) and not c.output:
-        raise DataError("--output FILE.jsonl is missing")
-    if isinstance(c, Generate) and c.n > 1 and c.temperature == 0:
-        raise DataError("--n above 1 needs --temperature above 0: greedy samples are all alike")
+    need(not output.name or not (output.is_dir() or lost),
+         f"--output {output} cannot be written: it is a folder, or lies in a file")
+    if isinstance(c, Generate):
+        need(c.output, "--output FILE.jsonl is missing")
+        need(c.n == 1 or c.temperature > 0,
+             "--n above 1 needs --temperature above 0: greedy samples are all alike")
 
 
 def open_model(c: Common, tokenizer: data.ChatTokenizer) -> modeling.Llama:
@@ -436,34 +430,22 @@ def subject_table(c: Exam) -> dict[str, tuple[str, str]]:
     return table
 
 
-def read_questions(path: Path, columns: tuple, header: list[str]) -> list[dict]:
-    """The rows of a CSV file; `columns` must be filled, an `answer` may be missing as a whole.
-
-    No `header`: it is the file's first row. Line ends within a cell stay: the prompt has them.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = [cells for cells in csv.reader(file) if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
-    usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's names to C-Eval's
-    header = header or [usual.get(name, name) for name in (table.pop(0) if table else [])]
-    if missing := [name for name in columns if name not in header]:
-        raise DataError(f"{path}: column {', '.join(missing)} missing, found {', '.join(header)}")
+def read_questions(path: Path, columns: tuple) -> list[dict]:
+    """The rows of a CSV file; `columns` must be filled, an `answer` may be missing as a whole."""
     rows, seen = [], {}
-    for n, cells in enumerate(table, 1):
-        if len(cells) != len(header):
-            raise DataError(f"{path} row {n}: expected {len(header)} cells, found {len(cells)}")
-        row = {"id": str(n - 1), **dict(zip(header, cells, strict=True))}
+    for n, (where, cells) in enumerate(data.read_csv(path), 1):
+        row = {"id": str(n - 1), **cells}
+        if missing := [name for name in columns if name not in cells]:
+            raise DataError(f"{path}: column {', '.join(missing)} missing, found "
+                            f"{', '.join(cells)}")
         if empty := [name for name in (*columns, "answer") if not row.get(name, "x").strip()]:
-            raise DataError(f"{path} row {n}: column {', '.join(empty)} is empty")
-        if row.get("answer", "A") not in tuple(LETTERS):
-            raise DataError(f"{path} row {n}: expected an answer A to D, found {row['answer']!r}")
-        if seen.setdefault(row["id"], n) != n:
-            raise DataError(f"{path} row {n}: id {row['id']} is that of row {seen[row['id']]} too")
+            raise DataError(f"{where}: column {', '.join(empty)} is empty")
+        need(row.get("answer", "A") in tuple(LETTERS),
+             f"{where}: expected an answer A to D, found {row.get('answer')!r}")
+        need(seen.setdefault(row["id"], n) == n,
+             f"{where}: id {row['id']} is that of row {seen[row['id']]} too")
         rows.append({**row, "stripped": row["question"].strip()})
-    if not rows:
-        raise DataError(f"{path} holds no question")
+    need(rows, f"{path} holds no question")
     return rows
 
 
@@ -484,16 +466,15 @@ def resolve_exam(c: Exam) -> Exam:
     c = replace(c, model=c.model or [last], benchmark=c.benchmark or layout,
                 shots=most if c.shots == -1 else c.shots, chat=c.chat or steel)
     c = replace(c, split=c.split or ("val" if c.benchmark == "ceval" else "test"))
-    for bad, message in (
-            (not folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)"),
-            (c.benchmark not in known, f"--protocol {c.protocol} is for {', '.join(known)} only"),
-            (not 0 <= c.shots <= most,
-             f"--shots {c.shots}: with --protocol {c.protocol} at most {most}"),
-            (len(set(map(short_name, c.model))) < len(c.model), "--model names one twice"),
-            (any(p.exists() and not p.is_dir() for p in (output, *output.parents)),
-             f"--output_dir {output} cannot be written: it is a file, or lies in one")):
-        if bad:
-            raise DataError(message)
+    need(folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)")
+    need(c.benchmark in known, f"--protocol {c.protocol} is for {', '.join(known)} only")
+    need(0 <= c.shots <= most, f"--shots {c.shots}: with --protocol {c.protocol} at most {most}")
+    need(c.benchmark == "ceval" or c.subject_names == "zh",
+         "--subject_names is for C-Eval, whose table has both names")
+    need(len(set(map(short_name, c.model))) == len(c.model),
+         "--model names one twice, or two that differ in leading dots and slashes only")
+    need(not any(p.exists() and not p.is_dir() for p in (output, *output.parents)),
+         f"--output_dir {output} cannot be written: it is a file, or lies in one")
     return c
 
 
@@ -502,7 +483,7 @@ def read_exam(c: Exam) -> list[Subject]:
 
     C-Eval's table says which files must be there; of the others any subjects are an exam.
     """
-    table, plain = subject_table(c), c.benchmark == "mmlu"
+    table = subject_table(c)
 
     def path(split: str, handle: str) -> Path:
         ending = "" if c.benchmark == "cmmlu" else f"_{split}"
@@ -514,15 +495,14 @@ def read_exam(c: Exam) -> list[Subject]:
     if unknown := [h for h in c.subjects if h not in table]:
         raise DataError(f"{', '.join(unknown)}: no subject of {c.benchmark}; it has "
                         f"{', '.join(table)}")
-    columns = ("question", *LETTERS) if plain else ("id", "question", *LETTERS)
-    header = ["question", *LETTERS, "answer"] if plain else []
+    columns = ("question", *LETTERS) if c.benchmark == "mmlu" else ("id", "question", *LETTERS)
     solved = (*columns, "answer", *(["explanation"] if c.protocol == "cot" else []))
     subjects = []
     for h in dict.fromkeys(c.subjects or there):
-        shots = read_questions(path("dev", h), solved, header)[: c.shots] if c.shots else []
+        shots = read_questions(path("dev", h), solved)[: c.shots] if c.shots else []
         if len(shots) < c.shots:
             raise DataError(f"{path('dev', h)}: {len(shots)} rows are too few for {c.shots} shots")
-        questions = read_questions(path(c.split, h), columns, header)
+        questions = read_questions(path(c.split, h), columns)
         subjects.append(Subject(h, *table[h], shots, questions))
     if len({"answer" in q for s in subjects for q in s.questions}) > 1:
         raise DataError(f"{Path(c.data) / c.split}: some files have a column answer, some do not")

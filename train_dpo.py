@@ -82,7 +82,6 @@ DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
 
 def check(c: Config) -> None:
     """Raise DataError for combinations of preference flags that make no sense; fill in defaults."""
-
     for name in ("beta", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
         need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
     need(0 <= c.label_smoothing < 0.5, f"--label_smoothing is in [0, 0.5), not {c.label_smoothing}")
@@ -256,15 +255,21 @@ def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) 
     return torch.tensor(hardware.sum(*out.flatten().tolist())).view(out.shape)
 
 
-def fingerprint(folder: str, items: list[Preference]) -> str:
-    """A hash of what log-probabilities under a checkpoint depend on: its weights and the tokens.
-
-    The tokens are what data, template, lengths and truncation came to.
-    """
+def hash_checkpoint(folder: str) -> bytes:
+    """A hash of a checkpoint's config and weights."""
     digest = hashlib.sha256()
     for path in [Path(folder) / "config.json", *modeling.weight_files(Path(folder))]:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.digest()
+
+
+def fingerprint(checkpoint: bytes, items: list[Preference]) -> str:
+    """A hash of what log-probabilities depend on: the checkpoint's hash and the tokens.
+
+    The tokens are what data, template, lengths and truncation came to.
+    """
+    digest = hashlib.sha256(checkpoint)
     for p in items:
         for ids, spans in p.answers:
             digest.update(repr((len(p.prompt), spans)).encode())
@@ -279,11 +284,12 @@ def reference_logprobs(c: Config, groups: list[list[Preference]], hardware: Hard
     policy takes its place. SimPO has no reference: zeros.
     """
     folder, model, out = c.reference or c.model, None, []
+    checkpoint = b"" if c.loss == "simpo" else hash_checkpoint(folder)
     for items in groups:
         if c.loss == "simpo" or not items:
             out.append((torch.zeros(len(items), 2), ""))
             continue
-        key, kind = fingerprint(folder, items), str(hardware.dtype).removeprefix("torch.")
+        key, kind = fingerprint(checkpoint, items), str(hardware.dtype).removeprefix("torch.")
         path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
@@ -424,13 +430,7 @@ def check_first_loss(c: Config, record: dict) -> None:
 
 def train(c: Config, tokenizer, run, references, first: int, model, wrapped, hardware: Hardware):
     """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
-    folder = Path(c.output_dir)
-    state = folder / "state" / "state.safetensors"
-    optimizer = train_sft.make_optimizer(model, c)
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    if first:
-        train_sft.load_state(state, model, optimizer, scaler)
-    signals, log = train_sft.watch_signals(), train_sft.Log(c, first, run.steps, hardware)
+    optimizer, scaler, signals, log = train_sft.start_training(c, first, run.steps, model, hardware)
     facts = {"seconds": 0.0, "pairs": 0, "stopped": 0, "before": {}}
     if run.validation and not first:
         facts["before"] = validation(model, run.validation, references[1], c, hardware)
@@ -459,10 +459,7 @@ def train(c: Config, tokenizer, run, references, first: int, model, wrapped, har
         log.write(record, {name: f"{record[key]:.4f}" for key, name in shown.items()
                            if key in record})
         if done or stop or (c.save_every and step % c.save_every == 0):
-            if hardware.rank == 0:
-                train_sft.save_checkpoint(model, tokenizer, folder)
-                train_sft.save_state(state, model, optimizer, scaler, step)
-            hardware.barrier()
+            train_sft.save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
         if stop and not done:
             facts["stopped"] = 128 + (signals or [signal.SIGTERM])[0]
             break
@@ -523,12 +520,7 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
     train_sft.draw_figure(folder / "rewards.png", records, {
         "reward_chosen": "chosen", "reward_rejected": "rejected", "reward_margin": "margin",
         "val_reward_margin": "margin, held out"}, "reward")
-    if facts["stopped"]:
-        print(f"stopped after step {records[-1]['step']} of {steps}; all is saved, go on with\n"
-              f"  torchrun train_dpo.py --resume --output_dir {folder}")
-        return
-    if not facts["pairs"]:
-        print(f"the run in {folder} is complete, all {steps} steps; nothing is left to do")
+    if train_sft.nothing_to_sum_up("train_dpo.py", folder, records, facts, steps):
         return
     print(f"{facts['pairs']} preferences in {facts['seconds']:.0f} s, "
           f"{facts['pairs'] / facts['seconds']:.1f} a second")

@@ -328,6 +328,24 @@ def load_state(path: Path, model, optimizer, scaler) -> None:
             scaler.load_state_dict(saved)
 
 
+def start_training(c, first: int, steps: int, model, hardware: Hardware) -> tuple:
+    """(optimizer, fp16 scaler, signals received, log), as they were if the run is resumed."""
+    optimizer = make_optimizer(model, c)
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    if first:
+        load_state(Path(c.output_dir) / "state" / "state.safetensors", model, optimizer, scaler)
+    return optimizer, scaler, watch_signals(), Log(c, first, steps, hardware)
+
+
+def save_run(c, tokenizer, model, optimizer, scaler, step: int, hardware: Hardware) -> None:
+    """Checkpoint and state, written by the first rank while the others wait."""
+    folder = Path(c.output_dir)
+    if hardware.rank == 0:
+        save_checkpoint(model, tokenizer, folder)
+        save_state(folder / "state" / "state.safetensors", model, optimizer, scaler, step)
+    hardware.barrier()
+
+
 def first_step(c) -> int:
     """The step to start from, 0 unless resumed; an unfinished run is not silently overwritten."""
     folder = Path(c.output_dir)
@@ -558,12 +576,7 @@ def exam_accuracy(model, tokenizer, c: Config, hardware: Hardware) -> float:
 
 def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardware: Hardware):
     """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
-    state = Path(c.output_dir) / "state" / "state.safetensors"
-    optimizer = make_optimizer(model, c)
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    if first:
-        load_state(state, model, optimizer, scaler)
-    signals, log = watch_signals(), Log(c, first, run.steps, hardware)
+    optimizer, scaler, signals, log = start_training(c, first, run.steps, model, hardware)
     facts = {"seconds": 0.0, "tokens": 0, "stopped": 0}
     if run.validation and not first:
         facts["val_before"] = validation_loss(model, run.validation, c, hardware)
@@ -588,10 +601,7 @@ def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardwa
         log.write(record, {k: f"{record[k]:.4f}" for k in ("loss", "val_loss", "exam_accuracy")
                            if k in record})
         if done or stop or (c.save_every and step % c.save_every == 0):
-            if hardware.rank == 0:
-                save_checkpoint(model, tokenizer, Path(c.output_dir))
-                save_state(state, model, optimizer, scaler, step)
-            hardware.barrier()
+            save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
         if stop and not done:
             facts["stopped"] = 128 + (signals or [signal.SIGTERM])[0]
             break
@@ -602,17 +612,22 @@ def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardwa
 # --------------------------------------------------------------------------------------------- main
 
 
+def nothing_to_sum_up(script: str, folder: Path, records: list, facts: dict, steps: int) -> bool:
+    """Whether the run stopped early, or had nothing left to do; printed, with how to go on."""
+    if facts["stopped"]:
+        print(f"stopped after step {records[-1]['step']} of {steps}; all is saved, go on with\n"
+              f"  torchrun {script} --resume --output_dir {folder}")
+    elif not facts["seconds"]:
+        print(f"the run in {folder} is complete, all {steps} steps; nothing is left to do")
+    return bool(facts["stopped"]) or not facts["seconds"]
+
+
 def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
     """What a person wants to know when a run ends."""
     folder = Path(c.output_dir)
     curves = {"loss": "training", "val_loss": "validation"}
     draw_figure(folder / "loss.png", records, curves, "nats per supervised token")
-    if facts["stopped"]:
-        print(f"stopped after step {records[-1]['step']} of {steps}; all is saved, go on with\n"
-              f"  torchrun train_sft.py --resume --output_dir {folder}")
-        return
-    if not facts["tokens"]:
-        print(f"the run in {folder} is complete, all {steps} steps; nothing is left to do")
+    if nothing_to_sum_up("train_sft.py", folder, records, facts, steps):
         return
     speed = facts["tokens"] / facts["seconds"]
     print(f"{facts['tokens']} tokens in {facts['seconds']:.0f} s, {speed:.0f} a second")

@@ -504,7 +504,7 @@ def test_a_short_line_of_an_exam_file_is_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,question,A,B,C,D,answer\n0,q,w,x,y,z,A\n1,q,w,x\n", encoding="utf-8")
     status, _, err = command("data.py", "exam", path, "--from_exam", "--output", tmp_path / "o")
-    assert status == 2 and "a.csv question 2: expected ['id', 'question'" in err
+    assert status == 2 and "a.csv row 2: expected" in err
 
 
 def test_identity_fills_names_in_and_refuses_what_is_left(tmp_path):
@@ -529,7 +529,7 @@ def test_show_tells_lengths_duplicates_and_odd_answers(tmp_path):
     status, out, err = command("data.py", "show", path, "--rows", 0)
     assert status == 0, err
     for line in ("6 rows, 1 of them exact duplicates",
-                 "1.17 answers a row, at most 2; 1 are empty, 1 seem unfinished",
+                 "1.17 answers a row, at most 2; 1 are empty",
                  f"repetition: {0.9 / 7:.1%} of an answer's 5-grams"):
         assert line in out, line
     words = [*["han"] * (2 * 8 + 14), *["latin"] * (1 + 5 + 1 + 4)]
@@ -581,8 +581,8 @@ def test_leaked_questions_are_found_in_whatever_form_and_no_others(tmp_path):
     train = jsonl(tmp_path / "train.jsonl", *clean[:100], *leaks, *clean[100:])
     hits, out = run("overlap", [train], "--exam", tmp_path / "exam", output=tmp_path / "hits.jsonl")
     assert [(h["kind"], h["exam"].split("/")[-1], h["row"].split()[-1]) for h in hits] == [
-        ("exact", "law_val.csv question 1", "101"), ("exact", "law_val.csv question 2", "102"),
-        ("near", "law_test.csv question 3", "103"), ("exact", "law_test.csv question 4", "104")]
+        ("exact", "law_val.csv row 1", "101"), ("exact", "law_val.csv row 2", "102"),
+        ("near", "law_test.csv row 3", "103"), ("exact", "law_test.csv row 4", "104")]
     assert hits[2]["covered"] == pytest.approx(29 / 30) and hits[0]["options_covered"] == 1
     table = {line.split()[0][-4:]: line.split()[1:] for line in out.splitlines() if "exam/" in line}
     assert table["/val"] == ["10", "2", "0", "0"] and table["test"] == ["10", "1", "1", "0"]
@@ -749,7 +749,8 @@ def test_system_messages_go_from_every_form_of_row(tmp_path):
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["filter", "--min_chars", "9", "--max_chars", "3"], "no row passes"),
+    (["filter", "--min_chars", "9", "--max_chars", "3"], "--min_chars is above --max_chars"),
+    (["filter", "--max_length", "0"], "--max_length"),
     (["filter", "--near", "-1"], "--near"),
     (["select", "--n", "1", "--clusters", "0"], "--clusters"),
     (["select", "--n", "1", "--seed", "-1"], "--seed")])

@@ -813,7 +813,7 @@ BROKEN = {  # name: (file, what is done to it, what the message says)
     "wrong answer": (LAW, cell(1, 6, "E"), [LAW, "row 1", "'E'"]),
     "cells too few": (LAW, lambda t: t[2].pop(), [LAW, "row 2", "7 cells", "found 6"]),
     "no question": (LAW, lambda t: t.__delitem__(slice(1, None)), [LAW, "no question"]),
-    "no row": (LAW, lambda t: t.clear(), [LAW, "column id"]),
+    "no row": (LAW, lambda t: t.clear(), [LAW, "no question"]),
     "shots too few": ("dev/law_dev.csv", lambda t: t.pop(), ["dev/law_dev.csv", "4 rows"]),
 }
 
