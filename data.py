@@ -145,10 +145,9 @@ class Row(NamedTuple):
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
     """(where, value) of every row of a .json, .jsonl or .txt file, gzipped or not."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if not path.is_file():
-        raise DataError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    if kind not in ("json", "jsonl", "txt"):
-        raise DataError(f"{path}: expected a file called .json, .jsonl or .txt, maybe with .gz")
+    need(path.is_file(), f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    need(kind in ("json", "jsonl", "txt"),
+         f"{path}: expected a file called .json, .jsonl or .txt, maybe with .gz")
     try:
         open_ = gzip.open if path.suffix == ".gz" else open
         with open_(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
@@ -175,19 +174,24 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def read_rows(path: str | Path, bad: list[str] | None = None, ask: bool = False,
-              hint: str = "") -> Iterator[Row]:
-    """The rows of a file; `ask` accepts prompts without an answer.
+def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, row) of every question of an exam's file, in C-Eval's column names.
 
-    A bad row raises DataError with `hint`, or is listed in `bad` and skipped if that is given.
+    MMLU's files have no line of names. Line ends within a cell stay: prompts have them.
     """
-    for where, value in read_values(Path(path)):
-        try:
-            yield parse_row(where, value, ask)
-        except DataError as error:
-            if bad is None:
-                raise DataError(f"{error}{hint}") from None
-            bad.append(str(error))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = [cells for cells in csv.reader(file) if cells]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    names = ["question", *"ABCD", "answer"]
+    if table and {"question", "Question"} & set(table[0]):
+        usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
+        names = [usual.get(name, name) for name in table.pop(0)]
+    for number, cells in enumerate(table, 1):
+        where = f"{path} row {number}"
+        need(len(cells) == len(names), f"{where}: expected {len(names)} cells, found {len(cells)}")
+        yield where, dict(zip(names, cells, strict=True))
 
 
 def common_prefix(lists: list[list]) -> int:
@@ -282,6 +286,24 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
     messages += as_messages(where, row[answer], "assistant") if answer else []
     expect(isinstance(row.get("label", True), bool), "label true or false")
     return Row(where, messages, label=row.get("label"))
+
+
+def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, parse=parse_row,
+              read=read_values) -> Iterator[tuple]:
+    """(value, parse(where, value)) of every row of some files.
+
+    A bad row raises DataError; with `skip_bad_rows` it is listed, unless `quiet`, and gives None.
+    None for `skip_bad_rows` is False, said of a command without that flag.
+    """
+    hint = "" if skip_bad_rows is None else " (--skip_bad_rows leaves it out)"
+    for path in map(Path, files):
+        for where, value in read(path):
+            try:
+                row = parse(where, value)
+            except DataError as error:
+                need(skip_bad_rows, f"{error}{hint}")
+                row = None if quiet else tqdm.write(f"dropped {error}")
+            yield value, row
 
 
 # ---------------------------------------------------------------------------------------- templates
@@ -389,10 +411,10 @@ class ChatTokenizer:
 
     def __init__(self, folder: str | Path, template: str = "", eot: str = ""):
         self.folder = folder = Path(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise DataError(f"{folder / 'tokenizer.json'} is missing; is {folder} a checkpoint?")
-        if template not in ("", *TEMPLATES):
-            raise DataError(f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
+        need((folder / "tokenizer.json").is_file(),
+             f"{folder / 'tokenizer.json'} is missing; is {folder} a checkpoint?")
+        need(template in ("", *TEMPLATES),
+             f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.config = self.read("tokenizer_config.json")
         source = self.config.get("chat_template")
@@ -402,8 +424,8 @@ class ChatTokenizer:
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self.bos, self.eos = self.special("bos_token"), self.special("eos_token")
         self.eot = eot = eot or self.config.get("eot_token", "")  # ours, of train_sft.py --eot
-        if eot and (eot == self.eos or not MARKER.fullmatch(eot)):
-            raise DataError(f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
+        need(not eot or (eot != self.eos and MARKER.fullmatch(eot)),
+             f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
         self.tokenizer.add_special_tokens([AddedToken(eot, normalized=False)] if eot else [])
         added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
         known = {name: replace(t, stop=eot or t.stop) for name, t in TEMPLATES.items()}
@@ -418,11 +440,11 @@ class ChatTokenizer:
         texts = {m: m for m in marks} | {"<bos>": self.bos or "", "<eos>": self.eos or ""}
         self.ids = {m: self.tokenizer.token_to_id(text) for m, text in texts.items()}
         self.eos_id, self.stop_id = self.ids["<eos>"], self.ids.get(t.stop)
-        if self.eos_id is None:
-            raise DataError(f"{folder}: tokenizer_config.json names no eos_token of the tokenizer")
-        if self.stop_id is None:
-            raise DataError(f"template {t.name} ends a turn with {t.stop}, no token of {folder}; "
-                            f"choose another --template: {', '.join(TEMPLATES)}")
+        need(self.eos_id is not None,
+             f"{folder}: tokenizer_config.json names no eos_token of the tokenizer")
+        need(self.stop_id is not None,
+             f"template {t.name} ends a turn with {t.stop}, no token of {folder}; "
+             f"choose another --template: {', '.join(TEMPLATES)}")
         first = self.tokenizer.encode("", add_special_tokens=True).ids[:1]
         self.bos_ids = first if first == [self.ids["<bos>"]] else []  # what raw text starts with
         forgeable = sorted(marks | ({self.bos, self.eos} & added))
@@ -441,15 +463,15 @@ class ChatTokenizer:
             raise DataError(f"{path} is not JSON: {error}") from None
 
     def special(self, key: str) -> str | None:
-        """The text of bos_token or eos_token."""
+        """The text of bos_token, eos_token or unk_token."""
         value = self.config.get(key)
         return value["content"] if isinstance(value, dict) else value
 
     def check_size(self, vocab_size: int) -> None:
         """Raise DataError if a token has no row in an embedding of `vocab_size` rows."""
-        if self.tokenizer.get_vocab_size() > vocab_size:
-            raise DataError(f"{self.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} "
-                            f"tokens, config.json only {vocab_size} (vocab_size)")
+        size = self.tokenizer.get_vocab_size()
+        need(size <= vocab_size, f"{self.folder}: the tokenizer has {size} tokens, config.json "
+             f"only {vocab_size} (vocab_size)")
 
     def decode(self, ids, special: bool = True) -> str:
         """Text of token ids, special tokens included unless `special` is False."""
@@ -631,8 +653,8 @@ def conversations(row: Row) -> list[list[dict]]:
     return [history + row.chosen, history + row.rejected]
 
 
-def to_examples(rows: list[Row], tokenizer: ChatTokenizer, source: int, train_on: str,
-                max_length: int, counts: Counter, keep_all: bool = False) -> list[Example]:
+def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
+                train_on: str, max_length: int, keep_all: bool = False) -> list[Example]:
     """Tokenise rows, counting what is cut, split or, unless `keep_all`, dropped."""
     for row in rows:
         need(keep_all or (row.chosen is None and row.label is None),
@@ -657,25 +679,23 @@ def to_examples(rows: list[Row], tokenizer: ChatTokenizer, source: int, train_on
     return examples
 
 
-def read_files(files: list[str], convert, skip_bad_rows: bool, quiet: bool, hint: str):
-    """(what convert(rows, source=, counts=) gave of the rows of some files in order, counts)."""
-    bad, items, counts = [] if skip_bad_rows else None, [], Counter()
+def load(files: list[str], convert, skip_bad_rows: bool | None, quiet: bool):
+    """(what convert(rows, source, counts) makes of some files in order, counts by reason)."""
+    items, counts = [], Counter()
     for source, path in enumerate(files):
-        kept, hidden = [], quiet or not sys.stderr.isatty()
-        name = f"tokenize {Path(path).name}"
-        read = iter(tqdm(read_rows(path, bad, hint=hint), desc=name, unit=" rows", disable=hidden))
-        while rows := list(itertools.islice(read, 2000)):  # work for every thread, little memory
-            kept += convert(rows, source=source, counts=counts)
-        need(kept, f"{path}: no row to train on" + (f" ({bad[0]})" if bad else ""))
-        items += kept
-    for line in [] if quiet else bad or []:
-        print(f"dropped {line}")
-    counts["dropped: bad row"] = len(bad or [])
+        hidden, before = quiet or not sys.stderr.isatty(), len(items)
+        rows = iter(tqdm(read_rows([path], skip_bad_rows, quiet), f"tokenize {Path(path).name}",
+                         unit=" rows", disable=hidden))
+        while some := list(itertools.islice(rows, 2000)):  # work for every thread, little memory
+            good = [row for _, row in some if row]
+            items += convert(good, source, counts)
+            counts["dropped: bad row"] += len(some) - len(good)
+        need(len(items) > before, f"{path}: no row to train on")
     return items, +counts
 
 
 def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "all",
-                  max_length: int = 2048, skip_bad_rows: bool = False, quiet: bool = True,
+                  max_length: int = 2048, skip_bad_rows: bool | None = None, quiet: bool = True,
                   keep_all: bool = False) -> tuple[list[Example], Counter]:
     """The examples of some files in order, and what was cut, split or dropped by reason.
 
@@ -683,8 +703,7 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
     """
     convert = functools.partial(to_examples, tokenizer=tokenizer, train_on=train_on,
                                 max_length=max_length, keep_all=keep_all)
-    hint = "" if keep_all else " (--skip_bad_rows leaves it out)"
-    return read_files(files, convert, skip_bad_rows, quiet, hint)
+    return load(files, convert, skip_bad_rows, quiet)
 
 
 # ------------------------------------------------------------------------------- preference pairs
@@ -745,8 +764,8 @@ def fit_answers(encoded: list[tuple], max_length: int) -> tuple[np.ndarray, list
     return pieces[0][0][:last], [cut(ids, spans, last, len(ids)) for ids, spans in pieces]
 
 
-def to_preferences(rows: list[Row], tokenizer: ChatTokenizer, source: int, max_length: int,
-                   labelled: bool, counts: Counter) -> list[Preference]:
+def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
+                   max_length: int, labelled: bool) -> list[Preference]:
     """Tokenise preference rows, counting what is cut or dropped by reason.
 
     `labelled` makes of a pair two rows, one liked and one not; else rows with a label are refused.
@@ -787,12 +806,11 @@ def to_preferences(rows: list[Row], tokenizer: ChatTokenizer, source: int, max_l
 
 
 def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int, labelled: bool,
-                     skip_bad_rows: bool = False, quiet: bool = True):
+                     skip_bad_rows: bool | None = None, quiet: bool = True):
     """The preferences of some files in order, and what was cut or dropped by reason."""
     convert = functools.partial(to_preferences, tokenizer=tokenizer, max_length=max_length,
                                 labelled=labelled)
-    hint = " (--skip_bad_rows leaves it out)"
-    return read_files(files, convert, skip_bad_rows, quiet, hint)
+    return load(files, convert, skip_bad_rows, quiet)
 
 
 def split_validation(examples: list[Example], fraction: float, seed: int):
@@ -810,22 +828,18 @@ def split_validation(examples: list[Example], fraction: float, seed: int):
     return sides
 
 
+def print_table(rows: list) -> None:
+    """Rows of cells, the first of names; a float is a share, printed in percent."""
+    rows = [[f"{x:.1%}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    for first, *cells in rows:
+        print(first.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:])))
+
+
 def source_names(files: list[str]) -> list[str]:
     """A short name for each file, numbered where two are called the same."""
     stems = [Path(f).name.removesuffix(".gz").rpartition(".")[0] for f in files]
     return [s if stems.count(s) == 1 else f"{s}#{i}" for i, s in enumerate(stems, 1)]
-
-
-def shares(examples: list[Example], names: list[str]) -> dict[str, dict]:
-    """The share of every source in examples and in supervised tokens."""
-    rows, targets = Counter(), Counter()
-    for e in examples:
-        rows[e.source] += 1
-        targets[e.source] += e.targets
-    all_rows, all_targets = max(rows.total(), 1), max(targets.total(), 1)
-    return {name: {"examples": rows[i], "share": rows[i] / all_rows,
-                   "target_tokens": targets[i], "target_share": targets[i] / all_targets}
-            for i, name in enumerate(names)}
 
 
 # ---------------------------------------------------------------------------------------- the mixer
@@ -887,6 +901,38 @@ class Mixer:
             number, offset = divmod(first + len(out), self.size)
             out += map(tuple, self.epoch(number)[offset:][: end - first - len(out)].tolist())
         return out
+
+
+def shares(examples: list[tuple], names: list[str]) -> dict[str, dict]:
+    """The share of every source, by name, in examples (source, supervised tokens) and in tokens."""
+    rows, targets = Counter(), Counter()
+    for source, count in examples:
+        rows[source] += 1
+        targets[source] += count
+    all_rows, all_targets = max(rows.total(), 1), max(targets.total(), 1)
+    return {name: {"examples": rows[m], "share": rows[m] / all_rows,
+                   "target_tokens": targets[m], "target_share": targets[m] / all_targets}
+            for m, name in enumerate(names)}
+
+
+def mix_files(c, files: list[str], examples: list[tuple], draws: int, quiet: bool = False):
+    """(mixer of --mix, shares of what it draws) of examples as (index of file, supervised tokens).
+
+    Prints the share that was intended, and those realised in examples and in supervised tokens.
+    """
+    sizes = [sum(source == m for source, _ in examples) for m in range(len(files))]
+    for path, size in zip(files, sizes, strict=True):
+        need(size, f"{path}: nothing is left to train on")
+    rates = mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
+    mixer = Mixer(sizes, rates, c.seed)
+    mix = shares([examples[i] for i, _ in mixer.draws(0, draws)], source_names(files))
+    for row, size, rate in zip(mix.values(), sizes, rates.tolist(), strict=True):
+        row.update(available=size, rate=rate)
+    if not quiet:
+        names = ("source", "examples", "intended", "drawn", "share", "of supervised tokens")
+        keys = ("available", "rate", "examples", "share", "target_share")
+        print_table([names, *((name, *map(row.get, keys)) for name, row in mix.items())])
+    return mixer, mix
 
 
 # ------------------------------------------------------------------------------------ micro-batches
@@ -1203,7 +1249,8 @@ def parallel(function, items: Iterable) -> Iterator:
     """function(item) of every item in order, on all cores, few items in memory at a time."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(initializer=setattr, initargs=(run_job, "function", function)) as pool:
-        yield from pool.imap(run_job, items, chunksize=64)
+        yield from tqdm(pool.imap(run_job, items, chunksize=64), unit=" rows",
+                        disable=not sys.stderr.isatty())
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -1327,38 +1374,6 @@ def check_model(c: Modelled) -> None:
          f"{c.micro_tokens}")
 
 
-def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every question of an exam's file, in C-Eval's column names.
-
-    MMLU's files have no line of names. Line ends within a cell stay: prompts have them.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = [cells for cells in csv.reader(file) if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
-    names = ["question", *"ABCD", "answer"]
-    if table and {"question", "Question"} & set(table[0]):
-        usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
-        names = [usual.get(name, name) for name in table.pop(0)]
-    for number, cells in enumerate(table, 1):
-        where = f"{path} row {number}"
-        need(len(cells) == len(names), f"{where}: expected {len(names)} cells, found {len(cells)}")
-        yield where, dict(zip(names, cells, strict=True))
-
-
-def read_all(c: Files, parse=parse_row, again: bool = False) -> Iterator[tuple]:
-    """(value, parse(where, value)) of every row, the latter None for a bad row that is skipped."""
-    for path in map(Path, c.files):
-        for where, value in (read_csv if path.suffix == ".csv" else read_values)(path):
-            try:
-                row = parse(where, value)
-            except DataError as error:
-                need(c.skip_bad_rows, f"{error} (--skip_bad_rows leaves it out)")
-                row = None if again else print(f"dropped {error}")
-            yield value, row
-
-
 def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
     """Write the values of (value, reason) that have no reason; print what was kept and dropped."""
     counts = Counter()
@@ -1376,7 +1391,7 @@ def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
 
 def write_kept(c: Modelled, reasons: list[str], change=lambda value: value) -> None:
     """Read the files again and write the rows that have no reason, as they were or changed."""
-    rows = zip(read_all(c, parse=lambda where, value: None), reasons, strict=True)
+    rows = zip(read_rows(c.files, parse=lambda where, value: None), reasons, strict=True)
     write_rows(c.output, ((None if why else change(value), why) for (value, _), why in rows))
 
 
@@ -1415,7 +1430,8 @@ def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> 
     tokenizer.check_size(modeling.load_config(c.model).vocab_size)
     model = modeling.load(c.model, modeling.best_dtype("auto", device), device)
 
-    rows = ((i, row) for i, (_, row) in enumerate(read_all(c, again=True)) if not reasons[i])
+    again = read_rows(c.files, c.skip_bad_rows, quiet=True)
+    rows = ((i, row) for i, (_, row) in enumerate(again) if not reasons[i])
     while some := list(itertools.islice(rows, 2000)):  # enough for every thread, little memory
         plans = tokenizer.encode([pieces_of(row, tokenizer, part) for _, row in some])
         examples = [Example(*fit(*plan, c.max_length)) for plan in plans]
@@ -1504,7 +1520,8 @@ def filter_rows(c: Filter) -> None:
     need(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
     check_model(c)
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
-    found = list(parallel(functools.partial(judge, c, tokenizer), read_all(c)))
+    rows = read_rows(c.files, c.skip_bad_rows)
+    found = list(parallel(functools.partial(judge, c, tokenizer), rows))
     reasons = [reason for reason, _, _ in found]
     if by_loss:
         for i, loss in run_model(c, reasons, "loss").items():
@@ -1585,7 +1602,7 @@ def select(c: Select) -> None:
     need(c.clusters > 0 and c.seed >= 0, "--clusters must be above 0, --seed not negative")
     check_model(c)
     reasons, tags = [], []
-    for value, row in read_all(c):
+    for value, row in read_rows(c.files, c.skip_bad_rows):
         roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
         asked = c.method != "ifd" or ("user" in roles and roles[-1] == "assistant")
         found = value.get("tags") if row and c.method == "tags" else ["any"]
@@ -1662,7 +1679,11 @@ def exam(c: Exam) -> None:
         q = parse_question(where, value)
         return exam_row(q, c.style), "" if q["answer"] or q["why"] else "no answer"
 
-    write_rows(c.output, (row or (None, "bad row") for _, row in read_all(c, convert)))
+    def read(path: Path) -> Iterator[tuple]:
+        return (read_csv if path.suffix == ".csv" else read_values)(path)
+
+    rows = read_rows(c.files, c.skip_bad_rows, parse=convert, read=read)
+    write_rows(c.output, (row or (None, "bad row") for _, row in rows))
 
 
 def identity(c: Identity) -> None:
@@ -1679,7 +1700,8 @@ def identity(c: Identity) -> None:
         need(not left, f"{where}: the placeholder {left and left[0]} is left over")
         return json.loads(text)
 
-    write_rows(c.output, ((row, "" if row else "bad row") for _, row in read_all(c, fill)))
+    rows = read_rows(c.files, c.skip_bad_rows, parse=fill)
+    write_rows(c.output, ((row, "" if row else "bad row") for _, row in rows))
 
 
 # ------------------------------------------------------------------------------------- data overlap
@@ -1720,7 +1742,7 @@ def overlap(c: Overlap) -> None:
         for gram in ngrams(questions[-1][1]).tolist():
             index.setdefault(gram, []).append(len(questions) - 1)
     job = functools.partial(find_questions, questions, index, c.near)
-    rows = list(parallel(job, read_all(c)))
+    rows = list(parallel(job, read_rows(c.files, c.skip_bad_rows)))
     hits = [hit for row in rows for hit in row]
     if c.output:
         write_rows(c.output, ((hit, "") for hit in hits))
@@ -1728,10 +1750,10 @@ def overlap(c: Overlap) -> None:
     for hit in hits:  # in alphabetical order "exact" comes first and "short" last
         kinds[hit["exam"]] = min(hit["kind"], kinds.get(hit["exam"], "z"))
     found = Counter((str(Path(where).parent), kind) for where, kind in kinds.items())
-    print(f"{'exam':40}{'questions':>10}{'exact':>8}{'near':>8}{'short':>8}")
-    for folder, count in Counter(str(Path(q["where"]).parent) for q, _, _ in questions).items():
-        cells = "".join(f"{found[folder, kind]:8}" for kind in ("exact", "near", "short"))
-        print(f"{folder[-39:]:40}{count:10}{cells}")
+    folders = Counter(str(Path(q["where"]).parent) for q, _, _ in questions)
+    print_table([("exam", "questions", *(names := ("exact", "near", "short"))), *(
+        (folder, count, *(found[folder, kind] for kind in names))
+        for folder, count in folders.items())])
     bad = sum(kind != "short" for kind in kinds.values())
     found = f"CONTAMINATED: {bad} questions" if bad else "clean"
     print(f"{len(rows)} rows read, {found}; {len(kinds) - bad} short ones stand without options")
@@ -1752,24 +1774,30 @@ def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
     return out + tokenizer.decode(example.ids[position:])
 
 
-def row_facts(item: tuple) -> tuple:
-    """(hash, answers, words, Chinese words, repetition, empty answers) of a row."""
-    words, answers = words_of("\n".join(said(item[1]))), said(item[1], "assistant")
-    return (hash64(repr(item[1][1:])), len(answers), len(words), len(words) * han_share(words),
-            sum(map(repetition, answers)), sum(not a.strip() for a in answers))
+def row_facts(tokenize, item: tuple) -> tuple:
+    """(hash, answers, sums, [tokens, supervised ones] of examples, counts by reason) of a row.
+
+    Sums of words, Chinese words, repetition of answers, empty answers.
+    """
+    row, counts = item[1], Counter()
+    if row is None:
+        return None, 0, 0, [], Counter({"dropped: bad row": 1})
+    sizes = [(len(e.ids), e.targets) for e in tokenize([row], 0, counts)]
+    words, answers = words_of("\n".join(said(row))), said(row, "assistant")
+    sums = np.array([len(words), len(words) * han_share(words), sum(map(repetition, answers)),
+                     sum(not answer.strip() for answer in answers)])
+    return hash64(repr(row[1:])), len(answers), sums, sizes, counts
 
 
-def show_facts(c: Show, examples: list[Example]) -> None:
-    """What a person wants to know of the rows before training on them."""
-    rows = (item for item in read_all(c, again=True) if item[1])
-    keys, answers, words, han, repeated, empty = zip(*parallel(row_facts, rows), strict=True)
-    lengths = np.array([len(e.ids) for e in examples])
-    count, targets = max(sum(answers), 1), sum(e.targets for e in examples)
-    print(f"{len(keys)} rows, {len(keys) - len(set(keys))} of them exact duplicates\n"
-          f"{count / len(keys):.2f} answers a row, at most {max(answers)}; {sum(empty)} are empty\n"
-          f"Chinese characters: {sum(han) / max(sum(words), 1):.1%} of the words\n"
+def show_facts(turns: Counter, distinct: int, sums: np.ndarray, lengths: np.ndarray, targets: int):
+    """What a person wants to know before training on rows; `turns` counts rows by answers."""
+    rows, answers = turns.total(), max(sum(k * count for k, count in turns.items()), 1)
+    words, han, repeated, empty = sums.tolist()
+    print(f"{rows} rows, {rows - distinct} of them exact duplicates\n"
+          f"{answers / rows:.2f} answers a row, at most {max(turns)}; {empty:.0f} are empty\n"
+          f"Chinese characters: {han / max(words, 1):.1%} of the words\n"
           f"supervised: {targets / lengths.sum():.1%} of the tokens\n"
-          f"repetition: {sum(repeated) / count:.1%} of an answer's {NGRAM}-grams\n"
+          f"repetition: {repeated / answers:.1%} of an answer's {NGRAM}-grams\n"
           "tokens of an example, by percentiles:",
           *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
     for k, count in enumerate(np.bincount(np.log2(lengths).astype(int)).tolist()):
@@ -1778,22 +1806,8 @@ def show_facts(c: Show, examples: list[Example]) -> None:
             print(f"{2**k:>8} to {2 ** (k + 1) - 1:<8}{bar} {count}")
 
 
-def show_mix(c: Show, examples: list[Example]) -> None:
-    """The intended and the realised share of every file in --steps."""
-    examples = [e for e in examples if e.spans]
-    sizes = [sum(e.source == i for e in examples) for i in range(len(c.files))]
-    rates = mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
-    drawn = Mixer(sizes, rates, c.seed).draws(0, c.steps * c.batch_size)
-    table = shares([examples[i] for i, _ in drawn], source_names(c.files))
-    print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}\n"
-          f"{'source':24}{'intended':>10}{'drawn':>10}{'share':>8}{'of supervised tokens':>22}")
-    for rate, (name, row) in zip(rates.tolist(), table.items(), strict=True):
-        print(f"{name[:24]:24}{rate:10.1%}{row['examples']:10}{row['share']:8.1%}"
-              f"{row['target_share']:22.1%}")
-
-
 def show(c: Show) -> None:
-    """`data.py show`."""
+    """`data.py show`: the first rows whole; of the others a few numbers stay in memory."""
     need(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
     need(c.temperature > 0 and c.batch_size > 0 and min(c.cap, c.steps, c.seed) >= 0,
          "--temperature and --batch_size must be above 0; --cap, --steps and --seed not negative")
@@ -1806,28 +1820,39 @@ def show(c: Show) -> None:
             make_tokenizer(Path(folder), [], 0)
             print("no --model: tokens are bytes, the template is ChatML")
         tokenizer = ChatTokenizer(c.model or folder, c.template)
-    examples, counts = load_examples(c.files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows,
-                                     quiet=False, keep_all=True)
-    printed = Counter()
-    for e, after in zip(examples, [*examples[1:], None], strict=True):
-        if printed[e.source] < c.rows:
-            print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
-            print(marked(e, tokenizer, sys.stdout.isatty()))
-            printed[e.source] += after is None or after.where != e.where
+    tokenize = functools.partial(to_examples, tokenizer=tokenizer, train_on=c.train_on,
+                                 max_length=c.max_length, keep_all=True)
+    for path in c.files:
+        for _, row in itertools.islice(read_rows([path], c.skip_bad_rows, quiet=True), c.rows):
+            for e in tokenize([row] if row else [], 0, Counter()):
+                print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
+                print(marked(e, tokenizer, sys.stdout.isatty()))
     print(f"--- template {tokenizer.template.name}; a turn ends with "
           + tokenizer.decode([tokenizer.stop_id]))
-    print(f"{'source':24}{'examples':>10}{'share':>8}{'supervised':>12}{'share':>8}"
-          f"{'median tokens':>15}{'longest':>9}")
-    for i, (name, row) in enumerate(shares(examples, source_names(c.files)).items()):
-        lengths = [len(e.ids) for e in examples if e.source == i]
-        print(f"{name[:24]:24}{row['examples']:10}{row['share']:8.1%}{row['target_tokens']:12}"
-              f"{row['target_share']:8.1%}{np.median(lengths):15.0f}{max(lengths):9}")
-    show_facts(c, examples)
-    counts["nothing to supervise"] = sum(not e.spans for e in examples)
+    hashes, turns, sums, examples, counts = set(), Counter(), np.zeros(4), [], Counter()
+    for m, path in enumerate(c.files):
+        rows = read_rows([path], c.skip_bad_rows)
+        for found in parallel(functools.partial(row_facts, tokenize), rows):
+            hashes.add(found[0])
+            turns[found[1]] += found[0] is not None
+            sums += found[2]
+            examples += [(m, *size) for size in found[3]]
+            counts += found[4]
+        need(examples and examples[-1][0] == m, f"{path}: no row to train on")
+    source, lengths, targets = np.array(examples).T
+    pairs, names = list(zip(source.tolist(), targets.tolist(), strict=True)), source_names(c.files)
+    table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
+    for m, (name, row) in enumerate(shares(pairs, names).items()):
+        tokens = lengths[source == m]
+        table.append((name, *row.values(), round(np.median(tokens)), tokens.max()))
+    print_table(table)
+    show_facts(+turns, len(hashes - {None}), sums, lengths, targets.sum())
+    counts["nothing to supervise"] = int((targets == 0).sum())
     for reason, count in (+counts).items():
         print(f"{reason}: {count}")
     if c.steps:
-        show_mix(c, examples)
+        print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
+        mix_files(c, c.files, [pair for pair in pairs if pair[1]], c.steps * c.batch_size)
 
 
 # ----------------------------------------------------------------------------------------- data coh
@@ -1871,7 +1896,7 @@ def coh(c: Coh) -> None:
         return row
 
     def conversations_of_pairs() -> Iterator[tuple[dict | None, str]]:
-        for _, row in read_all(c, pair):
+        for _, row in read_rows(c.files, c.skip_bad_rows, parse=pair):
             why = why_no_pair(row) if row else "bad row"
             for messages in [None] if why else hindsight(row, c.mask_past, rng):
                 yield {"messages": messages}, why

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -187,7 +188,7 @@ def generate_command(c: Generate) -> None:
     """`eval.py generate`."""
     check(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    rows = [row for path in c.data for row in data.read_rows(path, ask=True)]
+    rows = [row for _, row in data.read_rows(c.data, parse=partial(data.parse_row, ask=True))]
     asked = [to_prompt(row, c.system) for row in rows]
     plans = [tokenizer.text_pieces(row.text)[:-1] if row.text is not None
              else tokenizer.pieces(messages, ask=True)
@@ -752,30 +753,26 @@ def short_name(folder: str) -> str:
 def print_table(results: list[dict], comparisons: list[dict]) -> None:
     """A line a subject, a column a checkpoint; shares in percent."""
     first, names = results[0], [short_name(r["model"]) for r in results]
-    width = max(19, *(len(name) + 2 for name in names))
+    table = [("accuracy in %", "questions", *names)]
 
     def percent(*shares, digits: int = 2) -> str:
         return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
 
-    def line(label: str, count, cells) -> None:
-        print(f"{label:42}{count:>9}" + "".join(f"{cell:>{width}}" for cell in cells))
-
-    line("accuracy in %", "questions", names)
     for handle, row in first["subjects"].items():
-        line(handle, row["questions"],
-             [percent(r["subjects"][handle]["accuracy"]) for r in results])
+        table.append((handle, row["questions"],
+                      *(percent(r["subjects"][handle]["accuracy"]) for r in results)))
     for name, row in {**first["categories"], "all": first}.items():
         rows = [r["categories"].get(name, r) for r in results]
-        line(f"{name}: macro / micro", row["questions"],
-             [percent(row["macro"], row["micro"]) for row in rows])
+        table.append((f"{name}: macro / micro", row["questions"],
+                      *(percent(row["macro"], row["micro"]) for row in rows)))
+    lines = {"answered A / B / C / D": lambda r: percent(*r["letters"].values(), digits=0),
+             "invalid": lambda r: percent(r["invalid"]), "seconds": lambda r: f"{r['seconds']:.1f}"}
     if first["floor"]:
-        line("95% interval of micro, low / high", "", [percent(*r["interval"]) for r in results])
-        line(f"floor of micro: always {first['floor']['letter']}", "",
-             [percent(r["floor"]["micro"]) for r in results])
-    line("answered A / B / C / D", "",
-         [percent(*r["letters"].values(), digits=0) for r in results])
-    line("invalid", "", [percent(r["invalid"]) for r in results])
-    line("seconds", "", [f"{r['seconds']:.1f}" for r in results])
+        lines = {"95% interval of micro, low / high": lambda r: percent(*r["interval"]),
+                 f"floor of micro: always {first['floor']['letter']}":
+                     lambda r: percent(r["floor"]["micro"]), **lines}
+    table += [(label, "", *map(cell, results)) for label, cell in lines.items()]
+    data.print_table(table)
     for name, r in zip(names, results, strict=True):
         if r["shortened"] or r["too_long"]:
             print(f"{name}: {r['shortened']} prompts longer than the context lost shots; "

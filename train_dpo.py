@@ -590,7 +590,7 @@ def main() -> None:
     if hardware.rank == 0:
         train_sft.announce(c, model, tokenizer, run.steps, hardware)
         if demo and not first:
-            rows = list(data.read_rows(c.val_data[0]))
+            rows = [row for _, row in data.read_rows(c.val_data)]
             before = try_demo(model, tokenizer, rows)
     records, result = train(c, tokenizer, run, references, first, model, wrapped, hardware)
     if hardware.rank == 0:

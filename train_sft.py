@@ -487,23 +487,12 @@ def prepare_data(c, load, quiet: bool) -> tuple[RunData, dict]:
     validation = load(c.val_data)[0] if c.val_data else []
     if c.val_fraction:
         train, validation = data.split_validation(train, c.val_fraction, c.seed)
-    sizes = [sum(e.source == m for e in train) for m in range(len(c.data))]
-    if not all(sizes):
-        empty = c.data[sizes.index(0)]
-        raise DataError(f"{empty}: the validation split leaves nothing to train on")
-    rates = data.mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
-    mixer = data.Mixer(sizes, rates, c.seed)
-    draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * mixer.size))
-    mix = data.shares([train[i] for i, _ in mixer.draws(0, draws)], data.source_names(c.data))
-    for row, size, rate in zip(mix.values(), sizes, rates.tolist(), strict=True):
-        row.update(available=size, rate=rate)
     if not quiet:
         print(f"{len(train)} training, {len(validation)} validation examples", *(
             f"; {reason}: {count}" for reason, count in counts.items()), sep="")
-        print(f"{'source':24}{'examples':>10}{'drawn':>10}{'share':>8}{'of supervised tokens':>22}")
-        for name, row in mix.items():
-            print(f"{name[:24]:24}{row['available']:10}{row['examples']:10}{row['share']:8.1%}"
-                  f"{row['target_share']:22.1%}")
+    draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * len(train)))
+    pairs = [(e.source, e.targets) for e in train]
+    mixer, mix = data.mix_files(c, c.data, pairs, draws, quiet)
     hashes = {}
     for path in [*c.data, *c.val_data]:
         with open(path, "rb") as file:

@@ -63,6 +63,11 @@ def command(script, *arguments, stdin=""):
     return status, out.getvalue(), err.getvalue()
 
 
+def parsed(path, **options):
+    """The rows of a file."""
+    return [row for _, row in data.read_rows([path], **options)]
+
+
 def jsonl(path, *rows):
     """Write rows as JSON lines and return the path as text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -305,7 +310,7 @@ def test_json_and_json_lines_are_read_with_either_name_gzipped_or_not_with_bom_o
 ):
     content = mark + FILES[name].encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    rows = list(data.read_rows(tmp_path / name))
+    rows = parsed(tmp_path / name)
     assert [(row.messages, row.text) for row in rows] == [([HI, YO], None), ([], "é中")]
     numbers = ["row 1", "row 2"] if "list" in name else ["line 1", "line 4"]
     assert [row.where for row in rows] == [f"{tmp_path / name} {number}" for number in numbers]
@@ -315,7 +320,7 @@ def test_json_and_json_lines_are_read_with_either_name_gzipped_or_not_with_bom_o
 def test_text_file_is_raw_text_a_line_without_empty_lines(name, tmp_path):
     content = "﻿one é\n\n {two}\t\r\n".encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    assert [row.text for row in data.read_rows(tmp_path / name)] == ["one é", " {two}\t"]
+    assert [row.text for row in parsed(tmp_path / name)] == ["one é", " {two}\t"]
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -359,7 +364,7 @@ def test_bad_row_is_refused_with_file_line_what_was_found_and_what_was_expected(
     row, said = BAD_ROWS[name]
     path = jsonl(tmp_path / "a.jsonl", {"text": "good"}, row)
     with pytest.raises(DataError) as error:
-        list(data.read_rows(path))
+        parsed(path)
     message = str(error.value)
     assert message.startswith(f"{path} line 2: expected ") and "\n" not in message
     assert said in message
@@ -402,19 +407,21 @@ def test_bad_file_is_refused_with_its_name_and_what_was_found(name, tmp_path, le
 
 def test_missing_file_and_directory_are_refused_with_their_name(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
-        list(data.read_rows(tmp_path / "nowhere.json"))
+        parsed(tmp_path / "nowhere.json")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(DataError, match=r"folder\.json is not a file"):
-        list(data.read_rows(tmp_path / "folder.json"))
+        parsed(tmp_path / "folder.json")
 
 
-def test_skip_bad_rows_leaves_out_counts_and_lists_them(tmp_path, letters):
+def test_skip_bad_rows_leaves_out_counts_and_lists_them(tmp_path, letters, capsys):
     path = jsonl(tmp_path / "a.jsonl", {"text": "one"}, 5, {"text": 7}, {"text": "two"})
     with open(path, "a", encoding="utf-8") as file:
         file.write("{oops}\n")
-    bad = []
-    assert [row.text for row in data.read_rows(path, bad)] == ["one", "two"]
-    assert [line.split(": ")[0] for line in bad] == [f"{path} line {n}" for n in (2, 3, 5)]
+    rows = parsed(path, skip_bad_rows=True)
+    assert [row and row.text for row in rows] == ["one", None, None, "two", None]
+    lines = capsys.readouterr().out.splitlines()
+    assert [s.split(": ")[0] for s in lines] == [f"dropped {path} line {n}" for n in (2, 3, 5)]
+    assert parsed(path, skip_bad_rows=True, quiet=True) == rows and not capsys.readouterr().out
     examples, counts = data.load_examples([path], letters, skip_bad_rows=True)
     assert len(examples) == 2 and counts["dropped: bad row"] == 3
 
@@ -1187,7 +1194,7 @@ def test_shares_count_examples_and_supervised_tokens_of_each_source():
     ids = np.arange(10, dtype=np.int32)
     examples = [Example(ids, ((1, 4, 1.0),), 0), Example(ids, ((1, 2, 1.0),), 1),
                 Example(ids, ((2, 3, 1.0), (5, 8, 1.0)), 1), Example(ids, (), 1)]
-    assert data.shares(examples, ["a", "b"]) == {
+    assert data.shares([(e.source, e.targets) for e in examples], ["a", "b"]) == {
         "a": {"examples": 1, "share": 0.25, "target_tokens": 3, "target_share": 3 / 8},
         "b": {"examples": 3, "share": 0.75, "target_tokens": 5, "target_share": 5 / 8},
     }
@@ -1418,7 +1425,7 @@ needs_shared = pytest.mark.skipif(
 @pytest.mark.parametrize("name", REAL)
 def test_real_file_is_read_whole_and_has_something_to_supervise_in_every_row(name, model):
     path = SHARED / "data" / name
-    rows = list(data.read_rows(path))
+    rows = parsed(path)
     assert len(rows) == (REAL[name] or len(rows)) > 0
     tokenizer = data.ChatTokenizer(SHARED / "models" / model)
     examples, _ = data.load_examples([str(path)], tokenizer, max_length=512, keep_all=True)
@@ -1434,7 +1441,7 @@ def test_real_conversations_have_the_ids_of_transformers():
     folder = SHARED / "models" / "minimind-tokenizer"
     ours, loaded = data.ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder)
     for name in ("belle_multiturn_sample.jsonl", "alpaca_en_demo.json"):
-        for row in list(data.read_rows(SHARED / "data" / name))[:50]:
+        for row in parsed(SHARED / "data" / name)[:50]:
             assert render(ours, row.messages)[0] == rendered_by(loaded, row.messages, False)
             prompt = row.messages[:-1]
             assert ours.prompt_ids(prompt) == rendered_by(loaded, prompt, True)

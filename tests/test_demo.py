@@ -90,11 +90,11 @@ def test_world_is_a_function_of_its_seed(world, tmp_path):
 
 
 def test_sizes_of_the_sources_differ_tenfold_and_all_files_read(world):
-    sizes = {path.name: sum(1 for _ in data.read_rows(path)) for path in training_files(world)}
+    sizes = {path.name: sum(1 for _ in data.read_rows([path])) for path in training_files(world)}
     assert sizes["practice.jsonl"] > 10 * sizes["instructions.jsonl"]
     assert sizes["instructions.jsonl"] > 10 * sizes["identity.jsonl"]
-    held = [row for row in data.read_rows(world / "pairs_val.jsonl")]
-    asked = {row.messages[0]["content"] for row in data.read_rows(world / "pairs.jsonl")}
+    held = [row for _, row in data.read_rows([world / "pairs_val.jsonl"])]
+    asked = {row.messages[0]["content"] for _, row in data.read_rows([world / "pairs.jsonl"])}
     assert len(held) == 40 and not any(row.messages[0]["content"] in asked for row in held)
 
 

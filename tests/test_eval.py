@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def test_greedy_answers_are_those_of_transformers(name, family, tmp_path):
     rows = read(output)
     assert [(row["row"], row["sample"]) for row in rows] == [(i, 0) for i in range(8)]
     assert [row["reference"] for row in rows[:7]] == REFERENCES
-    for row, source in zip(rows, data.read_rows(path, ask=True), strict=False):
+    sources = data.read_rows([path], parse=partial(data.parse_row, ask=True))
+    for row, (_, source) in zip(rows, sources, strict=False):
         if source.text is None:
             prompt = source.messages
             prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
@@ -223,7 +225,7 @@ def test_sampling_repeats_with_its_seed_and_changes_with_another(letters, tmp_pa
 
 def test_generated_rows_are_training_rows_again(letters, tmp_path):
     rows = sample(letters, tmp_path, "--n", 2, rows=[*ASKED, {"text": "once"}])
-    again = list(data.read_rows(tmp_path / "out.jsonl"))
+    again = [row for _, row in data.read_rows([tmp_path / "out.jsonl"])]
     assert [row.messages for row in again] == [row.get("messages", []) for row in rows]
     assert [row.text for row in again] == [row.get("text") for row in rows]
     examples, _ = data.load_examples([str(tmp_path / "out.jsonl")], letters[2])

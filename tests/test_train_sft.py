@@ -497,6 +497,6 @@ def test_story_learns_alpaca_and_still_loads_everywhere(tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model, tokenizer = modeling.load(tmp_path / "out"), data.ChatTokenizer(tmp_path / "out")
     rows = [data.parse_row("", {"prompt": "hi", "completion": "hello"})]
-    example = data.to_examples(rows, tokenizer, 0, "all", 128, data.Counter())
+    example = data.to_examples(rows, 0, data.Counter(), tokenizer, "all", 128)
     ((_, logp),) = evaluation.example_logprobs(model, example, 128)
     assert torch.isfinite(logp).all()
