@@ -1255,6 +1255,9 @@ def parallel(function, items: Iterable) -> Iterator:
 
 # ----------------------------------------------------------------------------------------- commands
 
+LEAST = {"max_length": 2, "micro_tokens": 1, "batch_size": 1, "clusters": 1, "rows": 0, "cap": 0,
+         "steps": 0, "seed": 0}  # what these flags of the commands must be at least
+
 
 @dataclass
 class Files:
@@ -1262,6 +1265,11 @@ class Files:
 
     files: list[str]  # files of any format, preference pairs included
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            value = getattr(self, name, least)
+            need(value >= least, f"--{name} must be at least {least}, not {value}")
 
 
 @dataclass
@@ -1367,22 +1375,15 @@ def check_output(c) -> None:
     need(not c.output.endswith(".gz"), "--output is written as plain text: leave out .gz")
 
 
-def check_model(c: Modelled) -> None:
-    """Raise DataError unless a model can run over the rows."""
-    need(c.max_length >= 2 and c.micro_tokens > 0,
-         f"--max_length must be at least 2 and --micro_tokens above 0, not {c.max_length} and "
-         f"{c.micro_tokens}")
-
-
 def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
     """Write the values of (value, reason) that have no reason; print what was kept and dropped."""
     counts = Counter()
-    with replacing(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    escape = "backslashreplace"  # a lone surrogate becomes JSON's escape of it
+    with replacing(Path(path)) as temporary, open(temporary, "w", -1, "utf-8", escape) as file:
         for value, reason in rows:
             counts[reason] += 1
             if not reason:
-                line = json.dumps(value, ensure_ascii=False)
-                file.write((line if is_text(line) else json.dumps(value)) + "\n")
+                file.write(json.dumps(value, ensure_ascii=False) + "\n")
     kept = counts.pop("", 0)
     print(f"{path}: kept {kept} of {kept + counts.total()} rows")
     for reason, count in counts.most_common():
@@ -1393,6 +1394,12 @@ def write_kept(c: Modelled, reasons: list[str], change=lambda value: value) -> N
     """Read the files again and write the rows that have no reason, as they were or changed."""
     rows = zip(read_rows(c.files, parse=lambda where, value: None), reasons, strict=True)
     write_rows(c.output, ((None if why else change(value), why) for (value, _), why in rows))
+
+
+def rewrite(c, convert, read=read_values) -> None:
+    """Write what convert(where, value) makes of every row: a list of (new value, reason)."""
+    rows = read_rows(c.files, c.skip_bad_rows, parse=convert, read=read)
+    write_rows(c.output, (pair for _, new in rows for pair in new or [(None, "bad row")]))
 
 
 def said(row: Row, role: str = "") -> list[str]:
@@ -1437,16 +1444,13 @@ def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> 
         examples = [Example(*fit(*plan, c.max_length)) for plan in plans]
         for chunk in micro_batches([len(e.ids) for e in examples], c.micro_tokens)[0]:
             batch = collate([examples[k] for k in chunk], device)
-            size = torch.tensor(batch.lengths, device=device)
-            example = torch.arange(len(chunk), device=device).repeat_interleave(size)  # [T]
             if what == "states":
-                values = model.hidden(batch.ids, batch.lengths)[0].float()  # [T, D]
+                values, sizes = model.hidden(batch.ids, batch.lengths)[0], batch.lengths  # [T, D]
             else:
-                values = -model(batch.ids, batch.lengths, batch.targets)[:, None]  # [N, 1]
-                example = example[batch.targets]  # [N]
-            total = values.new_zeros(len(chunk), values.shape[1]).index_add(0, example, values)
-            mean = total / torch.bincount(example, minlength=len(chunk))[:, None]  # [B, D or 1]
-            out |= zip((some[k][0] for k in chunk), mean.squeeze(1).cpu().numpy(), strict=True)
+                values = -model(batch.ids, batch.lengths, batch.targets)  # [N]
+                sizes = [examples[k].targets for k in chunk]
+            means = torch.stack([part.mean(0) for part in values.float().split(sizes)])
+            out |= zip((some[k][0] for k in chunk), means.cpu().numpy(), strict=True)
     return out
 
 
@@ -1475,16 +1479,14 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
     if row is None:
         return "bad row", 0, None
     answers, text = said(row, "assistant"), "\n".join(said(row))
-    words = words_of(text)
-    chars, tokens = len("\n".join(answers)), c.min_tokens
-    if tokenizer:
-        tokens = len(tokenizer.encode([pieces_of(row, tokenizer)])[0][0])
+    words, chars = words_of(text), len("\n".join(answers))
     score, reference = value.get("score"), value.get("reference")
     failed = {
         "not Chinese": c.language == "zh" and han_share(words) < CHINESE,
         "not English": c.language == "en" and han_share(words) > ENGLISH,
         "length in characters": not c.min_chars <= chars <= c.max_chars,
-        "length in tokens": not c.min_tokens <= tokens <= c.max_tokens,
+        "length in tokens": tokenizer and not c.min_tokens <= len(
+            tokenizer.encode([pieces_of(row, tokenizer)])[0][0]) <= c.max_tokens,
         "LIMA: length": c.lima and not 1200 <= chars <= 4096,
         "LIMA: first person": c.lima and any(map(FIRST_PERSON.search, answers)),
         "LIMA: other answers": c.lima and any(map(OTHER_ANSWERS.search, answers)),
@@ -1518,7 +1520,6 @@ def filter_rows(c: Filter) -> None:
         need(getattr(c, f"min_{name}") <= getattr(c, f"max_{name}"),
              f"--min_{name} is above --max_{name}: no row would pass")
     need(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
-    check_model(c)
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(judge, c, tokenizer), rows))
@@ -1599,18 +1600,17 @@ def select(c: Select) -> None:
     check_output(c)
     need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
     need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
-    need(c.clusters > 0 and c.seed >= 0, "--clusters must be above 0, --seed not negative")
-    check_model(c)
     reasons, tags = [], []
     for value, row in read_rows(c.files, c.skip_bad_rows):
         roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
-        asked = c.method != "ifd" or ("user" in roles and roles[-1] == "assistant")
-        found = value.get("tags") if row and c.method == "tags" else ["any"]
+        answers = "user" in roles and roles[-1] == "assistant"
+        found = value.get("tags") if row and c.method == "tags" else []
         need(isinstance(found, list) and all(map(is_text, found)),
              f"{row and row.where}: expected a list of texts as tags, found {found!r:.40}")
         tags.append(set(found))
-        reasons.append("bad row" if row is None else "" if asked and found else
-                       "no question and answer" if found else "no tags")
+        reasons.append("bad row" if row is None else
+                       "no question and answer" if c.method == "ifd" and not answers else
+                       "no tags" if c.method == "tags" and not found else "")
     rows = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
     n = c.n or max(1, round(c.share * len(rows)))
     need(n <= len(rows), f"--n {n} is more than the {len(rows)} rows there are to choose from")
@@ -1636,37 +1636,38 @@ def select(c: Select) -> None:
 # ----------------------------------------------------------------------------------- exam, identity
 
 
+KEYS = {"q_main": "question", "std_ans": "answer", "answer_detail": "explanation",
+        **{f"option_{letter}": letter for letter in "abcde"}}  # what Wanjuan calls C-Eval's columns
+
+
 def parse_question(where: str, value) -> dict:
-    """A question from the keys q_main, option_a, std_ans, ... or question, A, answer, ..."""
-    row = {k.lower(): v or "" for k, v in value.items()} if isinstance(value, dict) else {}
-
-    def first(*names: str):
-        return next((row[name] for name in names if name in row), "")
-
-    q = {"where": where, "question": first("q_main", "question"),
-         "answer": first("std_ans", "answer"), "why": first("answer_detail", "explanation"),
-         "type": first("q_type") or "单选题"}
-    options = {letter: first(f"option_{letter.lower()}", letter.lower()) for letter in "ABCDE"}
-    q["options"] = {letter: text for letter, text in options.items() if text}
-    good = all(map(is_text, [*list(q.values())[:-1], *options.values()])) and q["question"]
-    need(good and len(q["options"]) > 1 and set(q["answer"]) <= set(q["options"]),
+    """A question with C-Eval's keys or with Wanjuan's; its options, {letter: text}, not empty."""
+    row = value if isinstance(value, dict) else {}
+    row = {KEYS.get(key.lower(), key.lower()): cell or "" for key, cell in row.items()}
+    q = {key: row.get(key, "") for key in ("question", "answer", "explanation", "q_type", *"abcde")}
+    good = all(map(is_text, q.values())) and q["question"]
+    options = {letter: q[letter.lower()] for letter in "ABCDE" if q[letter.lower()]}
+    need(good and len(options) > 1 and set(q["answer"]) <= set(options),
          f"{where}: expected a question, options, an answer among them, found {value!r:.80}")
-    return q
+    return {**q, "where": where, "options": options}
 
 
-def exam_row(q: dict, style: str) -> dict:
+def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
     """A question in one of Steel-LLM's formats (arXiv:2502.06635; its data preparation).
 
     Without an answer, or with an explanation under 10 characters, answer_first in either style.
     """
+    q = parse_question(where, value)
+    why = q["explanation"]
     choice = q["question"] + "\n" + "".join(f"{k}. {text}\n" for k, text in q["options"].items())
     asked = f"以下是一道单选题:\n{choice}请给出答案。\n"
-    answer = f"{q['answer']}。{q['why']}" if q["answer"] else q["why"]
-    if style == "explanation_first" and q["answer"] and len(q["why"]) >= 10:
-        asked = f"以下是一道{q['type']}:\n{choice}请先给出解释再给出答案。\n"
-        answer = re.sub("(?s)故选.*", "", q["why"]) + f"答案为{q['answer']}"
-    return {"messages": [{"role": "user", "content": asked},
-                         {"role": "assistant", "content": answer}]}
+    answer = f"{q['answer']}。{why}" if q["answer"] else why
+    if style == "explanation_first" and q["answer"] and len(why) >= 10:
+        asked = f"以下是一道{q['q_type'] or '单选题'}:\n{choice}请先给出解释再给出答案。\n"
+        answer = re.sub("(?s)故选.*", "", why) + f"答案为{q['answer']}"
+    return [({"messages": [{"role": "user", "content": asked},
+                           {"role": "assistant", "content": answer}]},
+             "" if answer else "no answer")]
 
 
 def exam(c: Exam) -> None:
@@ -1674,16 +1675,8 @@ def exam(c: Exam) -> None:
     check_output(c)
     need(c.from_exam or not any(path.endswith(".csv") for path in c.files),
          "training on the .csv files of an exam contaminates it; --from_exam does so all the same")
-
-    def convert(where: str, value) -> tuple[dict, str]:
-        q = parse_question(where, value)
-        return exam_row(q, c.style), "" if q["answer"] or q["why"] else "no answer"
-
-    def read(path: Path) -> Iterator[tuple]:
-        return (read_csv if path.suffix == ".csv" else read_values)(path)
-
-    rows = read_rows(c.files, c.skip_bad_rows, parse=convert, read=read)
-    write_rows(c.output, (row or (None, "bad row") for _, row in rows))
+    rewrite(c, functools.partial(exam_row, c.style),
+            lambda path: (read_csv if path.suffix == ".csv" else read_values)(path))
 
 
 def identity(c: Identity) -> None:
@@ -1691,17 +1684,16 @@ def identity(c: Identity) -> None:
     check_output(c)
     need(c.name and c.author, "--name and --author are both needed")
 
-    def fill(where: str, value) -> object:
+    def fill(where: str, value) -> list[tuple]:
         parse_row(where, value)
         text = json.dumps(value)
         for key in ("name", "author"):
             text = text.replace("{{" + key + "}}", json.dumps(getattr(c, key))[1:-1])
         left = re.search(r"\{\{[^{}]*\}\}", text)
         need(not left, f"{where}: the placeholder {left and left[0]} is left over")
-        return json.loads(text)
+        return [(json.loads(text), "")]
 
-    rows = read_rows(c.files, c.skip_bad_rows, parse=fill)
-    write_rows(c.output, ((row, "" if row else "bad row") for _, row in rows))
+    rewrite(c, fill)
 
 
 # ------------------------------------------------------------------------------------- data overlap
@@ -1746,14 +1738,13 @@ def overlap(c: Overlap) -> None:
     hits = [hit for row in rows for hit in row]
     if c.output:
         write_rows(c.output, ((hit, "") for hit in hits))
-    kinds = {}
-    for hit in hits:  # in alphabetical order "exact" comes first and "short" last
-        kinds[hit["exam"]] = min(hit["kind"], kinds.get(hit["exam"], "z"))
-    found = Counter((str(Path(where).parent), kind) for where, kind in kinds.items())
-    folders = Counter(str(Path(q["where"]).parent) for q, _, _ in questions)
-    print_table([("exam", "questions", *(names := ("exact", "near", "short"))), *(
-        (folder, count, *(found[folder, kind] for kind in names))
-        for folder, count in folders.items())])
+    hits.sort(key=lambda hit: hit["kind"], reverse=True)  # by alphabet: short, near, exact
+    kinds = {hit["exam"]: hit["kind"] for hit in hits}  # the last of a question stays
+    found = Counter((Path(where).parent, kind) for where, kind in kinds.items())
+    table = [("exam", "questions", "exact", "near", "short")]
+    for folder, count in Counter(Path(q["where"]).parent for q, _, _ in questions).items():
+        table.append((folder, count, *(found[folder, kind] for kind in table[0][2:])))
+    print_table(table)
     bad = sum(kind != "short" for kind in kinds.values())
     found = f"CONTAMINATED: {bad} questions" if bad else "clean"
     print(f"{len(rows)} rows read, {found}; {len(kinds) - bad} short ones stand without options")
@@ -1775,45 +1766,43 @@ def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
 
 
 def row_facts(tokenize, item: tuple) -> tuple:
-    """(hash, answers, sums, [tokens, supervised ones] of examples, counts by reason) of a row.
-
-    Sums of words, Chinese words, repetition of answers, empty answers.
-    """
+    """(hash, [(tokens, supervised ones)] of examples, counts by reason and of facts) of a row."""
     row, counts = item[1], Counter()
     if row is None:
-        return None, 0, 0, [], Counter({"dropped: bad row": 1})
+        return None, [], Counter({"dropped: bad row": 1})
     sizes = [(len(e.ids), e.targets) for e in tokenize([row], 0, counts)]
     words, answers = words_of("\n".join(said(row))), said(row, "assistant")
-    sums = np.array([len(words), len(words) * han_share(words), sum(map(repetition, answers)),
-                     sum(not answer.strip() for answer in answers)])
-    return hash64(repr(row[1:])), len(answers), sums, sizes, counts
+    counts.update(rows=1, answers=len(answers), empty=sum(not a.strip() for a in answers),
+                  words=len(words), han=len(words) * han_share(words),
+                  repeated=sum(map(repetition, answers)))
+    return hash64(repr(row[1:])), sizes, counts
 
 
-def show_facts(turns: Counter, distinct: int, sums: np.ndarray, lengths: np.ndarray, targets: int):
-    """What a person wants to know before training on rows; `turns` counts rows by answers."""
-    rows, answers = turns.total(), max(sum(k * count for k, count in turns.items()), 1)
-    words, han, repeated, empty = sums.tolist()
+def show_facts(counts: Counter, distinct: int, most: int, lengths: np.ndarray, targets: np.ndarray):
+    """What a person wants to know before training on rows, `most` answers in one of them."""
+    rows, answers, empty, words, han, repeated = map(
+        counts.pop, ("rows", "answers", "empty", "words", "han", "repeated"))
     print(f"{rows} rows, {rows - distinct} of them exact duplicates\n"
-          f"{answers / rows:.2f} answers a row, at most {max(turns)}; {empty:.0f} are empty\n"
+          f"{answers / rows:.2f} answers a row, at most {most}; {empty} are empty\n"
           f"Chinese characters: {han / max(words, 1):.1%} of the words\n"
-          f"supervised: {targets / lengths.sum():.1%} of the tokens\n"
-          f"repetition: {repeated / answers:.1%} of an answer's {NGRAM}-grams\n"
+          f"supervised: {targets.sum() / lengths.sum():.1%} of the tokens\n"
+          f"repetition: {repeated / max(answers, 1):.1%} of an answer's {NGRAM}-grams\n"
           "tokens of an example, by percentiles:",
           *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
     for k, count in enumerate(np.bincount(np.log2(lengths).astype(int)).tolist()):
         if count:
             bar = "#" * round(50 * count / len(lengths))
             print(f"{2**k:>8} to {2 ** (k + 1) - 1:<8}{bar} {count}")
+    counts["nothing to supervise"] = int((targets == 0).sum())
+    for reason, count in (+counts).items():
+        print(f"{reason}: {count}")
 
 
 def show(c: Show) -> None:
     """`data.py show`: the first rows whole; of the others a few numbers stay in memory."""
-    need(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
-    need(c.temperature > 0 and c.batch_size > 0 and min(c.cap, c.steps, c.seed) >= 0,
-         "--temperature and --batch_size must be above 0; --cap, --steps and --seed not negative")
+    need(c.temperature > 0, f"--temperature must be above 0, not {c.temperature}")
     need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
-    need(not c.weights or (len(c.weights) == len(c.files) and 0 < min(c.weights) and
-                            max(c.weights) < math.inf),
+    need(len(c.weights) in (0, len(c.files)) and all(0 < w < math.inf for w in c.weights),
          f"--weights needs a number above 0 for each of the {len(c.files)} files")
     with tempfile.TemporaryDirectory() as folder:
         if not c.model:
@@ -1823,33 +1812,29 @@ def show(c: Show) -> None:
     tokenize = functools.partial(to_examples, tokenizer=tokenizer, train_on=c.train_on,
                                  max_length=c.max_length, keep_all=True)
     for path in c.files:
-        for _, row in itertools.islice(read_rows([path], c.skip_bad_rows, quiet=True), c.rows):
-            for e in tokenize([row] if row else [], 0, Counter()):
-                print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
-                print(marked(e, tokenizer, sys.stdout.isatty()))
+        rows = itertools.islice(read_rows([path], c.skip_bad_rows, quiet=True), c.rows)
+        for e in tokenize([row for _, row in rows if row], 0, Counter()):
+            print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
+            print(marked(e, tokenizer, sys.stdout.isatty()))
     print(f"--- template {tokenizer.template.name}; a turn ends with "
           + tokenizer.decode([tokenizer.stop_id]))
-    hashes, turns, sums, examples, counts = set(), Counter(), np.zeros(4), [], Counter()
+    hashes, most, examples, counts = set(), 0, [], Counter()
     for m, path in enumerate(c.files):
         rows = read_rows([path], c.skip_bad_rows)
-        for found in parallel(functools.partial(row_facts, tokenize), rows):
-            hashes.add(found[0])
-            turns[found[1]] += found[0] is not None
-            sums += found[2]
-            examples += [(m, *size) for size in found[3]]
-            counts += found[4]
+        for hashed, sizes, found in parallel(functools.partial(row_facts, tokenize), rows):
+            hashes.add(hashed)
+            most = max(most, found["answers"])
+            examples += [(m, *size) for size in sizes]
+            counts.update(found)
         need(examples and examples[-1][0] == m, f"{path}: no row to train on")
     source, lengths, targets = np.array(examples).T
-    pairs, names = list(zip(source.tolist(), targets.tolist(), strict=True)), source_names(c.files)
+    pairs = [(m, supervised) for m, _, supervised in examples]
     table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
-    for m, (name, row) in enumerate(shares(pairs, names).items()):
+    for m, (name, row) in enumerate(shares(pairs, source_names(c.files)).items()):
         tokens = lengths[source == m]
         table.append((name, *row.values(), round(np.median(tokens)), tokens.max()))
     print_table(table)
-    show_facts(+turns, len(hashes - {None}), sums, lengths, targets.sum())
-    counts["nothing to supervise"] = int((targets == 0).sum())
-    for reason, count in (+counts).items():
-        print(f"{reason}: {count}")
+    show_facts(counts, len(hashes - {None}), most, lengths, targets)
     if c.steps:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
         mix_files(c, c.files, [pair for pair in pairs if pair[1]], c.steps * c.batch_size)
@@ -1889,19 +1874,15 @@ def coh(c: Coh) -> None:
     need(0 <= c.mask_past < 1, f"--mask_past must be in [0, 1), not {c.mask_past}")
     rng = random.Random(c.seed)
 
-    def pair(where: str, value) -> Row:
+    def convert(where: str, value) -> list[tuple]:
         row = parse_row(where, value)
         asked = row.messages[-1]["role"] == "user" if row.messages else True
         need(row.chosen and asked, f"{where}: expected a question, chosen and rejected answers")
-        return row
+        why = why_no_pair(row)
+        found = [None] if why else hindsight(row, c.mask_past, rng)
+        return [({"messages": messages}, why) for messages in found]
 
-    def conversations_of_pairs() -> Iterator[tuple[dict | None, str]]:
-        for _, row in read_rows(c.files, c.skip_bad_rows, parse=pair):
-            why = why_no_pair(row) if row else "bad row"
-            for messages in [None] if why else hindsight(row, c.mask_past, rng):
-                yield {"messages": messages}, why
-
-    write_rows(c.output, conversations_of_pairs())
+    rewrite(c, convert)
 
 
 COMMANDS = {"show": (Show, show, "files"), "filter": (Filter, filter_rows, "files"),
