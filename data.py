@@ -1398,14 +1398,16 @@ def write_kept(c: Modelled, reasons: list[str], change=lambda value: value) -> N
 
 def rewrite(c, convert, read=read_values) -> None:
     """Write what convert(where, value) makes of every row: a list of (new value, reason)."""
+    check_output(c)
     rows = read_rows(c.files, c.skip_bad_rows, parse=convert, read=read)
     write_rows(c.output, (pair for _, new in rows for pair in new or [(None, "bad row")]))
 
 
 def said(row: Row, role: str = "") -> list[str]:
     """What a row, or `role` in it, says; raw text is an answer."""
+    if row.text is not None:
+        return [row.text]
     messages = [*row.messages, *(row.chosen or []), *(row.rejected or [])]
-    messages += [{"role": "assistant", "content": row.text}] * (row.text is not None)
     return [m["content"] for m in messages if role in ("", m["role"])]
 
 
@@ -1415,10 +1417,7 @@ def han_share(words: list[str]) -> float:
 
 
 def pieces_of(row: Row, tokenizer: ChatTokenizer, part: str = "all") -> list[tuple]:
-    """A row as pieces, answers supervised: all, the last, or the last alone, with nothing before.
-
-    A preference pair counts as its better answer.
-    """
+    """A row, of a pair its better half: all answers supervised, the last, or it alone."""
     messages = [*row.messages, *(row.chosen or [])][-1 if part == "alone" else 0 :]
     if row.text is not None:
         return tokenizer.text_pieces(row.text)
@@ -1498,8 +1497,8 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
         and final_answer(answers[-1]) != final_answer(reference),
     }
     reason = next((name for name, bad in failed.items() if bad), "")
-    return reason, hash64(repr(row[1:])), (
-        signature(words or list(text)) if c.duplicates == "near" else None)
+    marks = signature(words or list(text)) if c.duplicates == "near" else None
+    return reason, hash64(repr(row[1:])), marks
 
 
 def without_system(value: dict) -> dict:
@@ -1635,7 +1634,6 @@ def select(c: Select) -> None:
 
 # ----------------------------------------------------------------------------------- exam, identity
 
-
 KEYS = {"q_main": "question", "std_ans": "answer", "answer_detail": "explanation",
         **{f"option_{letter}": letter for letter in "abcde"}}  # what Wanjuan calls C-Eval's columns
 
@@ -1672,7 +1670,6 @@ def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
 
 def exam(c: Exam) -> None:
     """`data.py exam`."""
-    check_output(c)
     need(c.from_exam or not any(path.endswith(".csv") for path in c.files),
          "training on the .csv files of an exam contaminates it; --from_exam does so all the same")
     rewrite(c, functools.partial(exam_row, c.style),
@@ -1681,7 +1678,6 @@ def exam(c: Exam) -> None:
 
 def identity(c: Identity) -> None:
     """`data.py identity`."""
-    check_output(c)
     need(c.name and c.author, "--name and --author are both needed")
 
     def fill(where: str, value) -> list[tuple]:
@@ -1707,7 +1703,8 @@ def find_questions(questions: list[tuple], index: dict, near: float, item: tuple
     "exact": the words of the question stand in the row unbroken. "near": its `coverage` reaches
     `near`. A question under SHORT words whose options are not covered so far is only "short".
     """
-    words, hits = words_of("\n".join(said(item[1]))) if item[1] else [], []
+    row, hits = item[1], []
+    words = words_of("\n".join(said(row))) if row else []
     grams = {gram for n in range(1, NGRAM + 1) for gram in ngrams(words, n).tolist()}
     shared = Counter(k for gram in grams for k in index.get(gram, ()))
     for k, count in shared.items():
@@ -1719,7 +1716,7 @@ def find_questions(questions: list[tuple], index: dict, near: float, item: tuple
         exact = f" {' '.join(text)} " in f" {' '.join(words)} "
         if exact or covered >= near:
             kind = "short" if len(text) < SHORT and others < near else "exact" if exact else "near"
-            hits.append({"kind": kind, "exam": q["where"], "row": item[1].where, "covered": covered,
+            hits.append({"kind": kind, "exam": q["where"], "row": row.where, "covered": covered,
                          "options_covered": others, "question": q["question"]})
     return hits
 
@@ -1789,10 +1786,9 @@ def show_facts(counts: Counter, distinct: int, most: int, lengths: np.ndarray, t
           f"repetition: {repeated / max(answers, 1):.1%} of an answer's {NGRAM}-grams\n"
           "tokens of an example, by percentiles:",
           *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
-    for k, count in enumerate(np.bincount(np.log2(lengths).astype(int)).tolist()):
-        if count:
-            bar = "#" * round(50 * count / len(lengths))
-            print(f"{2**k:>8} to {2 ** (k + 1) - 1:<8}{bar} {count}")
+    for k, count in sorted(Counter(np.log2(lengths).astype(int).tolist()).items()):
+        bar = "#" * round(50 * count / len(lengths))
+        print(f"{2**k:>8} to {2 ** (k + 1) - 1:<8}{bar} {count}")
     counts["nothing to supervise"] = int((targets == 0).sum())
     for reason, count in (+counts).items():
         print(f"{reason}: {count}")
@@ -1811,22 +1807,22 @@ def show(c: Show) -> None:
         tokenizer = ChatTokenizer(c.model or folder, c.template)
     tokenize = functools.partial(to_examples, tokenizer=tokenizer, train_on=c.train_on,
                                  max_length=c.max_length, keep_all=True)
-    for path in c.files:
-        rows = itertools.islice(read_rows([path], c.skip_bad_rows, quiet=True), c.rows)
-        for e in tokenize([row for _, row in rows if row], 0, Counter()):
-            print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
-            print(marked(e, tokenizer, sys.stdout.isatty()))
-    print(f"--- template {tokenizer.template.name}; a turn ends with "
-          + tokenizer.decode([tokenizer.stop_id]))
+    job = functools.partial(row_facts, tokenize)
     hashes, most, examples, counts = set(), 0, [], Counter()
     for m, path in enumerate(c.files):
         rows = read_rows([path], c.skip_bad_rows)
-        for hashed, sizes, found in parallel(functools.partial(row_facts, tokenize), rows):
+        first = list(itertools.islice(rows, c.rows))
+        for e in tokenize([row for _, row in first if row], 0, Counter()):
+            print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
+            print(marked(e, tokenizer, sys.stdout.isatty()))
+        for hashed, sizes, found in parallel(job, itertools.chain(first, rows)):
             hashes.add(hashed)
             most = max(most, found["answers"])
             examples += [(m, *size) for size in sizes]
             counts.update(found)
         need(examples and examples[-1][0] == m, f"{path}: no row to train on")
+    end = tokenizer.decode([tokenizer.stop_id])
+    print(f"--- template {tokenizer.template.name}; a turn ends with {end}")
     source, lengths, targets = np.array(examples).T
     pairs = [(m, supervised) for m, _, supervised in examples]
     table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
@@ -1870,7 +1866,6 @@ def hindsight(row: Row, mask_past: float, rng: random.Random) -> list[list[dict]
 
 def coh(c: Coh) -> None:
     """`data.py coh`."""
-    check_output(c)
     need(0 <= c.mask_past < 1, f"--mask_past must be in [0, 1), not {c.mask_past}")
     rng = random.Random(c.seed)
 
