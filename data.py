@@ -1459,16 +1459,15 @@ CHINESE, ENGLISH = 0.5, 0.05  # at least, at most this share of Chinese characte
 # LIMA (arXiv:2305.11206, section 2.1) names "I", "my", "as mentioned", "stack exchange"
 FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|我(?!们)")
 OTHER_ANSWERS = re.compile(r"(?i)as mentioned|stack ?exchange|other answers|如上所述|其他回答|楼上")
-FINAL_ANSWERS = [re.compile(pattern) for pattern in (
-    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r"####\s*(.+)",
+FINAL_ANSWERS = (r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r"####\s*(.+)",
     r"(?:答案[是为：:]+|[Aa]nswer(?: is|:)+)\s*(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
-    r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)")]
+    r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)")
 
 
 def final_answer(text: str) -> list[str]:
     """Words of the last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all."""
     text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)  # 1,234, **bold**, $formula$
-    found = next((f for pattern in FINAL_ANSWERS if (f := pattern.findall(text))), [text])
+    found = next((f for pattern in FINAL_ANSWERS if (f := re.findall(pattern, text))), [text])
     return words_of(found[-1]) or [found[-1].strip()]
 
 
@@ -1871,7 +1870,7 @@ def coh(c: Coh) -> None:
 
     def convert(where: str, value) -> list[tuple]:
         row = parse_row(where, value)
-        asked = row.messages[-1]["role"] == "user" if row.messages else True
+        asked = not row.messages or row.messages[-1]["role"] == "user"
         need(row.chosen and asked, f"{where}: expected a question, chosen and rejected answers")
         why = why_no_pair(row)
         found = [None] if why else hindsight(row, c.mask_past, rng)
