@@ -1598,17 +1598,21 @@ def select(c: Select) -> None:
     check_output(c)
     need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
     need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
-    reasons, tags = [], []
-    for value, row in read_rows(c.files, c.skip_bad_rows):
-        roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]] if row else []
-        answers = "user" in roles and roles[-1] == "assistant"
-        found = value.get("tags") if row and c.method == "tags" else []
-        need(isinstance(found, list) and all(map(is_text, found)),
-             f"{row and row.where}: expected a list of texts as tags, found {found!r:.40}")
-        tags.append(set(found))
-        reasons.append("bad row" if row is None else
-                       "no question and answer" if c.method == "ifd" and not answers else
-                       "no tags" if c.method == "tags" and not found else "")
+
+    def parse(where: str, value) -> tuple[set, str]:
+        row, tags = parse_row(where, value), value.get("tags") or []
+        roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]]
+        if c.method == "ifd" and ("user" not in roles or roles[-1] != "assistant"):
+            return set(), "no question and answer"
+        if c.method != "tags":
+            return set(), ""
+        need(isinstance(tags, list) and all(map(is_text, tags)),
+             f"{where}: expected a list of texts as tags, found {tags!r:.40}")
+        return set(tags), "" if tags else "no tags"
+
+    found = read_rows(c.files, c.skip_bad_rows, parse=parse)
+    found = [pair or (set(), "bad row") for _, pair in found]  # (tags, why it cannot be chosen)
+    tags, reasons = [tags for tags, _ in found], [reason for _, reason in found]
     rows = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
     n = c.n or max(1, round(c.share * len(rows)))
     need(n <= len(rows), f"--n {n} is more than the {len(rows)} rows there are to choose from")
@@ -1724,6 +1728,9 @@ def overlap(c: Overlap) -> None:
     """`data.py overlap`."""
     paths = sorted(Path(c.exam).rglob("*.csv")) if c.exam else []
     need(paths, f"--exam needs a folder with .csv files, found {c.exam!r}")
+    need(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
+    if c.output:
+        check_output(c)
     questions, index = [], {}
     for q in (parse_question(*row) for path in paths for row in read_csv(path)):
         questions.append((q, words_of(q["question"]), list(map(words_of, q["options"].values()))))

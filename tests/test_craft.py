@@ -401,6 +401,8 @@ def test_tags_must_be_a_list_of_texts(tmp_path):
     status, _, err = command("data.py", "select", path, "--method", "tags", "--n", 1, "--output",
                              tmp_path / "o.jsonl")
     assert status == 2 and "line 2: expected a list of texts as tags" in err
+    kept, out = run("select", [path], "--method", "tags", "--n", 1, "--skip_bad_rows")
+    assert kept == rows[:1] and "dropped 1: bad row" in out
     path = jsonl(tmp_path / "b.jsonl", rows[0], asked("q", "b", tags=[]))
     kept, out = run("select", [path], "--method", "tags", "--n", 1)
     assert kept == rows[:1] and "dropped 1: no tags" in out
@@ -611,6 +613,9 @@ def test_clean_files_are_called_clean(tmp_path):
     assert status == 0 and "clean; 0 short" in out
     status, _, err = command("data.py", "overlap", train, "--exam", tmp_path / "none")
     assert status == 2 and "--exam needs a folder" in err
+    for flags in (["--output", train], ["--near", 2]):  # neither may cost the training data
+        status, _, err = command("data.py", "overlap", train, "--exam", tmp_path / "exam", *flags)
+        assert status == 2 and flags[0] in err and len(read(train)) == 2
 
 
 @pytest.mark.skipif(not (SHARED / "data/cmmlu").exists(), reason="no ../shared")
