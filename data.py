@@ -239,8 +239,8 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
     if "messages" in row or "conversations" in row:
         turns = row.get("messages", row.get("conversations"))
         expect(isinstance(turns, list) and turns, "a list of messages")
-        messages, answer = messages + as_messages(where, turns, "user"), None
-        ask = True  # the answers are among the messages
+        messages += as_messages(where, turns, "user")
+        answer, ask = None, True  # the answers are among the messages
     elif "instruction" in row:
         history = row.get("history") or []
         pairs = isinstance(history, list) and all(isinstance(t, list) for t in history)
@@ -268,8 +268,8 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
         chosen, rejected = (side[shared:] for side in sides)
         asked = any(m["role"] != "system" for m in messages)
         expect(asked or len(chosen) > 1, "a prompt, or two conversations")
-        for answers in (chosen, rejected):
-            expect(answers and answers[-1]["role"] == "assistant", "two answers by the assistant")
+        answered = all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected))
+        expect(answered, "two answers by the assistant")
         return Row(where, messages, chosen=chosen, rejected=rejected)
     expect(answer is not None or ask, "an answer: output, completion, response or target")
     messages += as_messages(where, row[answer], "assistant") if answer else []
@@ -732,9 +732,9 @@ def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: Cha
     goes where it is long, then the end of the answers.
     """
     good, out = [], []
+    wanted = "a label and an answer, or chosen" if labelled else "chosen"
     for row in rows:
         answered = row.label is not None and row.messages[-1]["role"] == "assistant"
-        wanted = "a label and an answer, or chosen" if labelled else "chosen"
         need(row.chosen or (labelled and answered), f"{row.where}: expected {wanted} and rejected "
              "(--loss kto takes labels, train_sft.py rows without preferences)")
         if row.chosen and (why := why_no_pair(row)):
@@ -1086,9 +1086,8 @@ def write_exam(folder: Path, held: dict[str, list], rng: random.Random) -> None:
 def make_demo(folder: Path, seed: int = 0) -> None:
     """Write a small Chinese world: an exam, four training files, preference pairs, a tokenizer.
 
-    No question of the exam stands in a training file: its facts are practised in other words, and
-    options are drawn anew. `reading` is there since a tiny model must first learn to look a word up
-    among the options; the facts follow.
+    No question of the exam stands in a training file: its facts are practised in other words. A
+    tiny model must first learn to look a word up among the options, which `reading` teaches.
     """
     rng, practice, held = random.Random(seed), [], {}
     for handle, ((_, subject, _), _, _) in SUBJECTS.items():
