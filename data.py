@@ -833,7 +833,7 @@ class Mixer:
         self.quotas = np.floor(exact).astype(int)
         missing = self.size - self.quotas.sum()
         self.quotas[np.argsort(self.quotas - exact, kind="stable")[:missing]] += 1
-        self.epoch = functools.lru_cache(maxsize=1)(self.epoch)
+        self.epoch = functools.lru_cache(maxsize=1)(self.epoch)  # steps of an epoch share it
 
     def source(self, m: int, first: int, count: int) -> np.ndarray:
         """Draws first..first+count-1 of source m: [count, 2] of (example, visits before)."""
