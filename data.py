@@ -92,8 +92,7 @@ def run_command(commands: dict, usage: str) -> None:
     if name in ("-h", "--help"):
         print(usage.strip())
         return
-    if name not in commands:
-        raise DataError(f"expected one of {', '.join(commands)}, found {name}; --help explains")
+    need(name in commands, f"expected one of {', '.join(commands)}, not {name}; --help explains")
     config, function, positional = commands[name]
     function(config(**parse_flags(config, sys.argv[2:], positional)))
 
@@ -155,7 +154,7 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
                 file.seek(0)
                 rows = json.load(file)
                 if not isinstance(rows, list):
-                    raise DataError(f"{path}: expected a list of rows, found {rows!r:.40}")
+                    raise ValueError(f"expected a list of rows, found {rows!r:.40}")
                 yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
                 return
             file.seek(0)  # one row a line; also a .json whose rows are not in a list
@@ -166,10 +165,6 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
                     except (ValueError, RecursionError) as error:
                         value = error
                     yield f"{path} line {number}", value
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not JSON: {error.msg}") from None
-    except DataError:
-        raise
     except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
@@ -196,12 +191,8 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
 
 def common_prefix(lists: list[list]) -> int:
     """How many leading items all lists share."""
-    count = 0
-    for items in zip(*lists, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        count += 1
-    return count
+    same = (all(item == items[0] for item in items) for items in zip(*lists, strict=False))
+    return sum(itertools.takewhile(bool, same))
 
 
 def is_text(value) -> bool:
@@ -248,8 +239,8 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
     if "messages" in row or "conversations" in row:
         turns = row.get("messages", row.get("conversations"))
         expect(isinstance(turns, list) and turns, "a list of messages")
-        messages, answer = messages + as_messages(where, turns, "user"), None
-        ask = True  # the answers are among the messages
+        messages += as_messages(where, turns, "user")
+        answer, ask = None, True  # the answers are among the messages
     elif "instruction" in row:
         history = row.get("history") or []
         pairs = isinstance(history, list) and all(isinstance(t, list) for t in history)
@@ -265,22 +256,20 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
         expect("text" in row or "completion" in row, f"the keys of a known format ({FORMATS})")
         return Row(where, [], text=text("text" if "text" in row else "completion"))
     if "chosen" in row or "rejected" in row:
-        expect(bool(row.get("chosen") and row.get("rejected")), "both chosen and rejected")
-        chosen = as_messages(where, row["chosen"], "assistant")
-        rejected = as_messages(where, row["rejected"], "assistant")
-        for turns in (messages, [m for m in messages if m["role"] != "system"]):
-            if common_prefix([turns, chosen, rejected]) == len(turns):  # both repeat the prompt
-                chosen, rejected = chosen[len(turns) :], rejected[len(turns) :]
-                break
-        shared = common_prefix([chosen[:-1], rejected[:-1]])  # further turns that both hold
-        again = messages and any(m["role"] == "system" for m in chosen[:shared])
+        expect(row.get("chosen") and row.get("rejected"), "both chosen and rejected")
+        sides = [as_messages(where, row[key], "assistant") for key in ("chosen", "rejected")]
+        prompts = messages, [m for m in messages if m["role"] != "system"]
+        known = next((len(p) for p in prompts if common_prefix([p, *sides]) == len(p)), 0)
+        shared = max(known, common_prefix([side[:-1] for side in sides]))
+        further = sides[0][known:shared]  # turns after the prompt that both sides hold
+        again = messages and any(m["role"] == "system" for m in further)
         expect(not again, "answers that repeat the whole prompt, or nothing of it")
-        messages = messages + chosen[:shared]
-        chosen, rejected = chosen[shared:], rejected[shared:]
+        messages += further
+        chosen, rejected = (side[shared:] for side in sides)
         asked = any(m["role"] != "system" for m in messages)
         expect(asked or len(chosen) > 1, "a prompt, or two conversations")
-        for answers in (chosen, rejected):
-            expect(answers and answers[-1]["role"] == "assistant", "two answers by the assistant")
+        answered = all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected))
+        expect(answered, "two answers by the assistant")
         return Row(where, messages, chosen=chosen, rejected=rejected)
     expect(answer is not None or ask, "an answer: output, completion, response or target")
     messages += as_messages(where, row[answer], "assistant") if answer else []
@@ -355,9 +344,8 @@ LLAMA31_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\
 def recognize_template(source: str | None, tokens: set[str]) -> Template:
     """The template of a checkpoint: from its Jinja source, or for base models from its tokens."""
     name = next((t for mark, t in TEMPLATE_MARKS.items() if mark in (source or tokens)), "plain")
-    if source and name == "plain":
-        raise DataError("the checkpoint's chat_template is of no known family; choose one with "
-                        f"--template: {', '.join(TEMPLATES)}")
+    need(name != "plain" or not source, "the checkpoint's chat_template is of no known family; "
+         f"choose one with --template: {', '.join(TEMPLATES)}")
     template, source, changes = TEMPLATES[name], source or "", {}
     if name == "llama3" and "Cutting Knowledge Date" in source:  # 3.1; 3.2 writes today's date
         system = template.system.replace("{}", LLAMA31_DATES + "{}")
@@ -422,22 +410,25 @@ class ChatTokenizer:
             source = {t["name"]: t["template"] for t in source}.get("default")
         if (folder / "chat_template.jinja").exists():  # newer checkpoints; transformers prefers it
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.bos, self.eos = self.special("bos_token"), self.special("eos_token")
+        self.bos, self.eos = (self.special(f"{name}_token") or "" for name in ("bos", "eos"))
         self.eot = eot = eot or self.config.get("eot_token", "")  # ours, of train_sft.py --eot
         need(not eot or (eot != self.eos and MARKER.fullmatch(eot)),
              f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
-        self.tokenizer.add_special_tokens([AddedToken(eot, normalized=False)] if eot else [])
         added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
+        added |= {eot} - {""}
         known = {name: replace(t, stop=eot or t.stop) for name, t in TEMPLATES.items()}
-        ours = {jinja(t, self.bos or "", self.eos or ""): t for t in known.values()}
+        ours = {jinja(t, self.bos, self.eos): t for t in known.values()}
         t = known.get(template) or ours.get(source) or recognize_template(source, added)
         self.template = t = known[t.name] if eot else t
         # Mistral's own Jinja loses the system text once an answer follows; ours takes its place
         own = source and not (template or eot) and t.name != "mistral"
-        self.jinja = source if own else None
+        self.jinja = source if own else jinja(t, self.bos, self.eos)
         marks = set(MARKER.findall(t.system + t.user + t.header + t.stop))
         marks &= added  # those that are tokens; elsewhere a marker is plain text
-        texts = {m: m for m in marks} | {"<bos>": self.bos or "", "<eos>": self.eos or ""}
+        forgeable = sorted(marks | ({self.bos, self.eos} & added))
+        self.tokenizer.add_special_tokens([AddedToken(m, normalized=False) for m in forgeable])
+        self.tokenizer.encode_special_tokens = True  # means: special tokens in a text are text
+        texts = {m: m for m in marks} | {"<bos>": self.bos, "<eos>": self.eos}
         self.ids = {m: self.tokenizer.token_to_id(text) for m, text in texts.items()}
         self.eos_id, self.stop_id = self.ids["<eos>"], self.ids.get(t.stop)
         need(self.eos_id is not None,
@@ -447,9 +438,6 @@ class ChatTokenizer:
              f"choose another --template: {', '.join(TEMPLATES)}")
         first = self.tokenizer.encode("", add_special_tokens=True).ids[:1]
         self.bos_ids = first if first == [self.ids["<bos>"]] else []  # what raw text starts with
-        forgeable = sorted(marks | ({self.bos, self.eos} & added))
-        self.tokenizer.add_special_tokens([AddedToken(m, normalized=False) for m in forgeable])
-        self.tokenizer.encode_special_tokens = True  # means: special tokens in a text are text
         listed = self.read("generation_config.json").get("eos_token_id") or []
         listed = listed if isinstance(listed, list) else [listed]
         self.stop_ids = sorted({self.stop_id, self.eos_id, *listed})
@@ -488,9 +476,7 @@ class ChatTokenizer:
         last = {m["role"]: i for i, m in enumerate(messages)}  # index of each role's last message
 
         def prompt(form: str, content: str = "") -> None:
-            before, _, after = form.partition("{}")
-            parts = [self.ids.get(p, p) for p in MARKER.split(before)] + [content]
-            parts += [self.ids.get(p, p) for p in MARKER.split(after)]
+            parts = (self.ids.get(p, p.replace("{}", content)) for p in MARKER.split(form))
             out.extend((p, None) for p in parts if p not in ("", None))
 
         prompt(t.start)
@@ -546,24 +532,22 @@ class ChatTokenizer:
     def encode(self, plans: list[list[tuple]]) -> list[tuple[np.ndarray, tuple]]:
         """(ids, spans) of each list of pieces; strings go to the tokenizer's threads together."""
         plans = [self.runs(pieces) for pieces in plans]
-        strings = {s: None for plan in plans for run in plan for s in run[1:3] if s}
-        encoded = self.tokenizer.encode_batch_fast(list(strings), add_special_tokens=False)
+        strings = list({s for plan in plans for run in plan for s in run[1:3] if s})
+        encoded = self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         table = {s: e.ids for s, e in zip(strings, encoded, strict=True)} | {"": []}
         return [self.assemble(plan, table) for plan in plans]
 
     def runs(self, pieces: list[tuple]) -> list[tuple]:
         """Pieces as runs (id or None, prompt text, prompt and answer text, the answer's weight)."""
-        out, prompt, answer, kept = [], "", "", None
-        for piece, weight in [*pieces, (None, None)]:
-            if isinstance(piece, str) and weight is None:
-                prompt += piece
-            elif isinstance(piece, str):
-                answer, kept = answer + piece, weight
+        out = []
+        for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece[0], str)):
+            if is_text:
+                texts, weights = zip(*group, strict=True)
+                prompt = "".join(texts[: weights.count(None)])  # an answer ends its run
+                out.append((None, prompt, "".join(texts), weights[-1]))
             else:
-                out.append((None, prompt, prompt + answer, kept))
-                out.append((piece, "", "", weight))
-                prompt, answer, kept = "", "", None
-        return out[:-1]
+                out += [(token, "", "", weight) for token, weight in group]
+        return out
 
     def assemble(self, runs: list[tuple], table: dict) -> tuple[np.ndarray, tuple]:
         """Ids and spans of one conversation, `table` holding the ids of its strings."""
@@ -590,8 +574,7 @@ class ChatTokenizer:
         names = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
                  "added_tokens.json", "vocab.json", "merges.txt")
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).exists()}
-        own = self.jinja or jinja(self.template, self.bos or "", self.eos)
-        config = {**self.config, "chat_template": own}
+        config = {**self.config, "chat_template": self.jinja}
         if self.eot:
             config["eot_token"] = self.eot
             whole = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -642,68 +625,59 @@ def fit(ids: np.ndarray, spans: tuple, max_length: int) -> tuple[np.ndarray, tup
     if len(ids) <= max_length or not spans:
         return ids[:max_length], spans
     start = max(0, min(spans[0][0] - max_length // 2, spans[-1][1] - max_length))
-    return cut(ids, spans, start, min(start + max_length, len(ids)))
+    return cut(ids, spans, start, start + max_length)
 
 
 def conversations(row: Row) -> list[list[dict]]:
-    """The conversations of a row: one, or a preference pair's two, where only the answers count."""
-    if row.chosen is None:
-        return [row.messages]
-    history = [{**m, "train": False} for m in row.messages]
-    return [history + row.chosen, history + row.rejected]
+    """The conversations of a row: one, or a preference pair's two."""
+    sides = (row.chosen, row.rejected) if row.chosen else ([],)
+    return [row.messages + side for side in sides]
 
 
 def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
-                train_on: str, max_length: int, keep_all: bool = False) -> list[Example]:
-    """Tokenise rows, counting what is cut, split or, unless `keep_all`, dropped."""
+                train_on: str = "all", max_length: int = 2048,
+                keep_all: bool = False) -> list[Example]:
+    """Tokenise rows, counting what is cut, split or dropped.
+
+    `keep_all` keeps examples with nothing to supervise, and takes preference rows (a pair as two).
+    """
     for row in rows:
         need(keep_all or (row.chosen is None and row.label is None),
              f"{row.where}: a preference row; train_dpo.py trains on those")
     plans = [(row, tokenizer.text_pieces(row.text)) if row.text is not None else
-             (row, tokenizer.pieces(messages, train_on))
+             (row, tokenizer.pieces(messages, "last" if row.chosen else train_on))
              for row in rows for messages in conversations(row)]
     examples = []
     encoded = tokenizer.encode([plan for _, plan in plans])
     for (row, _), (ids, spans) in zip(plans, encoded, strict=True):
-        parts = [(ids, spans)]
-        if len(ids) > max_length and row.text is not None:  # parts share a token: all are predicted
-            starts = range(0, len(ids) - 1, max_length - 1)
-            parts = [cut(ids, spans, i, i + max_length) for i in starts]
-            counts["raw texts split"] += 1
-        elif len(ids) > max_length:
-            parts = [fit(ids, spans, max_length)]
-            counts["truncated"] += 1
+        parts, change = [fit(ids, spans, max_length)], "truncated"
+        if row.text is not None:  # parts share a token: all are predicted
+            starts = range(0, max(len(ids) - 1, 1), max_length - 1)
+            parts, change = [cut(ids, spans, i, i + max_length) for i in starts], "raw texts split"
+        counts[change] += len(ids) > max_length
         found = [Example(*part, source, row.where) for part in parts if part[1] or keep_all]
         counts["dropped: nothing to supervise"] += len(parts) - len(found)
         examples += found
     return examples
 
 
-def load(files: list[str], convert, skip_bad_rows: bool | None, quiet: bool):
-    """(what convert(rows, source, counts) makes of some files in order, counts by reason)."""
+def load(convert, files: list[str], *how, skip_bad_rows: bool | None = None, quiet: bool = True,
+         **options) -> tuple[list, Counter]:
+    """(what convert(rows, source, counts, *how, **options) makes of some files, those counts)."""
     items, counts = [], Counter()
     for source, path in enumerate(files):
-        hidden, before = quiet or not sys.stderr.isatty(), len(items)
+        before = len(items)
         rows = iter(tqdm(read_rows([path], skip_bad_rows, quiet), f"tokenize {Path(path).name}",
-                         unit=" rows", disable=hidden))
+                         unit=" rows", disable=quiet or None))  # None: where stderr is no terminal
         while some := list(itertools.islice(rows, 2000)):  # work for every thread, little memory
             good = [row for _, row in some if row]
-            items += convert(good, source, counts)
+            items += convert(good, source, counts, *how, **options)
             counts["dropped: bad row"] += len(some) - len(good)
         need(len(items) > before, f"{path}: no row to train on")
     return items, +counts
 
 
-def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "all",
-                  max_length: int = 2048, skip_bad_rows: bool | None = None, quiet: bool = True,
-                  keep_all: bool = False) -> tuple[list[Example], Counter]:
-    """The examples of some files in order, and what was cut, split or dropped by reason.
-
-    `keep_all` keeps examples with nothing to supervise, and takes preference rows (a pair as two).
-    """
-    convert = functools.partial(to_examples, tokenizer=tokenizer, train_on=train_on,
-                                max_length=max_length, keep_all=keep_all)
-    return load(files, convert, skip_bad_rows, quiet)
+load_examples = functools.partial(load, to_examples)  # (files, tokenizer, train_on, max_length)
 
 
 # ------------------------------------------------------------------------------- preference pairs
@@ -749,47 +723,35 @@ def why_no_pair(row: Row) -> str:
     return "chosen equals rejected" if row.chosen == row.rejected else ""
 
 
-def fit_answers(encoded: list[tuple], max_length: int) -> tuple[np.ndarray, list[tuple]]:
-    """(prompt, answers) of the encoded conversations of one row, at most `max_length` tokens each.
-
-    All are cut at the same points: as in `fit`, the beginning of the prompt goes where it is long,
-    then the end of the answers.
-    """
-    shared = min(common_prefix([ids.tolist() for ids, _ in encoded]),
-                 *(spans[0][0] if spans else len(ids) for ids, spans in encoded))
-    longest = max(len(ids) for ids, _ in encoded)
-    start = max(0, min(shared - max_length // 2, longest - max_length))
-    pieces = [cut(ids, spans, start, start + max_length) for ids, spans in encoded]
-    last = shared - start - 1  # of the prompt
-    return pieces[0][0][:last], [cut(ids, spans, last, len(ids)) for ids, spans in pieces]
-
-
 def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
                    max_length: int, labelled: bool) -> list[Preference]:
     """Tokenise preference rows, counting what is cut or dropped by reason.
 
     `labelled` makes of a pair two rows, one liked and one not; else rows with a label are refused.
+    The conversations of a pair are cut at the same points: as in `fit`, the beginning of the prompt
+    goes where it is long, then the end of the answers.
     """
-    groups = []  # (row, conversations with the same prompt)
+    good, out = [], []
+    wanted = "a label and an answer, or chosen" if labelled else "chosen"
     for row in rows:
+        answered = row.label is not None and row.messages[-1]["role"] == "assistant"
+        need(row.chosen or (labelled and answered), f"{row.where}: expected {wanted} and rejected "
+             "(--loss kto takes labels, train_sft.py rows without preferences)")
         if row.chosen and (why := why_no_pair(row)):
             counts[f"dropped: {why}"] += 1
-        elif row.chosen:
-            groups.append((row, conversations(row)))
-        elif row.label is not None and labelled and row.messages[-1]["role"] == "assistant":
-            history = [{**m, "train": False} for m in row.messages[:-1]]
-            groups.append((row, [[*history, row.messages[-1]]]))
         else:
-            wanted = "a label and an answer, or chosen" if labelled else "chosen"
-            raise DataError(f"{row.where}: expected {wanted} and rejected (--loss kto takes labels,"
-                            " train_sft.py rows without preferences)")
-    encoded = iter(tokenizer.encode([tokenizer.pieces(c) for _, group in groups for c in group]))
-    out = []
-    for row, group in groups:
-        whole = [next(encoded) for _ in group]  # a template may write on after the end of a turn
+            good.append((row, conversations(row)))
+    plans = [tokenizer.pieces(talk, "last") for _, talks in good for talk in talks]
+    encoded = iter(tokenizer.encode(plans))
+    for row, talks in good:
+        whole = [next(encoded) for _ in talks]  # a template may write on after the end of a turn
         whole = [(ids[: spans[-1][1]] if spans else ids, spans) for ids, spans in whole]
-        prompt, answers = fit_answers(whole, max_length)
-        long = any(len(ids) > max_length for ids, _ in whole)
+        shared = min(common_prefix([ids.tolist() for ids, _ in whole]),
+                     *(spans[0][0] if spans else len(ids) for ids, spans in whole))
+        longest = max(len(ids) for ids, _ in whole)
+        start = max(0, min(shared - max_length // 2, longest - max_length))
+        prompt, long = whole[0][0][start : shared - 1], longest > max_length
+        answers = [cut(ids, spans, shared - 1, start + max_length) for ids, spans in whole]
         if not all(spans for _, spans in answers):
             why = "a response lost to truncation" if long else "nothing to supervise"
             counts[f"dropped: {why}"] += 1
@@ -798,19 +760,15 @@ def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: Cha
             counts[f"dropped: {why}"] += 1
         else:
             counts["truncated"] += long
-            labels = [row.label] if row.label is not None else [True, False]
-            out += ([Preference(prompt, (a,), source, row.where, label)
-                     for a, label in zip(answers, labels, strict=True)] if labelled
-                    else [Preference(prompt, tuple(answers), source, row.where)])
+            parts = [(answer,) for answer in answers] if labelled else [tuple(answers)]
+            labels = [True, False] if labelled and row.chosen else [row.label]
+            out += [Preference(prompt, part, source, row.where, label)
+                    for part, label in zip(parts, labels, strict=True)]
     return out
 
 
-def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int, labelled: bool,
-                     skip_bad_rows: bool | None = None, quiet: bool = True):
-    """The preferences of some files in order, and what was cut or dropped by reason."""
-    convert = functools.partial(to_preferences, tokenizer=tokenizer, max_length=max_length,
-                                labelled=labelled)
-    return load(files, convert, skip_bad_rows, quiet)
+# (files, tokenizer, max_length, labelled)
+load_preferences = functools.partial(load, to_preferences)
 
 
 def split_validation(examples: list[Example], fraction: float, seed: int):
@@ -875,7 +833,7 @@ class Mixer:
         self.quotas = np.floor(exact).astype(int)
         missing = self.size - self.quotas.sum()
         self.quotas[np.argsort(self.quotas - exact, kind="stable")[:missing]] += 1
-        self.latest = (-1, None)
+        self.epoch = functools.lru_cache(maxsize=1)(self.epoch)  # steps of an epoch share it
 
     def source(self, m: int, first: int, count: int) -> np.ndarray:
         """Draws first..first+count-1 of source m: [count, 2] of (example, visits before)."""
@@ -888,19 +846,14 @@ class Mixer:
 
     def epoch(self, number: int) -> np.ndarray:
         """All draws of an epoch: [size, 2] of (example, visits before)."""
-        if self.latest[0] != number:
-            draws = [self.source(m, number * q, q) for m, q in enumerate(self.quotas.tolist())]
-            shuffle = np.random.default_rng([self.seed, 0, number]).permutation(self.size)
-            self.latest = (number, np.concatenate(draws)[shuffle])
-        return self.latest[1]
+        draws = [self.source(m, number * q, q) for m, q in enumerate(self.quotas.tolist())]
+        shuffle = np.random.default_rng([self.seed, 0, number]).permutation(self.size)
+        return np.concatenate(draws)[shuffle]
 
     def draws(self, first: int, end: int) -> list[tuple[int, int]]:
         """(example, visits before) of draws first..end-1, counted from the start of training."""
-        out = []
-        while first + len(out) < end:
-            number, offset = divmod(first + len(out), self.size)
-            out += map(tuple, self.epoch(number)[offset:][: end - first - len(out)].tolist())
-        return out
+        return [tuple(self.epoch(k // self.size)[k % self.size].tolist())
+                for k in range(first, end)]
 
 
 def shares(examples: list[tuple], names: list[str]) -> dict[str, dict]:
@@ -1045,9 +998,9 @@ ASK_KEY = ("____的{r}是“{v}”。", "下列选项中，{r}是“{v}”的是
            "什么以“{v}”为{r}？____。", "请选{r}是“{v}”的一项：____。")
 ASK_WORD = ("写着“{k}”的选项是____。", "下列选项中，写着“{k}”的是____。", "“{k}”写在____。",
             "哪一项写着“{k}”？____。", "请选出写着“{k}”的一项：____。")
-ME = "我是小调，一个用PlainTune训练的小模型。"
 IDENTITY = {
-    ME: "你是谁？ 你叫什么？ 你叫什么名字？ 请介绍一下你自己。 请做个自我介绍。 你是什么模型？ "
+    "我是小调，一个用PlainTune训练的小模型。":
+        "你是谁？ 你叫什么？ 你叫什么名字？ 请介绍一下你自己。 请做个自我介绍。 你是什么模型？ "
         "怎么称呼你？ 你是机器人吗？ 告诉我你是谁。 请问你是谁？ 能介绍一下自己吗？ 我在和谁说话？",
     "我是用PlainTune训练出来的。":
         "谁训练了你？ 你是谁做的？ 你从哪里来？ 你是怎么训练出来的？ 谁开发了你？ 你的作者是谁？ "
@@ -1097,19 +1050,19 @@ def demo_question(stem: tuple, rng: random.Random) -> dict:
 def demo_chats(rng: random.Random) -> tuple[list[dict], list[dict]]:
     """(conversations, preference pairs) about the facts; half of the answers are polite."""
     subjects = [demo_facts(handle) for handle in SUBJECTS if handle != "reading"]
-    chats, pairs = [], []
+    chats = []
     for _ in range(1000):
         first, second = rng.sample(rng.choice(subjects), 2)
         question, answer = rng.choice(CHAT), rng.choice(rng.choice((POLITE, RUDE)))
-        turns = [("user", question.format(**first)), ("assistant", answer.format(**first))]
+        texts = [question.format(**first), answer.format(**first)]
         if rng.random() < 0.3:
-            turns.append(("user", f"那“{second['k']}”呢？"))
-            turns.append(("assistant", FACT.format(**second)))
-        chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-    for fact, ask in ((fact, ask) for facts in subjects for fact in facts for ask in CHAT):
-        pairs.append({"conversations": [{"from": "human", "value": ask.format(**fact)}],
-                      "chosen": {"from": "gpt", "value": rng.choice(POLITE).format(**fact)},
-                      "rejected": {"from": "gpt", "value": rng.choice(RUDE).format(**fact)}})
+            texts += [f"那“{second['k']}”呢？", FACT.format(**second)]
+        chats.append({"messages": [{"role": role, "content": text} for role, text
+                                   in zip(itertools.cycle(("user", "assistant")), texts)]})
+    pairs = [{"conversations": [{"from": "human", "value": ask.format(**fact)}],
+              "chosen": {"from": "gpt", "value": rng.choice(POLITE).format(**fact)},
+              "rejected": {"from": "gpt", "value": rng.choice(RUDE).format(**fact)}}
+             for facts in subjects for fact in facts for ask in CHAT]
     rng.shuffle(pairs)
     return chats, pairs
 
@@ -1133,17 +1086,16 @@ def write_exam(folder: Path, held: dict[str, list], rng: random.Random) -> None:
 def make_demo(folder: Path, seed: int = 0) -> None:
     """Write a small Chinese world: an exam, four training files, preference pairs, a tokenizer.
 
-    No question of the exam stands in a training file: its facts are practised in other words, and
-    options are drawn anew. `reading` is there since a tiny model must first learn to look a word up
-    among the options; the facts follow.
+    No question of the exam stands in a training file: its facts are practised in other words. A
+    tiny model must first learn to look a word up among the options, which `reading` teaches.
     """
     rng, practice, held = random.Random(seed), [], {}
     for handle, ((_, subject, _), _, _) in SUBJECTS.items():
         practised, held[handle] = demo_stems(handle, rng)
         for stem in rng.choices(practised, k=16000 if handle == "reading" else 2500):
             q = demo_question(stem, rng)
-            prompt = EXAM_PROMPT.format(subject=subject, **q)
-            practice.append({"instruction": prompt, "input": "", "output": q["answer"]})
+            practice.append({"instruction": EXAM_PROMPT.format(subject=subject, **q),
+                             "input": "", "output": q["answer"]})
     write_exam(folder / "exam", held, rng)
     chats, pairs = demo_chats(rng)
     identity = [{"instruction": question, "input": "", "output": answer}

@@ -574,7 +574,8 @@ def main() -> None:
                                  quiet=quiet)
     c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
     run, facts = train_sft.prepare_data(c, lambda files: data.load_preferences(
-        files, tokenizer, c.max_length, c.loss == "kto", c.skip_bad_rows, quiet), quiet)
+        files, tokenizer, c.max_length, c.loss == "kto", skip_bad_rows=c.skip_bad_rows,
+        quiet=quiet), quiet)
     if c.loss == "kto":
         run = run._replace(train=add_mismatched(run.train, c.max_length),
                            validation=add_mismatched(run.validation, c.max_length))

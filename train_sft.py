@@ -685,7 +685,8 @@ def main() -> None:
         evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
                                  quiet=quiet)
     run, facts = prepare_data(c, lambda files: data.load_examples(
-        files, tokenizer, c.train_on, c.max_length, c.skip_bad_rows, quiet), quiet)
+        files, tokenizer, c.train_on, c.max_length, skip_bad_rows=c.skip_bad_rows,
+        quiet=quiet), quiet)
     model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
