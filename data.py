@@ -438,9 +438,13 @@ class ChatTokenizer:
              f"choose another --template: {', '.join(TEMPLATES)}")
         first = self.tokenizer.encode("", add_special_tokens=True).ids[:1]
         self.bos_ids = first if first == [self.ids["<bos>"]] else []  # what raw text starts with
-        listed = self.read("generation_config.json").get("eos_token_id") or []
+        listed = self.read("generation_config.json").get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
-        self.stop_ids = sorted({self.stop_id, self.eos_id, *listed})
+        self.stop_ids = sorted({self.stop_id, self.eos_id, *listed} - {None})
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self.tokenizer.encode_special_tokens = True  # a pickled Tokenizer forgets it
 
     def read(self, name: str) -> dict:
         """A JSON file of the checkpoint, empty if there is none."""
@@ -540,8 +544,8 @@ class ChatTokenizer:
     def runs(self, pieces: list[tuple]) -> list[tuple]:
         """Pieces as runs (id or None, prompt text, prompt and answer text, the answer's weight)."""
         out = []
-        for is_text, group in itertools.groupby(pieces, lambda piece: isinstance(piece[0], str)):
-            if is_text:
+        for strings, group in itertools.groupby(pieces, lambda piece: isinstance(piece[0], str)):
+            if strings:
                 texts, weights = zip(*group, strict=True)
                 prompt = "".join(texts[: weights.count(None)])  # an answer ends its run
                 out.append((None, prompt, "".join(texts), weights[-1]))
@@ -866,6 +870,15 @@ def shares(examples: list[tuple], names: list[str]) -> dict[str, dict]:
     return {name: {"examples": rows[m], "share": rows[m] / all_rows,
                    "target_tokens": targets[m], "target_share": targets[m] / all_targets}
             for m, name in enumerate(names)}
+
+
+def check_mix(c, files: list[str]) -> None:
+    """Raise DataError for flags of a mix that make no sense."""
+    need(0 < c.temperature < math.inf, f"--temperature must be above 0, not {c.temperature}")
+    need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
+    need(len(c.weights) in (0, len(files)) and all(0 < w < math.inf for w in c.weights),
+         f"--weights needs a number above 0 for each of the {len(files)} files")
+    need(not c.cap or c.mix == "temperature", "--cap goes with --mix temperature")
 
 
 def mix_files(c, files: list[str], examples: list[tuple], draws: int, quiet: bool = False):
@@ -1754,10 +1767,7 @@ def show_facts(counts: Counter, distinct: int, most: int, lengths: np.ndarray, t
 
 def show(c: Show) -> None:
     """`data.py show`: the first rows whole; of the others a few numbers stay in memory."""
-    need(c.temperature > 0, f"--temperature must be above 0, not {c.temperature}")
-    need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
-    need(len(c.weights) in (0, len(c.files)) and all(0 < w < math.inf for w in c.weights),
-         f"--weights needs a number above 0 for each of the {len(c.files)} files")
+    check_mix(c, c.files)
     with tempfile.TemporaryDirectory() as folder:
         if not c.model:
             make_tokenizer(Path(folder), [], 0)

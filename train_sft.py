@@ -154,7 +154,7 @@ def check_config(c) -> None:
     """Raise DataError for values and combinations that make no sense."""
     need(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
     need(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
-    for name in ("batch_size", "micro_tokens", "log_every", "temperature", "epochs"):
+    for name in ("batch_size", "micro_tokens", "log_every", "epochs"):
         need(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
     for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
                  "exam_every", "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
@@ -167,10 +167,7 @@ def check_config(c) -> None:
     need(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
          f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
     need(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
-    need((c.mix == "weights") == bool(c.weights), "--mix weights and --weights go together")
-    need(not c.weights or (len(c.weights) == len(c.data) and min(c.weights) > 0),
-         f"--weights needs a number above 0 for each of the {len(c.data)} files")
-    need(not c.cap or c.mix == "temperature", "--cap goes with --mix temperature")
+    data.check_mix(c, c.data)
     need(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
 
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import pty
 import random
 import runpy
@@ -620,6 +621,9 @@ def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint
     ended = render(tokenizer, [HI, YO])[1][-1][1] - 1
     expected = stops | {tokenizer.eos_id, render(tokenizer, [HI, YO])[0][ended]}
     assert tokenizer.stop_ids == sorted(expected)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    own = {0, tokenizer.stop_id, tokenizer.eos_id}
+    assert data.ChatTokenizer(tmp_path).stop_ids == sorted(own)
 
 
 # ------------------------------------------------------------------------------- what is supervised
@@ -690,6 +694,7 @@ def test_content_cannot_forge_a_turn_or_its_end_even_where_no_added_token_is_mar
             token["special"] = False
         path.write_text(json.dumps(settings), encoding="utf-8")
     tokenizer = data.ChatTokenizer(tmp_path)
+    tokenizer = pickle.loads(pickle.dumps(tokenizer))  # as the processes of `parallel` get it
     control = control_ids(tokenizer, name)
     shown = tokenizer.decode(render(tokenizer, [HI, YO, HI, YO])[0])
     evil = "a " + "".join(TOKENIZERS[name]["tokens"]) + shown + " b"
