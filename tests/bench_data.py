@@ -53,11 +53,11 @@ def make_rows(path: Path, count: int, seed: int = 0) -> int:
     return planted
 
 
-def measure(*arguments) -> None:
-    """Run a command of data.py and print what it took."""
+def measure(folder: Path, last: int, *arguments) -> None:
+    """Run a command of data.py in a folder; print what it took and the last lines it printed."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen([sys.executable, ROOT / "data.py", *map(str, arguments)],
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, text=True, cwd=folder)
     peak = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status")
@@ -68,7 +68,7 @@ def measure(*arguments) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall
     print(f"{arguments[0]:10}{wall:8.1f} s{cores:8.2f} cores{peak / 2**20:8.2f} GiB   "
-          + " | ".join(line.strip() for line in process.stdout.read().splitlines()[-3:]),
+          + " | ".join(line.strip() for line in process.stdout.read().splitlines()[-last:]),
           flush=True)
 
 
@@ -81,15 +81,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        path, out = folder / "rows.jsonl", folder / "out.jsonl"
-        planted = make_rows(path, rows)
-        print(f"{rows} rows, {path.stat().st_size / 2**20:.0f} MiB, {planted} planted duplicates")
+        planted = make_rows(folder / "rows.jsonl", rows)
+        size = (folder / "rows.jsonl").stat().st_size / 2**20
+        print(f"{rows} rows, {size:.0f} MiB, {planted} planted duplicates")
         data.make_demo(folder / "demo")
-        measure("filter", path, "--output", out, "--language", "zh")
-        measure("filter", path, "--output", out, "--duplicates", "near")
-        measure("select", path, "--output", out, "--share", 0.005)
-        measure("overlap", path, "--exam", folder / "demo" / "exam")
-        measure("show", path, "--rows", 0)
+        write = ("rows.jsonl", "--output", "out.jsonl")
+        measure(folder, 2, "filter", *write, "--language", "zh")
+        measure(folder, 3, "filter", *write, "--duplicates", "near")
+        measure(folder, 2, "select", *write, "--share", 0.005)
+        measure(folder, 1, "overlap", "rows.jsonl", "--exam", "demo/exam")
+        measure(folder, 2, "show", "rows.jsonl", "--rows", 0)
     x = np.random.default_rng(0).normal(size=(50_000, 256)).astype(np.float32)
     began = time.perf_counter()
     data.core_set(x, 500, 10, 0)
