@@ -681,7 +681,8 @@ def load(convert, files: list[str], *how, skip_bad_rows: bool | None = None, qui
     return items, +counts
 
 
-load_examples = functools.partial(load, to_examples)  # (files, tokenizer, train_on, max_length)
+# (files, tokenizer, train_on, max_length, keep_all=, skip_bad_rows=, quiet=)
+load_examples = functools.partial(load, to_examples)
 
 
 # ------------------------------------------------------------------------------- preference pairs
@@ -771,7 +772,7 @@ def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: Cha
     return out
 
 
-# (files, tokenizer, max_length, labelled)
+# (files, tokenizer, max_length, labelled, skip_bad_rows=, quiet=)
 load_preferences = functools.partial(load, to_preferences)
 
 
