@@ -100,11 +100,13 @@ def run_command(commands: dict, usage: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end: no reader or crash meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -415,11 +417,14 @@ class ChatTokenizer:
         need(not eot or (eot != self.eos and MARKER.fullmatch(eot)),
              f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
         added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
+        self.eot_is_new = bool(eot) and eot not in added
         added |= {eot} - {""}
         known = {name: replace(t, stop=eot or t.stop) for name, t in TEMPLATES.items()}
         ours = {jinja(t, self.bos, self.eos): t for t in known.values()}
         t = known.get(template) or ours.get(source) or recognize_template(source, added)
         self.template = t = known[t.name] if eot else t
+        need(not eot or eot not in t.system + t.user + t.header,
+             f"--eot: template {t.name} writes {eot} elsewhere too")
         # Mistral's own Jinja loses the system text once an answer follows; ours takes its place
         own = source and not (template or eot) and t.name != "mistral"
         self.jinja = source if own else jinja(t, self.bos, self.eos)
@@ -1136,7 +1141,8 @@ DEMO = {"model": "out/demo/base", "mix": "temperature", "temperature": 1.3, "bat
 # -------------------------------------------------------------------------------- words and n-grams
 
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
-WORDS = re.compile(rf"[{HAN}\u3040-\u30ff]|[^\W_{HAN}\u3040-\u30ff]+|[-+*/=<>^%×÷√≤≥≠]")
+KANA = "\u3040-\u30ff"  # Japanese ones
+WORDS = re.compile(rf"[{HAN}{KANA}]|[^\W_{HAN}{KANA}]+|[-+*/=<>^%×÷√≤≥≠]")
 NGRAM = 5  # words, as in the search for near-duplicates of arXiv:2107.06499, section 4.2
 MINHASHES, BAND = 64, 4  # numbers in a signature; how many of them a bucket needs alike
 
@@ -1271,7 +1277,7 @@ class Modelled(Files):
 class Filter(Modelled):
     """Write the rows that pass every test."""
 
-    language: Literal["any", "zh", "en"] = "any"  # keep Chinese or English, by Chinese characters
+    language: Literal["any", "zh", "en"] = "any"  # keep Chinese, or Latin letters; by their share
     min_chars: int = 0  # least characters of a row's answers together
     max_chars: float = math.inf  # most of them
     min_tokens: int = 0  # least tokens of a row, rendered for --model
@@ -1335,10 +1341,12 @@ class Overlap(Files):
 
 def check_output(c) -> None:
     """Raise DataError unless --output can be written."""
-    need(c.output and not Path(c.output).is_dir(), f"--output FILE.jsonl, not {c.output!r}")
-    own = Path(c.output).resolve() in [Path(path).resolve() for path in c.files]
-    need(not own, f"--output {c.output} would overwrite what is read")
-    need(not c.output.endswith(".gz"), "--output is written as plain text: leave out .gz")
+    output = Path(c.output)
+    need(output.suffix == ".jsonl" and not output.is_dir(), f"--output FILE.jsonl, not {output}")
+    own = output.resolve() in [Path(path).resolve() for path in c.files]
+    need(not own, f"--output {output} would overwrite what is read")
+    folder = next(folder for folder in output.parents if folder.exists())
+    need(folder.is_dir() and os.access(folder, os.W_OK), f"--output {output} cannot be written")
 
 
 def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
@@ -1377,9 +1385,10 @@ def said(row: Row, role: str = "") -> list[str]:
     return [m["content"] for m in messages if role in ("", m["role"])]
 
 
-def han_share(words: list[str]) -> float:
-    """Share of Chinese characters among the words."""
-    return len(re.findall(f"[{HAN}]", "".join(words))) / max(len(words), 1)
+def word_share(characters: str, words: list[str]) -> float:
+    """Share of words that begin with one of some characters; a Chinese character is a word."""
+    found = re.findall(rf"(?<!\S)[{characters}]", " ".join(words))
+    return len(found) / max(len(words), 1)
 
 
 def pieces_of(row: Row, tokenizer: ChatTokenizer, part: str = "all") -> list[tuple]:
@@ -1407,6 +1416,9 @@ def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> 
     while some := list(itertools.islice(rows, 2000)):  # enough for every thread, little memory
         plans = tokenizer.encode([pieces_of(row, tokenizer, part) for _, row in some])
         examples = [Example(*fit(*plan, c.max_length)) for plan in plans]
+        if part != "all":  # a ratio of two losses needs the same tokens in both
+            examples = [e if len(ids) <= c.max_length else e._replace(spans=())
+                        for e, (ids, _) in zip(examples, plans, strict=True)]
         for chunk in micro_batches([len(e.ids) for e in examples], c.micro_tokens)[0]:
             batch = collate([examples[k] for k in chunk], device)
             if what == "states":
@@ -1421,20 +1433,27 @@ def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> 
 
 # -------------------------------------------------------------------------------------- data filter
 
-CHINESE, ENGLISH = 0.5, 0.05  # at least, at most this share of Chinese characters among the words
+MAIN, OTHER = 0.5, 0.05  # at least, at most this share of words in a script
 # LIMA (arXiv:2305.11206, section 2.1) names "I", "my", "as mentioned", "stack exchange"
 FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|我(?!们)")
 OTHER_ANSWERS = re.compile(r"(?i)as mentioned|stack ?exchange|other answers|如上所述|其他回答|楼上")
 FINAL_ANSWERS = (r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r"####\s*(.+)",
-    r"(?:答案[是为：:]+|[Aa]nswer(?: is|:)+)\s*(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
-    r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)")
+    r"(?:答案(?:应该|应当)?[是为选：:]+|(?:所以|故|因此)选|[Aa]nswer(?: is|:)+)\s*"
+    r"(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)", r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)")
 
 
-def final_answer(text: str) -> list[str]:
-    """Words of the last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all."""
+def final_answer(text: str) -> str:
+    """The last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all.
+
+    An option is its letter, and a number the same however it is written.
+    """
     text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)  # 1,234, **bold**, $formula$
     found = next((f for pattern in FINAL_ANSWERS if (f := re.findall(pattern, text))), [text])
-    return words_of(found[-1]) or [found[-1].strip()]
+    answer = unicodedata.normalize("NFKC", found[-1]).replace("\u2212", "-").lower()
+    answer = "".join(answer.split()).strip(".。,;")
+    if letter := re.match(r"\(?([a-e])(?:[).、:]|$)", answer):
+        return letter[1]
+    return f"{float(answer):.15g}" if re.fullmatch(r"-?\d+(\.\d+)?", answer) else answer
 
 
 def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
@@ -1442,12 +1461,14 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
     value, row = item
     if row is None:
         return "bad row", 0, None
-    answers, text = said(row, "assistant"), "\n".join(said(row))
+    answers, text = said(row._replace(rejected=None), "assistant"), "\n".join(said(row))
     words, chars = words_of(text), len("\n".join(answers))
     score, reference = value.get("score"), value.get("reference")
     failed = {
-        "not Chinese": c.language == "zh" and han_share(words) < CHINESE,
-        "not English": c.language == "en" and han_share(words) > ENGLISH,
+        "not Chinese": c.language == "zh" and (
+            word_share(HAN, words) < MAIN or word_share(KANA, words) > OTHER),
+        "not English": c.language == "en" and (
+            word_share("a-z", words) < MAIN or word_share(HAN + KANA, words) > OTHER),
         "length in characters": not c.min_chars <= chars <= c.max_chars,
         "length in tokens": tokenizer and not c.min_tokens <= len(
             tokenizer.encode([pieces_of(row, tokenizer)])[0][0]) <= c.max_tokens,
@@ -1457,9 +1478,11 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
         "LIMA: score": c.lima and isinstance(score, int | float) and score < 10,
         "repetition": c.max_repetition < 1 and any(
             repetition(answer) > c.max_repetition for answer in answers),
-        "no reference": c.answer_matches and not (is_text(reference) and answers),
+        "no reference": c.answer_matches and not (is_text(reference) and reference and answers),
         "another final answer": c.answer_matches and is_text(reference) and answers
         and final_answer(answers[-1]) != final_answer(reference),
+        "only a system message": c.no_system and not row.chosen
+        and row.text is None and all(m["role"] == "system" for m in row.messages),
     }
     reason = next((name for name, bad in failed.items() if bad), "")
     marks = signature(words or list(text)) if c.duplicates == "near" else None
@@ -1468,10 +1491,12 @@ def judge(c: Filter, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
 
 def without_system(value: dict) -> dict:
     """A row of any format without its system messages (context distillation, arXiv:2112.00861)."""
-    turns = ("messages", "conversations", "prompt", "input", "completion", "chosen", "rejected")
-    return {key: [m for m in part if "system" not in (m.get("role"), m.get("from"))]
-            if key in turns and isinstance(part, list) else part
-            for key, part in value.items() if key != "system"}
+    out = {key: part for key, part in value.items() if key != "system"}
+    for key in ("messages", "conversations", "prompt", "input", "completion", "chosen", "rejected"):
+        part = [out[key]] if isinstance(out.get(key), dict) else out.get(key)
+        if isinstance(part, list):
+            out[key] = [m for m in part if "system" not in (m.get("role"), m.get("from"))]
+    return out
 
 
 def filter_rows(c: Filter) -> None:
@@ -1481,9 +1506,10 @@ def filter_rows(c: Filter) -> None:
     check_output(c)
     need(c.model or not (by_tokens or by_loss), "tests of tokens and perplexity need --model DIR")
     for name in ("chars", "tokens", "perplexity"):
-        need(getattr(c, f"min_{name}") <= getattr(c, f"max_{name}"),
-             f"--min_{name} is above --max_{name}: no row would pass")
+        need(0 <= getattr(c, f"min_{name}") <= getattr(c, f"max_{name}"),
+             f"--min_{name} is negative, or above --max_{name}: no row would pass")
     need(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
+    need(0 <= c.max_repetition <= 1, f"--max_repetition is a share, not {c.max_repetition}")
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(judge, c, tokenizer), rows))
@@ -1536,7 +1562,9 @@ def core_set(states: np.ndarray, n: int, clusters: int, seed: int) -> list[int]:
     k-center starts at the task's core sample: the row nearest to the centre of the cluster that
     most rows fall in.
     """
-    x = states / np.linalg.norm(states, axis=1, keepdims=True)
+    norms = np.linalg.norm(states, axis=1, keepdims=True)
+    need(np.isfinite(norms).all() and norms.min() > 0, "hidden states of --model are zero or NaN")
+    x = states / norms
     centres, cluster = kmeans(x, clusters, seed)
     core = np.square(x - centres[np.bincount(cluster).argmax()]).sum(1).argmin()
     chosen, radius = k_center(x, int(core), n)
@@ -1562,7 +1590,8 @@ def cover_tags(tags: list[set], n: int) -> list[int]:
 def select(c: Select) -> None:
     """`data.py select`."""
     check_output(c)
-    need((c.n > 0) != (0 < c.share <= 1), "give --n above 0, or --share above 0 and at most 1")
+    need(bool(c.n) != bool(c.share) and c.n >= 0 and 0 <= c.share <= 1,
+         "give --n above 0, or --share above 0 and at most 1")
     need(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
 
     def parse(where: str, value) -> tuple[set, str]:
@@ -1580,14 +1609,16 @@ def select(c: Select) -> None:
     found = [pair or (set(), "bad row") for _, pair in found]  # (tags, why it cannot be chosen)
     tags, reasons = [tags for tags, _ in found], [reason for _, reason in found]
     rows = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
-    n = c.n or max(1, round(c.share * len(rows)))
+    need(len(rows), f"no row to choose from: {dict(Counter(reasons))}")
+    n = c.n or max(1, int(c.share * len(rows) + 0.5))
     need(n <= len(rows), f"--n {n} is more than the {len(rows)} rows there are to choose from")
     if c.method == "ifd":
         # mean NLL(answer | question) / mean NLL(answer), arXiv:2308.12032, eq. 3
         asked, alone = (run_model(c, reasons, "loss", part) for part in ("last", "alone"))
         scores = {i: asked[i] / alone[i] for i in asked}
         for i, score in scores.items():
-            reasons[i] = "" if score <= 1 else "IFD above 1" if score > 1 else "nothing to score"
+            reasons[i] = ("" if score <= 1 else "IFD above 1" if score > 1 else
+                          "nothing to score, or above --max_length")
         chosen = sorted((i for i in scores if not reasons[i]), key=lambda i: -scores[i])[:n]
     elif c.method == "kcenter":
         states = run_model(c, reasons, "states")
@@ -1613,6 +1644,7 @@ def parse_question(where: str, value) -> dict:
     row = {KEYS.get(key.lower(), key.lower()): cell or "" for key, cell in row.items()}
     q = {key: row.get(key, "") for key in ("question", "answer", "explanation", "q_type", *"abcde")}
     good = all(map(is_text, q.values())) and q["question"]
+    q["answer"] = re.sub(r"[\s,，、]", "", str(q["answer"])).upper()
     options = {letter: q[letter.lower()] for letter in "ABCDE" if q[letter.lower()]}
     need(good and len(options) > 1 and set(q["answer"]) <= set(options),
          f"{where}: expected a question, options, an answer among them, found {value!r:.80}")
@@ -1649,16 +1681,22 @@ def identity(c: Identity) -> None:
     """`data.py identity`."""
     need(c.name and c.author, "--name and --author are both needed")
 
-    def fill(where: str, value) -> list[tuple]:
-        parse_row(where, value)
-        text = json.dumps(value)
-        for key in ("name", "author"):
-            text = text.replace("{{" + key + "}}", json.dumps(getattr(c, key))[1:-1])
-        left = re.search(r"\{\{[^{}]*\}\}", text)
+    def fill(where: str, value):
+        if isinstance(value, list):
+            return [fill(where, item) for item in value]
+        if isinstance(value, dict):
+            return {key: fill(where, item) for key, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        left = re.search(r"\{\{(?!(name|author)\}\}).{0,30}", value)
         need(not left, f"{where}: the placeholder {left and left[0]} is left over")
-        return [(json.loads(text), "")]
+        return re.sub(r"\{\{(name|author)\}\}", lambda key: getattr(c, key[1]), value)
 
-    rewrite(c, fill)
+    def convert(where: str, value) -> list[tuple]:
+        parse_row(where, value)
+        return [(fill(where, value), "")]
+
+    rewrite(c, convert)
 
 
 # ------------------------------------------------------------------------------------- data overlap
@@ -1742,7 +1780,7 @@ def row_facts(tokenize, item: tuple) -> tuple:
     sizes = [(len(e.ids), e.targets) for e in tokenize([row], 0, counts)]
     words, answers = words_of("\n".join(said(row))), said(row, "assistant")
     counts.update(rows=1, answers=len(answers), empty=sum(not a.strip() for a in answers),
-                  words=len(words), han=len(words) * han_share(words),
+                  words=len(words), han=len(words) * word_share(HAN, words),
                   repeated=sum(map(repetition, answers)))
     return hash64(repr(row[1:])), sizes, counts
 

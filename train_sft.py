@@ -281,7 +281,7 @@ def watch_signals() -> list[int]:
 def load_trainable(c, hardware: Hardware, tokenizer=None):
     """The model with fp32 weights in training mode, and the same wrapped for several ranks."""
     model = modeling.load(c.model, torch.float32, hardware.device).train()
-    if tokenizer and tokenizer.eot != tokenizer.config.get("eot_token", ""):  # new: begins as EOS
+    if tokenizer and tokenizer.eot_is_new:  # begins as EOS
         modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
     model.set_dropout(c.dropout[0], c.dropout[-1])
     model.checkpoint_activations = c.checkpoint_activations

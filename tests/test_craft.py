@@ -170,6 +170,21 @@ def test_lengths_in_characters_are_those_of_the_answers(tmp_path):
     assert kept == rows[1:3]
 
 
+def test_tests_of_answers_look_at_the_better_one_of_a_pair(tmp_path):
+    rows = [{"prompt": "q", "chosen": "答案是7", "rejected": bad, "reference": "7"}
+            for bad in ("答案是8", "答案是" + "8" * 99)]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert run("filter", [path], "--answer_matches", "--max_chars", 9)[0] == rows
+
+
+def test_rows_in_other_scripts_are_neither_chinese_nor_english(tmp_path):
+    rows = [asked("한국의 수도는 어디입니까", "서울입니다"), asked("Столица?", "Москва"),
+            asked("日本の首都は", "東京です"), asked("😀", "!")]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert run("filter", [path], "--language", "en")[0] == []
+    assert run("filter", [path], "--language", "zh")[0] == []
+
+
 def test_lengths_in_tokens_are_those_of_the_rendered_row(tmp_path, checkpoint):
     rows = [asked("q", "a" * n) for n in (1, 5, 9, 30)]
     rows.append({"text": "a"})
@@ -241,13 +256,15 @@ def test_perplexity_is_that_of_eval_logprobs(tmp_path, checkpoint):
 
 @pytest.mark.parametrize("text, final", [
     ("so \\boxed{42} and\nAnswer: 7", "42"), ("1+1=2\n#### 1,234", "1234"),
-    ("答案是B。因为A不对", "B"), ("解释。答案为C", "C"),
-    ("**答案是：B**", "B"), ("So the answer is $42$.", "42"), ("The answer is 3.5.", "3.5"),
-    ("Answer: yes, since", "yes"),
-    ("B。因为如此", "B"), ("(A)", "A"), ("D", "D"), ("A cat sat.", "A cat sat"), ("巴黎。", "巴黎"),
-    ("答案是A。不，答案是D", "D")])
+    ("答案是B。因为A不对", "b"), ("解释。答案为C", "c"), ("答案应该是B", "b"),
+    ("A不对，故选B", "b"),
+    ("**答案是：B**", "b"), ("So the answer is $42$.", "42"), ("The answer is 3.5.", "3.5"),
+    ("The answer is $18.00", "18"), ("The correct answer is (B) Paris.", "b"), ("−５", "-5"),
+    ("Answer: yes, since", "yes"), ("3:5", "3:5"), ("(1,2)", "(1,2)"), ("5!", "5!"),
+    ("B。因为如此", "b"), ("(A)", "a"), ("D", "d"), ("A cat sat.", "acatsat"), ("巴黎。", "巴黎"),
+    ("答案是A。不，答案是D", "d")])
 def test_final_answer_is_found(text, final):
-    assert data.final_answer(text) == data.words_of(final)
+    assert data.final_answer(text) == final
 
 
 def test_samples_stay_whose_final_answer_is_the_reference(tmp_path):
@@ -384,6 +401,37 @@ def test_ifd_is_the_ratio_of_mean_losses_with_and_without_the_question(tmp_path,
     assert f"dropped {len(below) - 5}: not chosen" in out
 
 
+def test_ifd_compares_the_same_tokens_so_rows_that_do_not_fit_have_none(tmp_path, checkpoint):
+    rows = [asked("q" * 30, "an answer"), asked("q", "yes")]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    tokenizer = data.ChatTokenizer(checkpoint)
+    size = len(tokenizer.encode([tokenizer.pieces(rows[1]["messages"])])[0][0])
+    flags = ["--method", "ifd", "--model", checkpoint, "--n", 2, "--max_length", size]
+    kept, out = run("select", [path], *flags)
+    assert rows[0] not in kept and "dropped 1: nothing to score, or above --max_length" in out
+
+
+@pytest.mark.parametrize("value", [0, np.nan])
+def test_states_without_a_direction_are_an_error(value):
+    x = np.random.default_rng(0).normal(size=(20, 4))
+    x[5] = value
+    with pytest.raises(DataError, match="zero or NaN"):
+        data.core_set(x, 10, 2, 0)
+
+
+def test_placeholders_are_filled_in_every_string_once_and_half_ones_refused(tmp_path):
+    row = {"prompt": [user("{{name}}?")], "completion": [assistant("{{name}}, {{author}}")],
+           "note": {"deep": ["{{author}}"], "n": 3}}
+    path = jsonl(tmp_path / "a.jsonl", row)
+    kept, _ = run("identity", [path], "--name", "{{author}}", "--author", "A")
+    assert kept == [{"prompt": [user("{{author}}?")], "completion": [assistant("{{author}}, A")],
+                     "note": {"deep": ["A"], "n": 3}}]
+    path = jsonl(tmp_path / "b.jsonl", asked("q", "I am {{name"))
+    status, _, err = command("data.py", "identity", path, "--name", "n", "--author", "a",
+                             "--output", tmp_path / "o.jsonl")
+    assert status == 2 and "placeholder {{name is left over" in err
+
+
 def test_tags_are_covered_in_rounds_with_the_richest_rows_first():
     tags = [{"a"}, {"a", "b", "c"}, {"d"}, {"c", "d"}, {"a", "b"}]
     # round 1: 1 (a b c), 3 (adds d); round 2: 4 (a b), 2 (adds d); round 3: 0
@@ -505,7 +553,8 @@ def test_a_broken_question_is_named(tmp_path, row):
 def test_a_short_line_of_an_exam_file_is_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,question,A,B,C,D,answer\n0,q,w,x,y,z,A\n1,q,w,x\n", encoding="utf-8")
-    status, _, err = command("data.py", "exam", path, "--from_exam", "--output", tmp_path / "o")
+    status, _, err = command("data.py", "exam", path, "--from_exam", "--output",
+                             tmp_path / "o.jsonl")
     assert status == 2 and "a.csv row 2: expected" in err
 
 
@@ -514,7 +563,8 @@ def test_identity_fills_names_in_and_refuses_what_is_left(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *rows)
     kept, _ = run("identity", [path], "--name", '小"调\\', "--author", "甲")
     assert kept == [asked("who?", 'I am 小"调\\ by 甲; {x} 小"调\\'), asked("你是？", '小"调\\')]
-    path, out = jsonl(tmp_path / "b.jsonl", rows[0], asked("q", "by {{ company }}")), tmp_path / "o"
+    path = jsonl(tmp_path / "b.jsonl", rows[0], asked("q", "by {{ company }}"))
+    out = tmp_path / "o.jsonl"
     status, _, err = command("data.py", "identity", path, "--name", "n", "--author", "a",
                              "--output", out)
     assert status == 2 and "line 2: the placeholder {{ company }} is left over" in err
@@ -643,6 +693,10 @@ BAD = {
     "bad row": (["filter", "BROKEN", "--output", "O"], "broken.jsonl line 2: not JSON"),
     "bad row of select": (["select", "BROKEN", "--output", "O", "--n", "1"], "line 2: not JSON"),
     "missing file": (["filter", "GOOD", "NONE", "--output", "O"], "does not exist"),
+    "output of another kind": (["filter", "GOOD", "--output", "O.txt"], "--output FILE.jsonl"),
+    "output in a file": (["filter", "GOOD", "--output", "GOOD/o.jsonl"], "cannot be written"),
+    "no row": (["select", "GOOD", "--output", "O", "--method", "tags", "--share", "0.1"],
+               "no row to choose from: {'no tags': 1}"),
     "no checkpoint": (["select", "GOOD", "--output", "O", "--n", "1", "--method", "ifd", "--model",
                        "NONE"], "is missing"),
 }
@@ -655,6 +709,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(name, tmp_path):
              "NONE": str(tmp_path / "none.jsonl"), "FOLDER": str(tmp_path)}
     Path(paths["BROKEN"]).write_text('{"text": "a"}\n{"text": \n{"nothing": 1}\n', encoding="utf-8")
     arguments, message = BAD[name]
+    arguments = [a.replace("GOOD/", paths["GOOD"] + "/") for a in arguments]
     status, _, err = command("data.py", *[paths.get(a, a) for a in arguments])
     assert status == 2 and message in err and err.count("\n") == 1, err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.jsonl", "good.jsonl"]
@@ -723,6 +778,22 @@ def test_training_on_with_the_same_turn_end_keeps_what_it_learnt(tmp_path):
     assert data.ChatTokenizer(tmp_path / "two").stop_id == tokenizer.stop_id
 
 
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|endoftext|>"])
+def test_a_token_the_checkpoint_knows_keeps_its_row_or_is_refused_as_turn_end(token, tmp_path):
+    make_checkpoint(tmp_path / "base", "qwen2")
+    if token == "<|im_start|>":  # the template begins turns with it
+        with pytest.raises(DataError, match="writes <.im_start.> elsewhere too"):
+            data.ChatTokenizer(tmp_path / "base", eot=token)
+        return
+    tokenizer = data.ChatTokenizer(tmp_path / "base", eot=token)
+    c = SimpleNamespace(model=tmp_path / "base", dropout=[0.0], checkpoint_activations=False,
+                        compile=False)
+    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+    loaded, _ = train_sft.load_trainable(c, hardware, tokenizer)
+    row = modeling.load(tmp_path / "base").model.embed_tokens.weight[tokenizer.stop_id]
+    assert torch.equal(loaded.model.embed_tokens.weight[tokenizer.stop_id], row)
+
+
 @pytest.mark.parametrize("token", ["end", "</s>"])
 def test_a_turn_end_must_look_like_a_token_and_not_be_eos(token, tmp_path):
     make_checkpoint(tmp_path / "base", "llama2")
@@ -749,14 +820,20 @@ def test_system_messages_go_from_every_form_of_row(tmp_path):
     rows = [{"prompt": [system("s"), user("q")], "completion": "a"},
             {"chosen": [system("s"), user("q"), assistant("a")],
              "rejected": [system("s"), user("q"), assistant("b")]}]
-    kept, _ = run("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--no_system")
-    assert "system" not in json.dumps(kept) and len(kept) == 2
+    rows += [{"prompt": system("s"), "completion": "a"}, {"messages": [system("s")]}]
+    kept, out = run("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--no_system")
+    assert "system" not in json.dumps(kept) and len(kept) == 3
+    assert "dropped 1: only a system message" in out
 
 
 @pytest.mark.parametrize("flags,said", [
-    (["filter", "--min_chars", "9", "--max_chars", "3"], "--min_chars is above --max_chars"),
+    (["filter", "--min_chars", "9", "--max_chars", "3"], "above --max_chars: no row"),
     (["filter", "--max_length", "0"], "--max_length"),
     (["filter", "--near", "-1"], "--near"),
+    (["filter", "--max_repetition", "nan"], "--max_repetition"),
+    (["filter", "--min_chars", "-5"], "--min_chars is negative"),
+    (["select", "--n", "-2", "--share", "0.5"], "give --n above 0"),
+    (["select", "--n", "1", "--share", "nan"], "give --n above 0"),
     (["select", "--n", "1", "--clusters", "0"], "--clusters"),
     (["select", "--n", "1", "--seed", "-1"], "--seed")])
 def test_flags_that_make_no_sense_end_in_one_line(flags, said, tmp_path):
