@@ -1287,7 +1287,7 @@ class Filter(Modelled):
     min_perplexity: float = 0.0  # least perplexity of the answers under --model
     max_perplexity: float = math.inf  # most of it
     duplicates: Literal["keep", "exact", "near"] = "keep"  # near: drop exact and near duplicates
-    near: float = 0.8  # share of 5-grams in common that makes near duplicates
+    near: float = 0.8  # 5-grams in common that make near duplicates; below 0.7 some are missed
     no_system: bool = False  # write the rows without their system messages: what they asked distils
     answer_matches: bool = False  # keep samples of eval.py generate whose final answer is right
 
@@ -1426,7 +1426,7 @@ def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> 
             else:
                 values = -model(batch.ids, batch.lengths, batch.targets)  # [N]
                 sizes = [examples[k].targets for k in chunk]
-            means = torch.stack([part.mean(0) for part in values.float().split(sizes)])
+            means = torch.stack([x.mean(0) for x in values.float().split(sizes)])  # [B, D] or [B]
             out |= zip((some[k][0] for k in chunk), means.cpu().numpy(), strict=True)
     return out
 
@@ -1435,7 +1435,7 @@ def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> 
 
 MAIN, OTHER = 0.5, 0.05  # at least, at most this share of words in a script
 # LIMA (arXiv:2305.11206, section 2.1) names "I", "my", "as mentioned", "stack exchange"
-FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|我(?!们)")
+FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|(?<!自)我(?![们国])")
 OTHER_ANSWERS = re.compile(r"(?i)as mentioned|stack ?exchange|other answers|如上所述|其他回答|楼上")
 FINAL_ANSWERS = (r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r"####\s*(.+)",
     r"(?:答案(?:应该|应当)?[是为选：:]+|(?:所以|故|因此)选|[Aa]nswer(?: is|:)+)\s*"
