@@ -1269,7 +1269,7 @@ class Modelled(Files):
     output: str = ""  # .jsonl to write
     model: str = ""  # checkpoint that scores or embeds the rows, or counts their tokens
     template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
-    max_length: int = 2048  # tokens of a row that the model sees; longer ones are truncated
+    max_length: int = 2048  # tokens of a row the model sees; longer ones are cut, by ifd dropped
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
 
 
@@ -1342,7 +1342,8 @@ class Overlap(Files):
 def check_output(c) -> None:
     """Raise DataError unless --output can be written."""
     output = Path(c.output)
-    need(output.suffix == ".jsonl" and not output.is_dir(), f"--output FILE.jsonl, not {output}")
+    need(output.suffix == ".jsonl" and not output.is_dir(),
+         f"--output must be given as FILE.jsonl, not {c.output!r}")
     own = output.resolve() in [Path(path).resolve() for path in c.files]
     need(not own, f"--output {output} would overwrite what is read")
     folder = next(folder for folder in output.parents if folder.exists())
@@ -1364,8 +1365,8 @@ def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
         print(f"  dropped {count}: {reason}")
 
 
-def write_kept(c: Modelled, reasons: list[str], change=lambda value: value) -> None:
-    """Read the files again and write the rows that have no reason, as they were or changed."""
+def write_kept(c: Modelled, reasons: list[str], change=dict) -> None:
+    """Read the files again and write change(row) of the rows that have no reason, or a copy."""
     rows = zip(read_rows(c.files, parse=lambda where, value: None), reasons, strict=True)
     write_rows(c.output, ((None if why else change(value), why) for (value, _), why in rows))
 
@@ -1403,14 +1404,14 @@ def pieces_of(row: Row, tokenizer: ChatTokenizer, part: str = "all") -> list[tup
 def run_model(c: Modelled, reasons: list[str], what: str, part: str = "all") -> dict:
     """{row number: mean of the last hidden states [D], or loss in nats}, of rows without a reason.
 
-    `what` is states or loss; the loss is the mean over what `pieces_of` supervises.
+    `what` is states or loss; the loss is the mean over what `pieces_of` supervises, NaN for nothing
+    and, unless `part` is all, for rows above --max_length.
     """
     import model as modeling
 
     tokenizer, device, out = ChatTokenizer(c.model, c.template), modeling.best_device(), {}
     tokenizer.check_size(modeling.load_config(c.model).vocab_size)
     model = modeling.load(c.model, modeling.best_dtype("auto", device), device)
-
     again = read_rows(c.files, c.skip_bad_rows, quiet=True)
     rows = ((i, row) for i, (_, row) in enumerate(again) if not reasons[i])
     while some := list(itertools.islice(rows, 2000)):  # enough for every thread, little memory
@@ -1526,7 +1527,7 @@ def filter_rows(c: Filter) -> None:
             near = near_duplicates(np.stack([found[i][2] for i in kept]), c.near)
         for i in np.flatnonzero(exact | near):
             reasons[kept[i]] = "exact duplicate" if exact[i] else "near duplicate"
-    write_kept(c, reasons, *[without_system] * c.no_system)
+    write_kept(c, reasons, without_system if c.no_system else dict)
 
 
 # -------------------------------------------------------------------------------------- data select

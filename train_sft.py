@@ -676,7 +676,7 @@ def main() -> None:
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
     config = modeling.load_config(c.model)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
-    tokenizer.check_size(config.vocab_size + bool(c.eot))
+    tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     quiet = hardware.rank > 0
     if c.exam_data:  # an error in it should come now
         evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,

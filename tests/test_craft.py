@@ -693,7 +693,7 @@ BAD = {
     "bad row": (["filter", "BROKEN", "--output", "O"], "broken.jsonl line 2: not JSON"),
     "bad row of select": (["select", "BROKEN", "--output", "O", "--n", "1"], "line 2: not JSON"),
     "missing file": (["filter", "GOOD", "NONE", "--output", "O"], "does not exist"),
-    "output of another kind": (["filter", "GOOD", "--output", "O.txt"], "--output FILE.jsonl"),
+    "output of another kind": (["filter", "GOOD", "--output", "O.txt"], "FILE.jsonl, not 'O.txt'"),
     "output in a file": (["filter", "GOOD", "--output", "GOOD/o.jsonl"], "cannot be written"),
     "no row": (["select", "GOOD", "--output", "O", "--method", "tags", "--share", "0.1"],
                "no row to choose from: {'no tags': 1}"),
