@@ -10,6 +10,7 @@ Without --model a command takes the checkpoint the SFT demo leaves (out/sft), `e
 train_dpo.py if it is there (out/dpo); without --data `exam` takes the demo's exam.
 """
 
+import csv
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import model as modeling
-from data import DataError, need
+from model import InputError, check
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -101,23 +103,23 @@ class Chat(Sampling):
     """Talk to a checkpoint: /reset forgets the conversation, /quit (or Ctrl-D) ends it."""
 
 
-def check(c) -> None:
-    """Raise DataError for values that make no sense."""
+def check_values(c) -> None:
+    """Raise InputError for values that make no sense."""
     for name in ("micro_tokens", "max_new_tokens", "n", "top_p", "repetition_penalty"):
-        need(getattr(c, name, 1) > 0, f"--{name} must be above 0, not {getattr(c, name, 1)}")
+        check(getattr(c, name, 1) > 0, f"--{name} must be above 0, not {getattr(c, name, 1)}")
     for name in ("temperature", "top_k"):
-        need(getattr(c, name, 0) >= 0, f"--{name} must not be negative, is {getattr(c, name, 0)}")
-    need(getattr(c, "max_length", 2) >= 2, "--max_length must be at least 2")
-    need(getattr(c, "data", None) != [], "--data FILE... is missing")
-    need(getattr(c, "top_p", 1) <= 1, "--top_p must be at most 1")
-    need(getattr(c, "temperature", 0) < math.inf, "--temperature must be a number")
+        check(getattr(c, name, 0) >= 0, f"--{name} must not be negative, is {getattr(c, name, 0)}")
+    check(getattr(c, "max_length", 2) >= 2, "--max_length must be at least 2")
+    check(getattr(c, "data", None) != [], "--data FILE... is missing")
+    check(getattr(c, "top_p", 1) <= 1, "--top_p must be at most 1")
+    check(getattr(c, "temperature", 0) < math.inf, "--temperature must be a number")
     output = Path(getattr(c, "output", ""))
     lost = output.parent.exists() and not output.parent.is_dir()
-    need(not output.name or not (output.is_dir() or lost),
+    check(not output.name or not (output.is_dir() or lost),
          f"--output {output} cannot be written: it is a folder, or lies in a file")
     if isinstance(c, Generate):
-        need(c.output, "--output FILE.jsonl is missing")
-        need(c.n == 1 or c.temperature > 0,
+        check(c.output, "--output FILE.jsonl is missing")
+        check(c.n == 1 or c.temperature > 0,
              "--n above 1 needs --temperature above 0: greedy samples are all alike")
 
 
@@ -145,7 +147,7 @@ def example_logprobs(model, examples: list[data.Example], micro_tokens: int):
 
 def logprobs_command(c: Logprobs) -> None:
     """`eval.py logprobs`."""
-    check(c)
+    check_values(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
     examples, counts = data.load_examples(c.data, tokenizer, c.train_on, c.max_length, quiet=False,
                                           keep_all=True)
@@ -180,13 +182,13 @@ def to_prompt(row: data.Row, system: str) -> tuple[list[dict], str | None]:
         rest = [m for m in messages if m["role"] != "system"]
         messages = [{"role": "system", "content": system}, *rest]
     if row.text is None and (not messages or messages[-1]["role"] != "user"):
-        raise DataError(f"{row.where}: expected a conversation in which the user asks last")
+        raise InputError(f"{row.where}: expected a conversation in which the user asks last")
     return messages, reference
 
 
 def generate_command(c: Generate) -> None:
     """`eval.py generate`."""
-    check(c)
+    check_values(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
     rows = [row for _, row in data.read_rows(c.data, parse=partial(data.parse_row, ask=True))]
     asked = [to_prompt(row, c.system) for row in rows]
@@ -195,7 +197,7 @@ def generate_command(c: Generate) -> None:
              for row, (messages, _) in zip(rows, asked, strict=True)]
     prompts = [ids.tolist() for ids, _ in tokenizer.encode(plans)]
     if not all(prompts):
-        raise DataError(f"{rows[prompts.index([])].where}: expected some text to go on from")
+        raise InputError(f"{rows[prompts.index([])].where}: expected some text to go on from")
     model = open_model(c, tokenizer)
     # sample k belongs to row k // n; what is drawn for it depends on k, not on its batch
     lengths = [len(p) + c.max_new_tokens for p in prompts for _ in range(c.n)]
@@ -244,7 +246,7 @@ def stream_answer(model, tokenizer: data.ChatTokenizer, messages: list[dict], c:
 
 def chat_command(c: Chat) -> None:
     """`eval.py chat`."""
-    check(c)
+    check_values(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
     model = open_model(c, tokenizer)
     start = [{"role": "system", "content": c.system}] if c.system else []
@@ -400,6 +402,26 @@ def extract(text: str) -> str | None:
 # ------------------------------------------------------------------------------- exams: their files
 
 
+def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, row) of every question of an exam's file, in C-Eval's column names.
+
+    MMLU's files have no line of names. Line ends within a cell stay: prompts have them.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = [cells for cells in csv.reader(file) if cells]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    names = ["question", *"ABCD", "answer"]
+    if table and {"question", "Question"} & set(table[0]):
+        usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
+        names = [usual.get(name, name) for name in table.pop(0)]
+    for number, cells in enumerate(table, 1):
+        where = f"{path} row {number}"
+        check(len(cells) == len(names), f"{where}: expected {len(names)} cells, found {len(cells)}")
+        yield where, dict(zip(names, cells, strict=True))
+
+
 class Subject(NamedTuple):
     """The part of an exam that shares a header and shots."""
 
@@ -414,11 +436,11 @@ def subject_table(c: Exam) -> dict[str, tuple[str, str]]:
     """{handle: (name in the header, category)} of a benchmark; C-Eval brings its own table."""
     if c.benchmark == "ceval":
         path = Path(c.data) / "subject_mapping.json"
-        need(path.exists(), f"{path} is missing; it lies in C-Eval's repository, beside its code")
+        check(path.exists(), f"{path} is missing; it lies in C-Eval's repository, beside its code")
         table = modeling.read_json(path)
         for handle, entry in table.items():
             if not (isinstance(entry, list) and len(entry) == 3 and entry[2] in CATEGORIES):
-                raise DataError(f"{path}: expected names and one of {', '.join(CATEGORIES)} for "
+                raise InputError(f"{path}: expected names and one of {', '.join(CATEGORIES)} for "
                                 f"{handle}, found {entry}")
         zh = c.subject_names == "zh"
         return {h: (entry[1] if zh else h, entry[2]) for h, entry in table.items()}
@@ -434,27 +456,27 @@ def subject_table(c: Exam) -> dict[str, tuple[str, str]]:
 def read_questions(path: Path, columns: tuple) -> list[dict]:
     """The rows of a CSV file; `columns` must be filled, an `answer` may be missing as a whole."""
     rows, seen = [], {}
-    for n, (where, cells) in enumerate(data.read_csv(path), 1):
+    for n, (where, cells) in enumerate(read_csv(path), 1):
         row = {"id": str(n - 1), **cells}
         if missing := [name for name in columns if name not in cells]:
-            raise DataError(f"{path}: column {', '.join(missing)} missing, found "
+            raise InputError(f"{path}: column {', '.join(missing)} missing, found "
                             f"{', '.join(cells)}")
         if empty := [name for name in (*columns, "answer") if not row.get(name, "x").strip()]:
-            raise DataError(f"{where}: column {', '.join(empty)} is empty")
-        need(row.get("answer", "A") in tuple(LETTERS),
+            raise InputError(f"{where}: column {', '.join(empty)} is empty")
+        check(row.get("answer", "A") in tuple(LETTERS),
              f"{where}: expected an answer A to D, found {row.get('answer')!r}")
-        need(seen.setdefault(row["id"], n) == n,
+        check(seen.setdefault(row["id"], n) == n,
              f"{where}: id {row['id']} is that of row {seen[row['id']]} too")
         rows.append({**row, "stripped": row["question"].strip()})
-    need(rows, f"{path} holds no question")
+    check(rows, f"{path} holds no question")
     return rows
 
 
 def resolve_exam(c: Exam) -> Exam:
-    """Fill in what was left open; DataError for what makes no sense."""
-    check(c)
+    """Fill in what was left open; InputError for what makes no sense."""
+    check_values(c)
     if not c.data:
-        c = replace(c, data=str(Path(data.DEMO["model"]).parent / "exam"), chat=True,
+        c = replace(c, data="out/demo/exam", chat=True,
                     shots=max(c.shots, 0))
     folder, output, known = Path(c.data), Path(c.output_dir), PROTOCOLS[c.protocol]
     last = "out/dpo" if Path("out/dpo/config.json").exists() else "out/sft"
@@ -467,14 +489,14 @@ def resolve_exam(c: Exam) -> Exam:
     c = replace(c, model=c.model or [last], benchmark=c.benchmark or layout,
                 shots=most if c.shots == -1 else c.shots, chat=c.chat or steel)
     c = replace(c, split=c.split or ("val" if c.benchmark == "ceval" else "test"))
-    need(folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)")
-    need(c.benchmark in known, f"--protocol {c.protocol} is for {', '.join(known)} only")
-    need(0 <= c.shots <= most, f"--shots {c.shots}: with --protocol {c.protocol} at most {most}")
-    need(c.benchmark == "ceval" or c.subject_names == "zh",
+    check(folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)")
+    check(c.benchmark in known, f"--protocol {c.protocol} is for {', '.join(known)} only")
+    check(0 <= c.shots <= most, f"--shots {c.shots}: with --protocol {c.protocol} at most {most}")
+    check(c.benchmark == "ceval" or c.subject_names == "zh",
          "--subject_names is for C-Eval, whose table has both names")
-    need(len(set(map(short_name, c.model))) == len(c.model),
+    check(len(set(map(short_name, c.model))) == len(c.model),
          "--model names one twice, or two that differ in leading dots and slashes only")
-    need(not any(p.exists() and not p.is_dir() for p in (output, *output.parents)),
+    check(not any(p.exists() and not p.is_dir() for p in (output, *output.parents)),
          f"--output_dir {output} cannot be written: it is a file, or lies in one")
     return c
 
@@ -491,10 +513,10 @@ def read_exam(c: Exam) -> list[Subject]:
         return Path(c.data) / split / f"{handle}{ending}.csv"
 
     there = [h for h in table if c.benchmark == "ceval" or path(c.split, h).exists()]
-    need(there, f"{Path(c.data) / c.split} has no file of {c.benchmark}, such as "
+    check(there, f"{Path(c.data) / c.split} has no file of {c.benchmark}, such as "
          f"{path(c.split, next(iter(table), 'SUBJECT')).name}")
     if unknown := [h for h in c.subjects if h not in table]:
-        raise DataError(f"{', '.join(unknown)}: no subject of {c.benchmark}; it has "
+        raise InputError(f"{', '.join(unknown)}: no subject of {c.benchmark}; it has "
                         f"{', '.join(table)}")
     columns = ("question", *LETTERS) if c.benchmark == "mmlu" else ("id", "question", *LETTERS)
     solved = (*columns, "answer", *(["explanation"] if c.protocol == "cot" else []))
@@ -502,11 +524,11 @@ def read_exam(c: Exam) -> list[Subject]:
     for h in dict.fromkeys(c.subjects or there):
         shots = read_questions(path("dev", h), solved)[: c.shots] if c.shots else []
         if len(shots) < c.shots:
-            raise DataError(f"{path('dev', h)}: {len(shots)} rows are too few for {c.shots} shots")
+            raise InputError(f"{path('dev', h)}: {len(shots)} rows are too few for {c.shots} shots")
         questions = read_questions(path(c.split, h), columns)
         subjects.append(Subject(h, *table[h], shots, questions))
     if len({"answer" in q for s in subjects for q in s.questions}) > 1:
-        raise DataError(f"{Path(c.data) / c.split}: some files have a column answer, some do not")
+        raise InputError(f"{Path(c.data) / c.split}: some files have a column answer, some do not")
     return subjects
 
 
@@ -555,7 +577,7 @@ def option_ids(tokenizer: data.ChatTokenizer, prompt: list[tuple], p: Protocol,
     options = [tuple(ids[spans[0][0] :].tolist()) if spans else () for ids, spans in encoded]
     options = [ids[:1] for ids in options] if p.scored == "next token" else options
     if len(set(options)) < 4 or not all(options):
-        raise DataError(f"{tokenizer.folder}: after a prompt {texts} have the ids {options}: "
+        raise InputError(f"{tokenizer.folder}: after a prompt {texts} have the ids {options}: "
                         "not four different options"
                         + (" (--protocol lm_eval takes several tokens)" if not chat else ""))
     return options
@@ -609,7 +631,7 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
     device, prefix = model.device, None
     if shared:
         ids = torch.tensor(prompts[0][:shared], device=device)
-        _, prefix = model.hidden(ids, [shared], keep=True)
+        _, prefix = model.hidden(ids, [shared], keep_kv=True)
     heads = sorted({tuple(o[:-1]) for o in options})  # () alone if every option is one token
     asked = [(i, head) for i in range(len(prompts)) for head in heads]
     rest = [[*prompts[i][shared:], *head] for i, head in asked]
@@ -665,7 +687,7 @@ def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: in
     c = resolve_exam(Exam(data=str(folder), split=split, shots=0, chat=True))
     sheets = [make_sheet(tokenizer, subject, c, context) for subject in read_exam(c)]
     if "answer" not in sheets[0].subject.questions[0]:
-        raise DataError(f"{folder}: split {c.split} has no column answer")
+        raise InputError(f"{folder}: split {c.split} has no column answer")
     lost = characters_lost(tokenizer, [sheet.subject for sheet in sheets])
     long = sum(ids is None for sheet in sheets for ids in sheet.prompts)
     if not quiet and (lost or long):

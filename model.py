@@ -33,8 +33,14 @@ LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp3
 HOLE = 2**30  # position of a padding slot: later than any query, so that no real token sees it
 
 
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message is one line that says why."""
+class InputError(ValueError):
+    """Input that cannot be used; the message is one line: what was found, how to fix it."""
+
+
+def check(condition, message: str) -> None:
+    """Raise InputError with the message unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -47,7 +53,7 @@ FAMILIES = {
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
 ROPE_NEEDS = {  # the parameters without which a RoPE type means nothing
-    "default": [], "linear": ["factor"], "ntk": ["factor"], "dynamic": ["factor"],
+    "default": [], "linear": ["factor"], "dynamic": ["factor"],
     "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
 }
 
@@ -80,9 +86,9 @@ class ModelConfig:
         family = source.get("model_type")
         if family not in FAMILIES:
             known = ", ".join(FAMILIES)
-            raise CheckpointError(f"model_type {family!r} is not supported; supported are {known}")
+            raise InputError(f"model_type {family!r} is not supported; supported are {known}")
         if source.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {source['hidden_act']} is not supported, only silu")
+            raise InputError(f"hidden_act {source['hidden_act']} is not supported, only silu")
         values = {"max_position_embeddings": cls.max_position_embeddings, **FAMILIES[family]}
         values |= {**source, "source": source}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
@@ -115,12 +121,12 @@ def read_rope(values: dict) -> dict:
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     if kind not in ROPE_NEEDS:
         known = ", ".join(ROPE_NEEDS)
-        raise CheckpointError(f"RoPE type {kind!r} is not supported; supported are {known}")
+        raise InputError(f"RoPE type {kind!r} is not supported; supported are {known}")
     for key in ROPE_NEEDS[kind]:
         if key not in rope:
-            raise CheckpointError(f"RoPE type {kind} needs {key!r}")
+            raise InputError(f"RoPE type {kind} needs {key!r}")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise CheckpointError("partial_rotary_factor other than 1 is not supported")
+        raise InputError("partial_rotary_factor other than 1 is not supported")
     key, length = "original_max_position_embeddings", values["max_position_embeddings"]
     if kind != "dynamic":  # which grows from max_position_embeddings, not from pretraining's length
         length = values.get(key) or rope.get(key) or length
@@ -136,7 +142,6 @@ def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, floa
 
     f_i = theta^(-2i/Dh); with factor s and pretraining length L0
       linear   f / s
-      ntk      theta <- theta * s^(Dh/(Dh-2))
       dynamic  theta <- theta * (s L/L0 - (s-1))^(Dh/(Dh-2)), L = max(length of the example, L0)
       llama3   by wavelength w = 2 pi/f: f/s if w > L0/low, f if w < L0/high, a blend between
       yarn     (arXiv:2309.00071, eq. 19-23) f/s and f blended over i; cos, sin times 0.1 ln s + 1
@@ -149,8 +154,6 @@ def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, floa
     kind, s = rope["rope_type"], rope.get("factor")
     original = rope["original_max_position_embeddings"]
     theta = torch.full((1, 1), float(rope["rope_theta"]), device=lengths.device)
-    if kind == "ntk":
-        theta = theta * s ** (d / (d - 2))
     if kind == "dynamic":
         length = lengths.clamp(min=original).float()[:, None]  # [B, 1]
         theta = theta * (s * length / original - (s - 1)) ** (d / (d - 2))
@@ -219,24 +222,26 @@ def uniform(keys: Tensor, size: int) -> Tensor:
     return (bits.float() + 0.5) / 2**23  # 23 bits and a half are exact in fp32
 
 
-def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float, whole=None) -> Tensor:
+def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float,
+                  full_lengths=None) -> Tensor:
     """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) * alpha / sqrt(L d), for embeddings [T, d].
 
     L is the true number of tokens of each example, prompt and answer, as in the authors' code.
     Their README and the Hugging Face hook take the padded width instead, which makes the noise
-    depend on the neighbours. `whole` gives L where `lengths` [B] are but parts of the examples.
+    depend on the neighbours. `full_lengths` gives L where `lengths` [B] are but parts of the
+    examples.
     """
-    count, L = (torch.tensor(x, device=keys.device) for x in (lengths, whole or lengths))
+    count, L = (torch.tensor(x, device=keys.device) for x in (lengths, full_lengths or lengths))
     scale = alpha / (L * size).float().sqrt().repeat_interleave(count)  # [T]
     return (2 * uniform(keys, size) - 1) * scale[:, None]
 
 
-def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
-    """Zero each element with probability p, scale the rest by 1/(1-p); no `keys`: evaluation."""
-    if p == 0.0 or keys is None:
+def dropout(x: Tensor, p: float, noise: Tensor | None, site: int) -> Tensor:
+    """Zero each element with probability p, scale the rest by 1/(1-p); no `noise`: evaluation."""
+    if p == 0.0 or noise is None:
         return x
-    keep = uniform(combine(keys, site + 1), x.shape[-1]) >= p  # [T, D]
-    return x * keep / (1 - p)
+    kept = uniform(combine(noise, site + 1), x.shape[-1]) >= p  # [T, D]
+    return x * kept / (1 - p)
 
 
 # --------------------------------------------------------------------------- flat tokens, attention
@@ -347,15 +352,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
         self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
 
-    def forward(self, x: Tensor, layout: Layout, past: tuple[Tensor, Tensor] | None, keep: bool):
-        """x [T, D] -> [T, D], and with `keep` this layer's (keys, values) [B, K, L, Dh]."""
+    def forward(self, x: Tensor, layout: Layout, past: tuple[Tensor, Tensor] | None, keep_kv: bool):
+        """x [T, D] -> [T, D], and with `keep_kv` this layer's (keys, values) [B, K, L, Dh]."""
         q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
         k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
         v = layout.pad(self.v_proj(x).view(-1, self.K, self.Dh))  # [B, K, L, Dh]
         # under autocast q_norm and k_norm give fp32, the projections 16 bit
         q = layout.pad(rotate(q, layout.cos, layout.sin).to(v.dtype))  # [B, H, L, Dh]
         k = layout.pad(rotate(k, layout.cos, layout.sin).to(v.dtype))  # [B, K, L, Dh]
-        kept = (k, v) if keep else None
+        kept = (k, v) if keep_kv else None
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # [B, K, P + L, Dh]
         if self.H != self.K:  # query head h reads key/value head h // (H / K)
@@ -390,11 +395,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, past, keep: bool, keys: Tensor | None):
-        attended, kept = self.self_attn(self.input_layernorm(x), layout, past, keep)
-        x = x + dropout(attended, self.dropout, keys, 2 * self.index)  # [T, D]
+    def forward(self, x: Tensor, layout: Layout, past, keep_kv: bool, noise: Tensor | None):
+        attended, kept = self.self_attn(self.input_layernorm(x), layout, past, keep_kv)
+        x = x + dropout(attended, self.dropout, noise, 2 * self.index)  # [T, D]
         changed = self.mlp(self.post_attention_layernorm(x))
-        return x + dropout(changed, self.dropout, keys, 2 * self.index + 1), kept
+        return x + dropout(changed, self.dropout, noise, 2 * self.index + 1), kept
 
 
 class Llama(nn.Module):
@@ -435,40 +440,42 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, ids, lengths, prefix: Prefix | None = None, keep: bool = False,
-               keys: Tensor | None = None, neftune_alpha: float = 0.0, whole=None):
+    def hidden(self, ids, lengths, prefix: Prefix | None = None, keep_kv: bool = False,
+               noise: Tensor | None = None, neftune_alpha: float = 0.0, full_lengths=None):
         """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
 
-        Examples do not see each other. `prefix` (B rows) stands before them. `keys` [T] from
-        `noise_keys` switch on NEFTune and dropout, in training mode only; `whole` [B] are then the
-        lengths of the examples if these tokens are but a part of them. Returns the states, and with
-        `keep` a Prefix of these tokens, else None.
+        Examples do not see each other. `prefix` (B rows) stands before them. `noise` [T] from
+        `noise_keys` switches on NEFTune and dropout, in training mode only; `full_lengths` [B] are
+        then the lengths of the examples if these tokens are but a part of them. Returns the states,
+        and with `keep_kv` a Prefix of these tokens, else None.
         """
         layout = Layout(self.config, lengths, prefix, ids.device)
         x = self.model.embed_tokens(ids)  # [T, D]
-        keys = keys if self.training else None
-        if keys is not None and neftune_alpha > 0:
-            x = x + neftune_noise(keys, lengths, x.shape[1], neftune_alpha, whole).to(x.dtype)
+        noise = noise if self.training else None
+        if noise is not None and neftune_alpha > 0:
+            added = neftune_noise(noise, lengths, x.shape[1], neftune_alpha, full_lengths)
+            x = x + added.to(x.dtype)
         kept = []
         for i, layer in enumerate(self.model.layers):
             past = prefix.layers[i] if prefix is not None else None
             if self.checkpoint_activations and self.training:  # noise needs no RNG state to replay
-                x, kv = checkpoint(layer, x, layout, past, keep, keys, use_reentrant=False,
+                x, kv = checkpoint(layer, x, layout, past, keep_kv, noise, use_reentrant=False,
                                    preserve_rng_state=False)
             else:
-                x, kv = layer(x, layout, past, keep, keys)  # [T, D]
+                x, kv = layer(x, layout, past, keep_kv, noise)  # [T, D]
             kept.append(kv)
-        new = Prefix(kept, layout.positions, layout.lengths) if keep else None
+        new = Prefix(kept, layout.positions, layout.lengths) if keep_kv else None
         return self.model.norm(x), new
 
-    def forward(self, ids, lengths, targets, prefix=None, keys=None, neftune_alpha=0.0,
-                whole=None, equal=False) -> Tensor:
+    def forward(self, ids, lengths, targets, prefix=None, noise=None, neftune_alpha=0.0,
+                full_lengths=None, equal_weights=False) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
         """
-        states, _ = self.hidden(ids, lengths, prefix, False, keys, neftune_alpha, whole)
-        return token_logprobs(states[targets - 1], self.head, ids[targets], equal)
+        states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha,
+                                full_lengths)
+        return token_logprobs(states[targets - 1], self.head, ids[targets], equal_weights)
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Scores of every next token in fp32, for generation and exams: [B, D] -> [B, V]."""
@@ -510,19 +517,19 @@ def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None) -> T
 class TokenLogprobs(torch.autograd.Function):
     """The gradient of `head_pass`: d/dh = g_i d_i W, d/dW = sum_i g_i d_i^T h_i for arriving g_i.
 
-    d_i W is [N, D], so the forward keeps it. d/dW needs g_i: with `equal` the forward sums it for
-    g = 1, right if all g_i prove equal (the token mean of SFT); else the backward computes the
-    logits again, chunk by chunk.
+    d_i W is [N, D], so the forward keeps it. d/dW needs g_i: with `equal_weights` the forward sums
+    it for g = 1, right if all g_i prove equal (the token mean of SFT); else the backward computes
+    the logits again, chunk by chunk.
     """
 
     @staticmethod
-    def forward(ctx, states, head, targets, equal):
+    def forward(ctx, states, head, targets, equal_weights):
         kind = states.device.type
         autocast = torch.is_autocast_enabled(kind)
         ctx.dtype = torch.get_autocast_dtype(kind) if autocast else states.dtype
         # under no_grad the head, a parameter, still says that it needs a gradient; states do not
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] and equal else None
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] and equal_weights else None
         with torch.autocast(kind, enabled=False):
             logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head)
         ctx.save_for_backward(states, head, targets, grad_states, grad_head)
@@ -543,13 +550,15 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_states, grad_head, None, None
 
 
-def token_logprobs(states: Tensor, head: Tensor, targets: Tensor, equal: bool = False) -> Tensor:
+def token_logprobs(states: Tensor, head: Tensor, targets: Tensor,
+                   equal_weights: bool = False) -> Tensor:
     """ln p(target) in nats [N] from states [N, D], the head's weight [V, D] and target ids [N].
 
     The one place where hidden states become log-probabilities: training and evaluation come here.
-    `equal` promises that the loss weighs all targets alike; a broken promise costs time only.
+    Set `equal_weights` if the loss gives every target the same weight (SFT does). It is a hint: if
+    it is wrong the result is still right, only slower.
     """
-    return TokenLogprobs.apply(states, head, targets, equal)
+    return TokenLogprobs.apply(states, head, targets, equal_weights)
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -621,7 +630,7 @@ def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, 
     for step in range(max_new_tokens):
         lengths = [len(ids) for ids in new]
         ids = torch.tensor([t for ids in new for t in ids], device=device)  # [T]
-        states, kept = model.hidden(ids, lengths, prefix, keep=True)  # [T, D]
+        states, kept = model.hidden(ids, lengths, prefix, keep_kv=True)  # [T, D]
         prefix = kept if prefix is None else prefix.extend(kept)
         last = torch.tensor(lengths, device=device).cumsum(0) - 1  # [B]
         token = next_token(model.next_logits(states[last]), seen, how, samples, step)  # [B]
@@ -664,16 +673,16 @@ def best_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def read_json(path: Path) -> dict:
-    """The object of a JSON file, or a CheckpointError that names it."""
+    """The object of a JSON file, or an InputError that names it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"expected an object, found {type(value).__name__}")
         return value
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is that a Hugging Face checkpoint?") from None
+        raise InputError(f"{path} is missing; is that a Hugging Face checkpoint?") from None
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path} is not JSON: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -681,31 +690,31 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).exists():
-        raise CheckpointError(f"no model.safetensors or {INDEX} in {folder} "
+        raise InputError(f"no model.safetensors or {INDEX} in {folder} "
                               "(weights in .bin files must be converted to safetensors first)")
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
-        raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        raise InputError(f"{folder / INDEX} has no weight_map")
     return [folder / name for name in sorted(set(files.values()))]
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder; CheckpointError if it is missing or not supported."""
+    """The ModelConfig of a checkpoint folder; InputError if it is missing or not supported."""
     path = Path(folder) / "config.json"
     source = read_json(path)
     try:
         return ModelConfig.from_dict(source)
     except KeyError as error:
-        raise CheckpointError(f"{path}: key {error} is missing") from None
+        raise InputError(f"{path}: key {error} is missing") from None
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Llama:
     """The model of a folder in Hugging Face layout, in eval mode.
 
     It is built without storage and filled tensor by tensor: memory stays near the model's own size.
-    Raises CheckpointError for missing, left-over or misshapen weights or an unsupported config.
+    Raises InputError for missing, left-over or misshapen weights or an unsupported config.
     """
     folder = Path(folder)
     with torch.device("meta"):
@@ -717,10 +726,10 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                     place(model, missing, name, file.get_tensor(name), dtype, device, path)
         except (SafetensorError, FileNotFoundError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
+            raise InputError(f"{path} cannot be read: {error}") from None
     if missing:
         first = next(iter(missing))
-        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, the first is {first}")
+        raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {first}")
     return model.eval()
 
 
@@ -734,12 +743,12 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
         if name == "model.embed_tokens.weight" and torch.equal(model.head, tensor.to(model.head)):
             return
         if name == "model.embed_tokens.weight":
-            raise CheckpointError(f"{path}: tie_word_embeddings is set, but lm_head.weight and "
+            raise InputError(f"{path}: tie_word_embeddings is set, but lm_head.weight and "
                                   "model.embed_tokens.weight differ")
-        raise CheckpointError(f"{path}: config.json leaves no place for weight {name}")
+        raise InputError(f"{path}: config.json leaves no place for weight {name}")
     want, shape = list(missing.pop(name).shape), list(tensor.shape)
     if want != shape:
-        raise CheckpointError(f"{path}: weight {name} has shape {shape}, expected {want}")
+        raise InputError(f"{path}: weight {name} has shape {shape}, expected {want}")
     model.stored_dtype = tensor.dtype
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
@@ -758,18 +767,24 @@ def add_token(model: Llama, token: int, like: int) -> None:
 
 def write_atomic(path: Path, write) -> None:
     """Call write(temporary path), then rename: no reader or crash ever meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.chmod(temporary, 0o644)  # safetensors leaves its files readable by their owner only
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.chmod(temporary, 0o644)  # safetensors leaves its files readable by their owner only
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """A text file of lines, written as they come beside its place, then renamed into it."""
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
+        escape = "backslashreplace"  # a lone surrogate becomes JSON's escape of it
+        with open(temporary, "w", encoding="utf-8", errors=escape) as file:
             file.writelines(lines)
 
     write_atomic(path, write)

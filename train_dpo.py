@@ -18,10 +18,12 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -29,10 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import data
-import eval as evaluation
 import model as modeling
 import train_sft
-from data import DataError, Preference, need
+from data import ChatTokenizer, Row, common_prefix, conversations, cut
+from model import InputError, check
 from train_sft import Hardware
 
 # ------------------------------------------------------------------------------------------- config
@@ -75,32 +77,128 @@ RECIPES = {
               "max_length": 2048},
 }
 
-DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
-        "val_data": ["out/demo/pairs_val.jsonl"], "epochs": 3, "batch_size": 16,
-        "learning_rate": 5e-5, "log_every": 10}
 
 
-def check(c: Config) -> None:
-    """Raise DataError for combinations of preference flags that make no sense; fill in defaults."""
+def check_preferences(c: Config) -> None:
+    """Raise InputError for preference flags that make no sense; fill in defaults."""
     for name in ("beta", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
-        need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
-    need(0 <= c.label_smoothing < 0.5, f"--label_smoothing is in [0, 0.5), not {c.label_smoothing}")
+        value = getattr(c, name)
+        check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
+    check(0 <= c.label_smoothing < 0.5, f"--label_smoothing not in [0, 0.5): {c.label_smoothing}")
     for name, loss in (("label_smoothing", "sigmoid"), ("simpo_gamma", "simpo"),
                        ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
-        need(c.loss == loss or getattr(c, name) == getattr(Config, name),
+        check(c.loss == loss or getattr(c, name) == getattr(Config, name),
              f"--{name} goes with --loss {loss}")
-    need(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
-    need(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
-    need(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
-    need(not c.recipe or c.loss == "sigmoid", f"--recipe {c.recipe} is for --loss sigmoid")
-    need(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
+    check(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
+    check(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
+    check(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
+    check(not c.recipe or c.loss == "sigmoid", f"--recipe {c.recipe} is for --loss sigmoid")
+    check(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
     for folder in (c.model, c.reference or c.model):
-        need(Path(folder).resolve() != Path(c.output_dir).resolve(), "--output_dir must be another "
-             f"folder than {folder}: a resumed run needs the checkpoint that it started from")
+        check(Path(folder).resolve() != Path(c.output_dir).resolve(),
+              "--output_dir must be another "
+              f"folder than {folder}: a resumed run needs the checkpoint that it started from")
     if c.length_normalize is None:
         c.length_normalize = c.loss in ("ipo", "simpo")
     per_token = c.loss == "sigmoid" and c.length_normalize
     c.beta = c.beta or {"simpo": 2.0}.get(c.loss, 5.0 if per_token else 0.1)
+
+
+# ------------------------------------------------------------------------------- preference pairs
+
+
+class Preference(NamedTuple):
+    """A prompt with a chosen and a rejected answer, or with one answer and whether it was liked.
+
+    Every answer repeats the last token of the prompt, from which its own first one is predicted.
+    """
+
+    prompt: np.ndarray  # [tokens] int32, without its last token
+    answers: tuple  # of (ids, spans): the last token of the prompt, the response, its end of turn
+    source: int = 0  # index of its file
+    where: str = ""  # file and line
+    label: bool | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of supervised tokens of each answer, its end of turn included."""
+        return [sum(end - first for first, end, _ in spans) for _, spans in self.answers]
+
+    @property
+    def targets(self) -> int:
+        """Number of supervised tokens."""
+        return sum(self.lengths)
+
+    @property
+    def key(self) -> bytes:
+        """What makes two preferences copies of each other: the prompt."""
+        return self.prompt.tobytes() + self.answers[0][0][:1].tobytes()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens the model sees: the prompt counts once."""
+        return len(self.prompt) + sum(len(ids) for ids, _ in self.answers)
+
+
+def why_no_pair(row: Row) -> str:
+    """Why a preference pair cannot be used, or nothing."""
+    if not row.messages or len(row.chosen) > 1 or len(row.rejected) > 1:
+        return "histories differ"
+    return "chosen equals rejected" if row.chosen == row.rejected else ""
+
+
+def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
+                   max_length: int, labelled: bool) -> list[Preference]:
+    """Tokenise preference rows, counting what is cut or dropped by reason.
+
+    `labelled` makes of a pair two rows, one liked and one not; else rows with a label are refused.
+    The conversations of a pair are cut at the same points: as in `fit`, the beginning of the prompt
+    goes where it is long, then the end of the answers.
+    """
+    good, out = [], []
+    wanted = "a label and an answer, or chosen" if labelled else "chosen"
+    for row in rows:
+        answered = row.label is not None and row.messages[-1]["role"] == "assistant"
+        check(row.chosen or (labelled and answered), f"{row.where}: expected {wanted} and rejected "
+             "(--loss kto takes labels, train_sft.py rows without preferences)")
+        if row.chosen and (why := why_no_pair(row)):
+            counts[f"dropped: {why}"] += 1
+        else:
+            good.append((row, conversations(row)))
+    plans = [tokenizer.pieces(talk, "last") for _, talks in good for talk in talks]
+    encoded = iter(tokenizer.encode(plans))
+    for row, talks in good:
+        whole = [next(encoded) for _ in talks]  # a template may write on after the end of a turn
+        whole = [(ids[: spans[-1][1]] if spans else ids, spans) for ids, spans in whole]
+        shared = min(common_prefix([ids.tolist() for ids, _ in whole]),
+                     *(spans[0][0] if spans else len(ids) for ids, spans in whole))
+        longest = max(len(ids) for ids, _ in whole)
+        start = max(0, min(shared - max_length // 2, longest - max_length))
+        prompt, long = whole[0][0][start : shared - 1], longest > max_length
+        answers = [cut(ids, spans, shared - 1, start + max_length) for ids, spans in whole]
+        if not all(spans for _, spans in answers):
+            why = "a response lost to truncation" if long else "nothing to supervise"
+            counts[f"dropped: {why}"] += 1
+        elif len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
+            why = "alike once truncated" if long else "chosen equals rejected"
+            counts[f"dropped: {why}"] += 1
+        else:
+            counts["truncated"] += long
+            parts = [(answer,) for answer in answers] if labelled else [tuple(answers)]
+            labels = [True, False] if labelled and row.chosen else [row.label]
+            out += [Preference(prompt, part, source, row.where, label)
+                    for part, label in zip(parts, labels, strict=True)]
+    return out
+
+
+def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int, labelled: bool,
+                     skip_bad_rows: bool | None = None, quiet: bool = True):
+    """(preferences of some files, what was cut or dropped by reason)."""
+
+    def convert(rows: list[Row], source: int, counts: Counter) -> list[Preference]:
+        return to_preferences(rows, source, counts, tokenizer, max_length, labelled)
+
+    return data.convert_files(files, convert, skip_bad_rows, quiet)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -325,7 +423,7 @@ def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]
         after = (items[(i + way * k) % len(items)] for k in range(1, len(items)))
         other = next((p for p in after if p.key != item.key), None)
         if other is None:
-            raise DataError(f"{item.where}: --loss kto needs at least two prompts, among the "
+            raise InputError(f"{item.where}: --loss kto needs at least two prompts, among the "
                             "training rows and among the validation rows")
         ids, spans = other.answers[0]
         ids = ids.copy()
@@ -428,19 +526,21 @@ def check_first_loss(c: Config, record: dict) -> None:
               "what the policy started from (or dropout or noise is on)")
 
 
-def train(c: Config, tokenizer, run, references, first: int, model, wrapped, hardware: Hardware):
+def train(c: Config, tokenizer, run, references, start_step: int, model, wrapped,
+          hardware: Hardware):
     """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
-    optimizer, scaler, signals, log = train_sft.start_training(c, first, run.steps, model, hardware)
+    optimizer, scaler, signals, log = train_sft.start_training(c, start_step, run.steps, model,
+                                                               hardware)
     facts = {"seconds": 0.0, "pairs": 0, "stopped": 0, "before": {}}
-    if run.validation and not first:
+    if run.validation and not start_step:
         facts["before"] = validation(model, run.validation, references[1], c, hardware)
-    if c.exam_data and not first:
+    if c.exam_data and not start_step:
         facts["before"]["exam_accuracy"] = train_sft.exam_accuracy(model, tokenizer, c, hardware)
-    for step in range(first + 1, run.steps + 1):
+    for step in range(start_step + 1, run.steps + 1):
         began = time.perf_counter()
         rate = train_sft.set_learning_rate(optimizer, step, run.steps, c)
         metrics = backward_step(model, wrapped, run, references[0], step - 1, c, hardware, scaler)
-        norm = train_sft.update(model, optimizer, scaler, c, metrics["loss"], run, step)
+        norm = train_sft.clip_and_step(model, optimizer, scaler, c, metrics["loss"], run, step)
         seconds = time.perf_counter() - began
         facts["seconds"] += seconds
         facts["pairs"] += len(run.step(step - 1, c.batch_size))
@@ -520,7 +620,7 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
     train_sft.draw_figure(folder / "rewards.png", records, {
         "reward_chosen": "chosen", "reward_rejected": "rejected", "reward_margin": "margin",
         "val_reward_margin": "margin, held out"}, "reward")
-    if train_sft.nothing_to_sum_up("train_dpo.py", folder, records, facts, steps):
+    if train_sft.report_early_end("train_dpo.py", folder, records, facts, steps):
         return
     print(f"{facts['pairs']} preferences in {facts['seconds']:.0f} s, "
           f"{facts['pairs'] / facts['seconds']:.1f} a second")
@@ -534,46 +634,30 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
     print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}")
 
 
-def try_demo(model, tokenizer: data.ChatTokenizer, rows: list[data.Row]) -> tuple[str, list[str]]:
-    """The demo's exam, and the greedy answers to some questions."""
-    exam = train_sft.demo_exam(model, tokenizer)
-    model.eval()
-    prompts = [tokenizer.prompt_ids(row.messages) for row in rows]
-    answers = modeling.generate(model, prompts, 64, stop_ids=tokenizer.stop_ids)
-    model.train()
-    return exam, [tokenizer.decode(ids, special=False) for ids in answers]
-
-
-def report_demo(before: tuple, after: tuple, rows: list[data.Row]) -> None:
-    """What `try_demo` gave before and after, and one question that was answered rudely before."""
-    polite = [[text.startswith(("您好", "好的")) for text in texts] for _, texts in (before, after)]
-    print(f"polite answers to {len(rows)} held-out questions: before {sum(polite[0])}, after "
-          f"{sum(polite[1])}\nexam: before {before[0]}, after {after[0]}")
-    k = polite[0].index(False) if False in polite[0] else 0
-    print(f"{rows[k].messages[-1]['content']}\n  before: {before[1][k]}\n  after:  {after[1][k]}")
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
     """Read the flags, prepare, compute the reference, train, report."""
-    c = train_sft.resolve_config(Config, sys.argv[1:], RECIPES, DEMO)
-    check(c)
-    demo = all(getattr(c, name) == DEMO[name] for name in ("model", "data", "val_data"))
-    if demo and not all(Path(p).exists() for p in (f"{c.model}/config.json", *c.data)):
-        raise DataError(f"the demo continues from the checkpoint in {c.model}, which is not there; "
-                        "`torchrun train_sft.py` makes it in two minutes")
-    first, hardware = train_sft.first_step(c), train_sft.setup_hardware(c.dtype)
+    c = train_sft.resolve_config(Config, sys.argv[1:], RECIPES,
+                                 lambda: train_sft.import_world().DPO_DEMO)
+    check_preferences(c)
+    world = train_sft.import_world() if c.data == ["out/demo/pairs.jsonl"] else None
+    if world and not all(Path(p).exists() for p in (f"{c.model}/config.json", *c.data)):
+        raise InputError(f"the demo continues from the checkpoint in {c.model}, which is missing; "
+                         "`torchrun train_sft.py` makes it in two minutes")
+    start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     quiet = hardware.rank > 0
     tokenizer = data.ChatTokenizer(c.model, c.template)
     config, other = (modeling.load_config(f) for f in (c.model, c.reference or c.model))
     tokenizer.check_size(min(config.vocab_size, other.vocab_size))
     if c.exam_data:  # an error in it should come now
+        import eval as evaluation
+
         evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
                                  quiet=quiet)
     c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
-    run, facts = train_sft.prepare_data(c, lambda files: data.load_preferences(
+    run, facts = train_sft.prepare_data(c, lambda files: load_preferences(
         files, tokenizer, c.max_length, c.loss == "kto", skip_bad_rows=c.skip_bad_rows,
         quiet=quiet), quiet)
     if c.loss == "kto":
@@ -590,14 +674,14 @@ def main() -> None:
     rows = []
     if hardware.rank == 0:
         train_sft.announce(c, model, tokenizer, run.steps, hardware)
-        if demo and not first:
+        if world and not start_step:
             rows = [row for _, row in data.read_rows(c.val_data)]
-            before = try_demo(model, tokenizer, rows)
-    records, result = train(c, tokenizer, run, references, first, model, wrapped, hardware)
+            before = world.try_demo(model, tokenizer, rows)
+    records, result = train(c, tokenizer, run, references, start_step, model, wrapped, hardware)
     if hardware.rank == 0:
         summary(c, records, result, run.steps)
         if rows and not result["stopped"]:
-            report_demo(before, try_demo(model, tokenizer, rows), rows)
+            world.report_preferences(before, world.try_demo(model, tokenizer, rows), rows)
     hardware.leave()
     sys.exit(result["stopped"])
 

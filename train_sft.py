@@ -32,9 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import eval as evaluation
 import model as modeling
-from data import DataError, need
+from model import InputError, check
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -119,29 +118,29 @@ RECIPES = {
 RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
 
 
-def resolve_config(cls, argv: list[str], recipes: dict, demo: dict):
-    """Defaults, then the demo's values or the resumed run's, then the recipe's, then the flags."""
+def resolve_config(cls, argv: list[str], recipes: dict, demo):
+    """Defaults, then demo()'s values or the resumed run's, then the recipe's, then the flags."""
     given = data.parse_flags(cls, argv)
     base, recipe = {}, given.get("recipe", "")
     if given.get("resume"):
         path = Path(given.get("output_dir", cls.output_dir)) / "run.json"
         if not path.is_file():
-            raise DataError(f"--resume: {path} does not exist, so there is no run to go on with")
+            raise InputError(f"--resume: {path} does not exist, so there is no run to go on with")
         base = json.loads(path.read_text(encoding="utf-8"))["config"]
-        need(set(base) == {f.name for f in fields(cls)},
+        check(set(base) == {f.name for f in fields(cls)},
              f"--resume: the run in {path} is of another script, or of another version of this one")
         for name in given:
             if name not in HARDWARE and base[name] != given[name]:
-                raise DataError(f"--resume: --{name} was {base[name]!r}, not {given[name]!r}; "
+                raise InputError(f"--resume: --{name} was {base[name]!r}, not {given[name]!r}; "
                                 "flags that change the result stay as they were")
     elif not given.get("model") and not given.get("data"):
-        base = demo
+        base = demo()
         if "val_fraction" in given:  # instead of the demo's own validation
-            base = {**demo, "val_data": []}
+            base = {**base, "val_data": []}
     if recipe not in ("", *recipes):
-        raise DataError(f"unknown recipe {recipe!r}; known are {', '.join(recipes)}")
+        raise InputError(f"unknown recipe {recipe!r}; known are {', '.join(recipes)}")
     if "steps" in given and "epochs" in given:
-        raise DataError("--steps and --epochs exclude each other; give one")
+        raise InputError("--steps and --epochs exclude each other; give one")
     preset = {**base, **recipes.get(recipe, {})}
     if "epochs" in given or ("epochs" in recipes.get(recipe, {}) and "steps" not in given):
         preset["steps"] = 0
@@ -151,24 +150,25 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo: dict):
 
 
 def check_config(c) -> None:
-    """Raise DataError for values and combinations that make no sense."""
-    need(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
-    need(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
+    """Raise InputError for values and combinations that make no sense."""
+    check(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
+    check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
     for name in ("batch_size", "micro_tokens", "log_every", "epochs"):
-        need(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
+        check(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
     for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
                  "exam_every", "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
-        need(0 <= getattr(c, name) < math.inf, f"--{name} must be 0 or more, is {getattr(c, name)}")
+        value = getattr(c, name)
+        check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction"):
-        need(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), not {getattr(c, name)}")
-    need(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
-    need(c.min_learning_rate <= (c.learning_rate or math.inf),
+        check(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), not {getattr(c, name)}")
+    check(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
+    check(c.min_learning_rate <= (c.learning_rate or math.inf),
          "--min_learning_rate is above --learning_rate")
-    need(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
+    check(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
          f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
-    need(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
+    check(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
     data.check_mix(c, c.data)
-    need(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
+    check(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
 
 
 # --------------------------------------------------------------------------- schedule and optimizer
@@ -203,10 +203,10 @@ def set_learning_rate(optimizer, step: int, steps: int, c) -> float:
     return rate
 
 
-def update(model, optimizer, scaler, c, loss: float, run, step: int) -> float | None:
+def clip_and_step(model, optimizer, scaler, c, loss: float, run, step: int) -> float | None:
     """Clip the gradients and take the optimizer's step; returns their norm before clipping.
 
-    None stands for an fp16 overflow, for which the scaler leaves the step out. Raises DataError,
+    None stands for an fp16 overflow, for which the scaler leaves the step out. Raises InputError,
     before anything is updated, if loss or norm is not finite.
     """
     scaler.unscale_(optimizer)  # fp16 gradients were scaled up, so that small ones survive
@@ -214,7 +214,7 @@ def update(model, optimizer, scaler, c, loss: float, run, step: int) -> float | 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
         rows = ", ".join(run.train[i].where for i, _ in run.step(step - 1, c.batch_size))
-        raise DataError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
+        raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
                         f"was updated; lower --learning_rate, or look at its rows: {rows}")
     scaler.step(optimizer)
     scaler.update()
@@ -325,13 +325,13 @@ def load_state(path: Path, model, optimizer, scaler) -> None:
             scaler.load_state_dict(saved)
 
 
-def start_training(c, first: int, steps: int, model, hardware: Hardware) -> tuple:
+def start_training(c, start_step: int, steps: int, model, hardware: Hardware) -> tuple:
     """(optimizer, fp16 scaler, signals received, log), as they were if the run is resumed."""
     optimizer = make_optimizer(model, c)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    if first:
+    if start_step:
         load_state(Path(c.output_dir) / "state" / "state.safetensors", model, optimizer, scaler)
-    return optimizer, scaler, watch_signals(), Log(c, first, steps, hardware)
+    return optimizer, scaler, watch_signals(), Log(c, start_step, steps, hardware)
 
 
 def save_run(c, tokenizer, model, optimizer, scaler, step: int, hardware: Hardware) -> None:
@@ -343,7 +343,7 @@ def save_run(c, tokenizer, model, optimizer, scaler, step: int, hardware: Hardwa
     hardware.barrier()
 
 
-def first_step(c) -> int:
+def find_start_step(c) -> int:
     """The step to start from, 0 unless resumed; an unfinished run is not silently overwritten."""
     folder = Path(c.output_dir)
     path, step = folder / "state" / "state.safetensors", 0
@@ -353,7 +353,7 @@ def first_step(c) -> int:
     if c.resume:
         return step
     if step and step < (steps := modeling.read_json(folder / "run.json")["steps"]):
-        raise DataError(f"{folder} holds a run that stopped at step {step} of {steps}; add "
+        raise InputError(f"{folder} holds a run that stopped at step {step} of {steps}; add "
                         f"--resume to go on, or choose another --output_dir, or delete it")
     return 0
 
@@ -365,7 +365,7 @@ def start_run(c, steps: int, facts: dict, hardware: Hardware) -> None:
         before = modeling.read_json(path)["data_hashes"]
         for name in facts["data_hashes"]:
             if before.get(name) != facts["data_hashes"][name]:
-                raise DataError(f"--resume: {name} has changed since the run began")
+                raise InputError(f"--resume: {name} has changed since the run began")
     if hardware.rank == 0:
         if not c.resume:  # the state of an earlier run is none of this one's
             (path.parent / "state" / "state.safetensors").unlink(missing_ok=True)
@@ -403,18 +403,18 @@ def peak_memory(device: torch.device) -> float:
 class Log:
     """metrics.jsonl, and a progress bar, or where there is no terminal a line now and then."""
 
-    def __init__(self, c, first: int, steps: int, hardware: Hardware):
+    def __init__(self, c, start_step: int, steps: int, hardware: Hardware):
         self.path, self.every = Path(c.output_dir) / "metrics.jsonl", c.log_every
         self.steps, self.device, self.main = steps, hardware.device, hardware.rank == 0
-        self.records = self.earlier(first) if self.main else []
-        self.bar = tqdm(total=steps, initial=first, unit=" steps", dynamic_ncols=True,
+        self.records = self.earlier(start_step) if self.main else []
+        self.bar = tqdm(total=steps, initial=start_step, unit=" steps", dynamic_ncols=True,
                         disable=not self.main or not sys.stderr.isatty())
 
-    def earlier(self, first: int) -> list[dict]:
-        """The records up to step `first`; later lines, and half a line of a crash, are dropped."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if first else []
+    def earlier(self, start_step: int) -> list[dict]:
+        """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step else []
         records = []
-        for line in lines[:first]:
+        for line in lines[:start_step]:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
         modeling.write_lines(self.path, (json.dumps(r) + "\n" for r in records))
@@ -518,12 +518,12 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: Hardware,
     for k, chunk in enumerate(mine or [[0]], 1):
         batch = data.collate([examples[i] for i in chunk], hardware.device)
         visits, indices = [draws[i][1] for i in chunk], [draws[i][0] for i in chunk]
-        keys = modeling.noise_keys(c.seed, visits, indices, batch.lengths, hardware.device)
+        noise = modeling.noise_keys(c.seed, visits, indices, batch.lengths, hardware.device)
         synchronize = hardware.world == 1 or k >= len(mine)  # gradients travel once a step
         with contextlib.nullcontext() if synchronize else model.no_sync():
             with hardware.autocast():
-                logp = model(batch.ids, batch.lengths, batch.targets, keys=keys,
-                             neftune_alpha=c.neftune_alpha, equal=True)  # [N]
+                logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
+                             neftune_alpha=c.neftune_alpha, equal_weights=True)  # [N]
             loss = -(batch.weights * logp).sum() / total * share
             scaler.scale(loss * hardware.world).backward()
         loss_sum += loss.detach()
@@ -550,6 +550,8 @@ def validation_loss(model, examples: list[data.Example], c: Config, hardware: Ha
 
 def exam_accuracy(model, tokenizer, c: Config, hardware: Hardware) -> float:
     """Share of the questions of --exam_data answered rightly; each rank asks some subjects."""
+    import eval as evaluation
+
     model.eval()
     with hardware.autocast():
         right, count = evaluation.exam_accuracy(
@@ -560,18 +562,18 @@ def exam_accuracy(model, tokenizer, c: Config, hardware: Hardware) -> float:
     return right / count
 
 
-def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardware: Hardware):
+def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped, hardware: Hardware):
     """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
-    optimizer, scaler, signals, log = start_training(c, first, run.steps, model, hardware)
+    optimizer, scaler, signals, log = start_training(c, start_step, run.steps, model, hardware)
     facts = {"seconds": 0.0, "tokens": 0, "stopped": 0}
-    if run.validation and not first:
+    if run.validation and not start_step:
         facts["val_before"] = validation_loss(model, run.validation, c, hardware)
-    for step in range(first + 1, run.steps + 1):
+    for step in range(start_step + 1, run.steps + 1):
         began = time.perf_counter()
         rate = set_learning_rate(optimizer, step, run.steps, c)
         loss, counts = backward_step(wrapped, run, step - 1, c, hardware, scaler)
         loss, stop = hardware.sum(loss, len(signals))
-        norm = update(model, optimizer, scaler, c, loss, run, step)
+        norm = clip_and_step(model, optimizer, scaler, c, loss, run, step)
         seconds = time.perf_counter() - began
         facts["seconds"] += seconds
         facts["tokens"] += counts["tokens"]
@@ -598,7 +600,7 @@ def train(c: Config, tokenizer, run: RunData, first: int, model, wrapped, hardwa
 # --------------------------------------------------------------------------------------------- main
 
 
-def nothing_to_sum_up(script: str, folder: Path, records: list, facts: dict, steps: int) -> bool:
+def report_early_end(script: str, folder: Path, records: list, facts: dict, steps: int) -> bool:
     """Whether the run stopped early, or had nothing left to do; printed, with how to go on."""
     if facts["stopped"]:
         print(f"stopped after step {records[-1]['step']} of {steps}; all is saved, go on with\n"
@@ -613,7 +615,7 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
     folder = Path(c.output_dir)
     curves = {"loss": "training", "val_loss": "validation"}
     draw_figure(folder / "loss.png", records, curves, "nats per supervised token")
-    if nothing_to_sum_up("train_sft.py", folder, records, facts, steps):
+    if report_early_end("train_sft.py", folder, records, facts, steps):
         return
     speed = facts["tokens"] / facts["seconds"]
     print(f"{facts['tokens']} tokens in {facts['seconds']:.0f} s, {speed:.0f} a second")
@@ -629,48 +631,25 @@ def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
           f"  python eval.py logprobs --model {folder} --data {c.data[0]}")
 
 
-def make_demo_model(folder: Path, seed: int = 0) -> None:
-    """A checkpoint of 0.46M random weights for the tokenizer in `folder`."""
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
-              "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-              "num_key_value_heads": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
-              "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
-              "initializer_range": 0.1, "eos_token_id": data.ChatTokenizer(folder).eos_id,
-              "vocab_size": data.ChatTokenizer(folder).tokenizer.get_vocab_size()}
-    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
-    model.initialize(seed)
-    modeling.save(model, folder)
-
-
-def demo_exam(model, tokenizer: data.ChatTokenizer) -> str:
-    """Accuracy on the held-out questions of the demo's exam, as text."""
-    model.eval()
-    folder = Path(data.DEMO["model"]).parent / "exam"
-    right, count = evaluation.exam_accuracy(model, tokenizer, folder)
-    model.train()
-    return f"{right / count:.1%} ({right} of {count})"
-
-
-def report_demo(before: str, after: str, model, tokenizer: data.ChatTokenizer) -> None:
-    """The demo's exam before and after, one answer, and where to go on."""
-    print(f"\nexam, questions never seen in training: before {before}, after {after}; guessing 25%")
-    prompt = tokenizer.prompt_ids([{"role": "user", "content": "你是谁？"}])
-    model.eval()
-    ids = modeling.generate(model, [prompt], 64, stop_ids=tokenizer.stop_ids)[0]
-    print(f"你是谁？ {tokenizer.decode(ids, special=False)}\nnext, preferences, the exam in full, "
-          "what it was trained on:\n  torchrun train_dpo.py\n  python eval.py exam\n"
-          f"  python data.py show {' '.join(data.DEMO['data'])} --model {data.DEMO['model']}")
+def import_world():
+    """labs/world.py, which holds the built-in demo; nothing else in this file needs labs/."""
+    try:
+        import labs.world
+    except ImportError:
+        raise InputError("the built-in demo lies in labs/world.py, which is missing; "
+                         "give --model DIR and --data FILE...") from None
+    return labs.world
 
 
 def main() -> None:
     """Read the flags, prepare, train, report."""
-    c = resolve_config(Config, sys.argv[1:], RECIPES, data.DEMO)
-    first, hardware = first_step(c), setup_hardware(c.dtype)
-    demo, before = c.model == data.DEMO["model"], "?"
-    if demo:
+    c = resolve_config(Config, sys.argv[1:], RECIPES, lambda: import_world().SFT_DEMO)
+    start_step, hardware = find_start_step(c), setup_hardware(c.dtype)
+    world = import_world() if c.model == "out/demo/base" else None
+    if world:
         if hardware.rank == 0:
-            data.make_demo(Path(c.model).parent)
-            make_demo_model(Path(c.model))
+            world.make_demo(Path(c.model).parent)
+            world.make_demo_model(Path(c.model))
         hardware.barrier()
     tokenizer = data.ChatTokenizer(c.model, c.template, c.eot)
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
@@ -679,6 +658,8 @@ def main() -> None:
     tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     quiet = hardware.rank > 0
     if c.exam_data:  # an error in it should come now
+        import eval as evaluation
+
         evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
                                  quiet=quiet)
     run, facts = prepare_data(c, lambda files: data.load_examples(
@@ -688,12 +669,12 @@ def main() -> None:
     start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
         announce(c, model, tokenizer, run.steps, hardware)
-        before = demo_exam(model, tokenizer) if demo and not first else before
-    records, facts = train(c, tokenizer, run, first, model, wrapped, hardware)
+        before = world.demo_exam(model, tokenizer) if world and not start_step else "?"
+    records, facts = train(c, tokenizer, run, start_step, model, wrapped, hardware)
     if hardware.rank == 0:
         summary(c, records, facts, run.steps)
-        if demo and not facts["stopped"]:
-            report_demo(before, demo_exam(model, tokenizer), model, tokenizer)
+        if world and not facts["stopped"]:
+            world.report_demo(before, world.demo_exam(model, tokenizer), model, tokenizer)
     hardware.leave()
     sys.exit(facts["stopped"])
 

@@ -3,76 +3,37 @@
 import contextlib
 import functools
 import gzip
-import io
 import itertools
 import json
 import os
 import pickle
 import pty
 import random
-import runpy
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from conftest import HI, NO, PAIRS, REPO, SHARED, TALK, YO, assistant, command, jsonl, system, user
 from families import FAMILIES
 from family_tokenizers import TOKENIZERS, write_tokenizer
-from test_train_sft import run_here as run_sft
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 import data
-import train_sft
-from data import DataError, Example, Mixer, mixing_rates
+import train_dpo
+from data import Example, InputError, Mixer, mixing_rates
 
-REPO = Path(data.__file__).resolve().parent
-SHARED = REPO.parent / "shared"
 DROPPED = "dropped: nothing to supervise"
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
-
-def user(text, **extra):
-    return {"role": "user", "content": text, **extra}
-
-
-def assistant(text, **extra):
-    return {"role": "assistant", "content": text, **extra}
-
-
-def command(script, *arguments, stdin=""):
-    """(exit status, stdout, stderr) of a script, run in this process to save the imports."""
-    argv, source = sys.argv, sys.stdin
-    sys.argv, sys.stdin = [str(REPO / script), *map(str, arguments)], io.StringIO(stdin)
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        sys.argv, sys.stdin = argv, source
-    return status, out.getvalue(), err.getvalue()
 
 
 def parsed(path, **options):
     """The rows of a file."""
     return [row for _, row in data.read_rows([path], **options)]
-
-
-def jsonl(path, *rows):
-    """Write rows as JSON lines and return the path as text."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -98,14 +59,6 @@ def chat(folder_of):
 def theirs(folder_of):
     """A function from the name of a tokenizer to transformers' reading of it."""
     return functools.cache(lambda name: AutoTokenizer.from_pretrained(folder_of(name)))
-
-
-@pytest.fixture(scope="session")
-def letters(tmp_path_factory):
-    """A ChatML tokenizer whose tokens are bytes: lengths can be counted by hand."""
-    folder = tmp_path_factory.mktemp("letters")
-    data.make_tokenizer(folder, [], 0)
-    return data.ChatTokenizer(folder)
 
 
 def render(tokenizer, messages, **options):
@@ -174,7 +127,7 @@ def test_flag_of_several_numbers_takes_several_numbers():
     ],
 )
 def test_wrong_flag_is_named_in_one_line_with_what_is_possible(argv, said):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         data.parse_flags(Flags, argv.split(), "files")
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in said)
@@ -199,7 +152,6 @@ def test_wrong_flag_on_the_command_line_ends_with_one_line_and_status_2(runner, 
 
 # ----------------------------------------------------------------------------- rows of every format
 
-HI, YO = user("hi"), assistant("yo")
 ROWS = {
     "messages": ({"messages": [system("s"), HI, YO]}, [system("s"), HI, YO]),
     "messages with train and weight": (
@@ -245,18 +197,7 @@ def test_row_of_raw_text_has_no_messages(key):
     assert data.parse_row("here", {key: "once"}) == data.Row("here", [], text="once")
 
 
-NO = assistant("no")
-PAIRS = {
-    "prompt and strings": {"prompt": "hi", "chosen": "yo", "rejected": "no"},
-    "prompt and messages": {"prompt": "hi", "chosen": YO, "rejected": NO},
-    "prompt as messages": {"prompt": [HI], "chosen": [YO], "rejected": [NO]},
-    "prompt repeated in both": {"prompt": "hi", "chosen": [HI, YO], "rejected": [HI, NO]},
-    "instruction": {"instruction": "hi", "input": "", "chosen": "yo", "rejected": "no"},
-    "conversations": {"conversations": [{"from": "human", "value": "hi"}],
-                      "chosen": {"from": "gpt", "value": "yo"},
-                      "rejected": {"from": "gpt", "value": "no"}},
-    "whole conversations": {"chosen": [HI, YO], "rejected": [HI, NO]},
-}
+
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -292,7 +233,7 @@ def test_unpaired_preference_keeps_its_label(row, label):
 
 def test_prompt_without_answer_is_accepted_only_where_answers_are_generated():
     assert data.parse_row("here", {"prompt": "hi"}, ask=True).messages == [HI]
-    with pytest.raises(DataError, match=r"here: .*an answer"):
+    with pytest.raises(InputError, match=r"here: .*an answer"):
         data.parse_row("here", {"prompt": "hi"})
 
 
@@ -364,7 +305,7 @@ BAD_ROWS = {
 def test_bad_row_is_refused_with_file_line_what_was_found_and_what_was_expected(name, tmp_path):
     row, said = BAD_ROWS[name]
     path = jsonl(tmp_path / "a.jsonl", {"text": "good"}, row)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         parsed(path)
     message = str(error.value)
     assert message.startswith(f"{path} line 2: expected ") and "\n" not in message
@@ -399,7 +340,7 @@ BAD_FILES = {
 def test_bad_file_is_refused_with_its_name_and_what_was_found(name, tmp_path, letters):
     content, said = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(InputError) as error:
         data.load_examples([str(tmp_path / name)], letters)
     message = str(error.value)
     assert message.startswith(str(tmp_path / name)) and "\n" not in message
@@ -407,10 +348,10 @@ def test_bad_file_is_refused_with_its_name_and_what_was_found(name, tmp_path, le
 
 
 def test_missing_file_and_directory_are_refused_with_their_name(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
+    with pytest.raises(InputError, match=r"nowhere\.json does not exist"):
         parsed(tmp_path / "nowhere.json")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(DataError, match=r"folder\.json is not a file"):
+    with pytest.raises(InputError, match=r"folder\.json is not a file"):
         parsed(tmp_path / "folder.json")
 
 
@@ -435,7 +376,7 @@ def test_skipped_rows_are_listed_where_the_output_is_no_terminal(tmp_path):
 
 def test_preference_rows_are_refused_by_the_loader_of_sft(tmp_path, letters):
     for row in (PAIRS["prompt and strings"], {"messages": [HI, YO], "label": True}):
-        with pytest.raises(DataError, match=r"a.jsonl line 1: .*train_dpo.py"):
+        with pytest.raises(InputError, match=r"a.jsonl line 1: .*train_dpo.py"):
             data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters)
 
 
@@ -536,7 +477,7 @@ def test_system_message_between_turns_is_rendered_like_the_saved_tokenizer_or_re
 ):
     messages = [user("a"), assistant("b"), system("new rules"), user("c"), assistant("d")]
     if name in {"llama2", "mistral", "yi1_5", "llama3_1"}:  # no room for it in these
-        with pytest.raises(DataError, match="system message only at the start"):
+        with pytest.raises(InputError, match="system message only at the start"):
             render(chat(name), messages)
         return
     chat(name).save(tmp_path)
@@ -583,7 +524,7 @@ def test_saved_template_is_recognised_again(name, form, chat, tmp_path):
 
 @pytest.mark.parametrize(("name", "form"), REFUSED)
 def test_template_whose_end_of_turn_the_tokenizer_lacks_is_refused(name, form, folder_of):
-    with pytest.raises(DataError, match=f"template {form} ends a turn with .*--template"):
+    with pytest.raises(InputError, match=f"template {form} ends a turn with .*--template"):
         data.ChatTokenizer(folder_of(name), form)
 
 
@@ -596,16 +537,16 @@ def test_raw_text_is_encoded_as_by_transformers_and_ends_with_eos(name, chat, th
 
 
 def test_unknown_template_and_unreadable_tokenizers_are_refused_in_one_line(tmp_path, folder_of):
-    with pytest.raises(DataError, match=r"unknown template 'chatlm'.*chatml"):
+    with pytest.raises(InputError, match=r"unknown template 'chatlm'.*chatml"):
         data.ChatTokenizer(folder_of("qwen2"), "chatlm")
-    with pytest.raises(DataError, match=r"tokenizer.json is missing"):
+    with pytest.raises(InputError, match=r"tokenizer.json is missing"):
         data.ChatTokenizer(tmp_path)
     write_tokenizer(tmp_path, "qwen2")
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
-    with pytest.raises(DataError, match=r"no known family.*--template"):
+    with pytest.raises(InputError, match=r"no known family.*--template"):
         data.ChatTokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match=r"tokenizer_config.json is not JSON"):
+    with pytest.raises(InputError, match=r"tokenizer_config.json is not JSON"):
         data.ChatTokenizer(tmp_path)
 
 
@@ -628,8 +569,7 @@ def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint
 
 # ------------------------------------------------------------------------------- what is supervised
 
-TALK = [system("You are helpful."), user("What is 12 + 35?"), assistant("It's 47!"),
-        user("谢谢你的帮助！"), assistant("很高兴为你服务。\n\n  Bye.")]
+
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -808,7 +748,7 @@ def test_rows_with_nothing_to_supervise_are_dropped_and_counted(tmp_path, letter
 
 
 def test_file_without_anything_to_supervise_is_refused(tmp_path, letters):
-    with pytest.raises(DataError, match=r"a.jsonl: no row "):
+    with pytest.raises(InputError, match=r"a.jsonl: no row "):
         data.load_examples([jsonl(tmp_path / "a.jsonl", {"messages": [HI]})], letters)
 
 
@@ -835,7 +775,7 @@ LONG_PAIRS = {
 def preferences(path, tokenizer, *rows, max_length=2048, labelled=False, **options):
     """(preferences, counts) of a file with these rows."""
     path = jsonl(path / "pairs.jsonl", *rows)
-    return data.load_preferences([path], tokenizer, max_length, labelled, **options)
+    return train_dpo.load_preferences([path], tokenizer, max_length, labelled, **options)
 
 
 @pytest.mark.parametrize("name", LONG_PAIRS)
@@ -907,7 +847,7 @@ def test_answers_may_repeat_the_prompt_with_its_system_message_or_without():
         assert (found.messages, found.chosen, found.rejected) == (whole, [YO], [NO])
     for row in ({"prompt": "hi", "chosen": [*whole, YO], "rejected": [*whole, NO]},
                 {"system": "s", "chosen": "yo", "rejected": "no"}):
-        with pytest.raises(DataError, match="here: expected"):
+        with pytest.raises(InputError, match="here: expected"):
             data.parse_row("here", row)
 
 
@@ -921,7 +861,7 @@ def test_answers_may_repeat_the_prompt_with_its_system_message_or_without():
 def test_row_that_the_loss_cannot_use_is_refused_in_one_line(
     labelled, row, said, tmp_path, letters
 ):
-    with pytest.raises(DataError, match="pairs.jsonl line 2: ") as error:
+    with pytest.raises(InputError, match="pairs.jsonl line 2: ") as error:
         preferences(tmp_path, letters, PAIRS["instruction"], row, labelled=labelled)
     assert said in str(error.value) and "\n" not in str(error.value)
 
@@ -1310,90 +1250,6 @@ def test_show_ends_with_one_line_and_status_2_for_bad_input(arguments, said, tmp
     assert err.startswith("data.py: ") and said in err
 
 
-# ---------------------------------------------------------------------------------------------- coh
-
-
-def hindsight(tmp_path, tokenizer, *rows, flags=()):
-    """(decoded text, supervised texts) of every conversation that `data.py coh` makes of rows."""
-    path, output = jsonl(tmp_path / "pairs.jsonl", *rows), tmp_path / "coh.jsonl"
-    status, out, err = command("data.py", "coh", path, "--output", output, *flags)
-    assert (status, err) == (0, "")
-    examples, _ = data.load_examples([str(output)], tokenizer)
-    return [(tokenizer.decode(e.ids, False), supervised(tokenizer, e)) for e in examples], out
-
-
-@pytest.mark.parametrize("question,good,bad", [
-    ("Why?", "A good answer:", "A bad answer:"), ("为何？", "好的回答：", "不好的回答：")])
-def test_chain_of_hindsight_supervises_both_answers_and_no_feedback_word(
-    question, good, bad, tmp_path, letters
-):
-    row = {"prompt": [system("s"), user("a"), assistant("b"), user(question)], "chosen": "yo",
-           "rejected": "no"}
-    seen = set()
-    for seed in range(8):  # which answer comes first is drawn
-        ((text, answers),), _ = hindsight(tmp_path, letters, row, flags=["--seed", seed])
-        order = [(good, "yo"), (bad, "no")][:: 1 if answers[0] == "yo<|im_end|>" else -1]
-        seen.add(order[0])
-        assert answers == [answer + "<|im_end|>" for _, answer in order]
-        (first, one), (second, two) = order
-        assert text.splitlines() == [
-            "system", "s", "user", "a", "assistant", "b", "user", question, first, "assistant",
-            one, "user", second, "assistant", two]
-    assert len(seen) == 2
-
-
-def test_chain_of_hindsight_hides_words_only_from_the_second_answers_view_of_the_first(
-    tmp_path, letters
-):
-    words = [f"w{i}" for i in range(200)]
-    rows = [{"prompt": "q", "chosen": " ".join(words), "rejected": "春眠不觉晓" * 40}] * 20
-    found, _ = hindsight(tmp_path, letters, *rows, flags=["--mask_past", 0.5])
-    shares = []
-    for (whole, first), (masked, second) in zip(found[::2], found[1::2], strict=True):
-        past, (answer,) = first[0].removesuffix("<|im_end|>"), second
-        assert len(first) == 1 and past in whole and answer != first[0]
-        seen = masked.splitlines()[5 - 1]
-        split = str.split if past.startswith("w") else list
-        kept = iter(split(past))
-        assert all(word in kept for word in split(seen))  # in their order, some are left out
-        shares.append(len(split(seen)) / len(split(past)))
-        assert answer.removesuffix("<|im_end|>") in (rows[0]["chosen"], rows[0]["rejected"])
-    assert 0.4 < min(shares) < max(shares) <= 1 and 0.6 < sum(shares) / 20 < 0.9
-
-
-def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_with_sft(
-    tmp_path, letters
-):
-    rows = [*[{"prompt": f"q{i}", "chosen": "yo", "rejected": "no"} for i in range(20)],
-            {"prompt": "q", "chosen": "same", "rejected": "same"}]
-    flags = ["--mask_past", 0.05]
-    one, out = hindsight(tmp_path, letters, *rows, flags=flags)
-    assert "kept 40 of 41 rows" in out and "dropped 1: chosen equals rejected" in out
-    assert hindsight(tmp_path, letters, *rows, flags=flags)[0] == one
-    assert hindsight(tmp_path, letters, *rows, flags=[*flags, "--seed", 1])[0] != one
-    shutil.copytree(letters.folder, tmp_path / "model")
-    train_sft.make_demo_model(tmp_path / "model")
-    status, out = run_sft(["train_sft.py", "--model", str(tmp_path / "model"), "--data",
-                           str(tmp_path / "coh.jsonl"), "--steps", "1", "--output_dir",
-                           str(tmp_path / "out")])
-    assert not status and "loss" in out
-
-
-@pytest.mark.parametrize("rows,flags,said", [
-    ([PAIRS["instruction"]], ["--mask_past", 1], "--mask_past"), ([], [], "--output"),
-    ([PAIRS["instruction"]], ["--output", "PAIRS"], "would overwrite what is read"),
-    ([{"prompt": "a", "completion": "b"}], [], "line 1: expected a question, chosen and"),
-    ([{"chosen": [YO, YO], "rejected": [YO, NO]}], [], "line 1: expected a question, chosen")])
-def test_chain_of_hindsight_refuses_bad_input_in_one_line(rows, flags, said, tmp_path):
-    path = jsonl(tmp_path / "pairs.jsonl", *rows)
-    output = ["--output", tmp_path / "coh.jsonl"] if rows else []
-    flags = [path if flag == "PAIRS" else flag for flag in flags]
-    status, _, err = command("data.py", "coh", path, *output, *flags)
-    assert status == 2 and said in err and err.count("\n") == 1
-    assert not (tmp_path / "coh.jsonl").exists()
-    assert (tmp_path / "pairs.jsonl").read_text() == "".join(json.dumps(r) + "\n" for r in rows)
-
-
 def test_command_that_does_not_exist_is_refused_with_those_that_do():
     for arguments in ((), ("shwo",)):
         status, out, err = command("data.py", *arguments)
@@ -1457,10 +1313,10 @@ def test_real_conversations_have_the_ids_of_transformers():
 def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(name):
     path = str(SHARED / "data" / f"{name}.json")
     tokenizer = data.ChatTokenizer(SHARED / "models" / "minimind-tokenizer")
-    items, counts = data.load_preferences([path], tokenizer, 10**6, name.startswith("kto"))
+    items, counts = train_dpo.load_preferences([path], tokenizer, 10**6, name.startswith("kto"))
     wholes, _ = data.load_examples([path], tokenizer, max_length=10**6, keep_all=True)
     found = [item.prompt.tolist() + ids.tolist() for item in items for ids, _ in item.answers]
     assert found == [e.ids[: e.spans[-1][1]].tolist() for e in wholes] and not counts
-    items, counts = data.load_preferences([path], tokenizer, 256, name.startswith("kto"))
+    items, counts = train_dpo.load_preferences([path], tokenizer, 256, name.startswith("kto"))
     assert len(items) + counts["dropped: alike once truncated"] == 300
     assert all(len(p.prompt) + len(ids) <= 256 and spans for p in items for ids, spans in p.answers)

@@ -3,7 +3,6 @@
 The reference is transformers in fp32 on tiny random checkpoints (families.py).
 """
 
-import json
 import math
 import os
 import re
@@ -14,17 +13,28 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import (
+    HI,
+    NO_EFFECT,
+    PAIRS,
+    REPO,
+    TALK,
+    TOLERANCE,
+    YO,
+    assistant,
+    command,
+    jsonl,
+    read,
+    system,
+    user,
+)
 from families import make_checkpoint
-from test_data import HI, PAIRS, REPO, TALK, YO, assistant, command, jsonl, system, user
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 import eval as evaluation
 import model as modeling
-
-# Two orders of summation in fp32; 1e-4 nats is what the project promises for real checkpoints.
-TOLERANCE = 1e-4
-NO_EFFECT = 1e-5  # of how the work is cut into forward passes
+from labs import world
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +63,7 @@ def family(tmp_path_factory):
 def letters(tmp_path_factory):
     """(folder, transformers model, our tokenizer) where a token is a byte and answers are short."""
     folder = tmp_path_factory.mktemp("letters")
-    data.make_tokenizer(folder, [], 0)
+    data.byte_tokenizer(folder)
     tokenizer = data.ChatTokenizer(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
@@ -62,11 +72,6 @@ def letters(tmp_path_factory):
         eos_token_id=tokenizer.stop_id, bos_token_id=None)).eval()
     model.save_pretrained(folder)
     return folder, model, tokenizer
-
-
-def read(path):
-    """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @torch.no_grad()
@@ -381,7 +386,7 @@ def test_bad_input_ends_with_one_line_and_status_2_and_leaves_the_output_alone(
     output = tmp_path / "out.jsonl"
     output.write_text("old", encoding="utf-8")
     (tmp_path / "folder").mkdir()
-    data.make_tokenizer(tmp_path / "bare", [], 0)
+    data.byte_tokenizer(tmp_path / "bare")
     places = {"GOOD": jsonl(tmp_path / "good.jsonl", {"prompt": "q", "completion": "a"}),
               "BAD": jsonl(tmp_path / "bad.jsonl", {"text": "one"}, {"text": 1}),
               "SILENT": jsonl(tmp_path / "silent.jsonl", {"messages": [YO]}),
@@ -399,7 +404,7 @@ def test_bad_input_ends_with_one_line_and_status_2_and_leaves_the_output_alone(
 def test_tokenizer_with_ids_the_model_has_no_embedding_for_is_refused(letters, tmp_path):
     folder = tmp_path / "model"
     letters[1].save_pretrained(folder)
-    data.make_tokenizer(folder, ["aaaa bbbb aaaa bbbb"] * 9, 300)
+    world.make_tokenizer(folder, ["aaaa bbbb aaaa bbbb"] * 9, 300)
     path = jsonl(tmp_path / "a.jsonl", {"text": "aaaa bbbb"})
     status, _, err = command("eval.py", "logprobs", "--model", folder, "--data", path)
     assert (status, err.count("\n")) == (2, 1)

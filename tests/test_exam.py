@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import NO_EFFECT, REPO, SHARED, TOLERANCE, command, read
 from families import make_checkpoint
 from safetensors.torch import load_file, save_file
-from test_data import REPO, SHARED, command
-from test_eval import NO_EFFECT, TOLERANCE, read
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import data
 import eval as evaluation
 import model as modeling
-import train_sft
-from data import DataError
+from data import InputError
+from labs import world
 
 CEVAL, CMMLU = SHARED / "data/ceval", SHARED / "data/cmmlu"
 real = pytest.mark.skipif(not CEVAL.exists(), reason="needs the real exams in ../shared")
@@ -87,7 +86,7 @@ def write_mmlu(folder, handles=("abstract_algebra", "us_foreign_policy")):
 
 def make_model(folder, seed=0, positions=4096):
     """A random checkpoint whose tokens are bytes."""
-    data.make_tokenizer(folder, [], 0)
+    data.byte_tokenizer(folder)
     tokenizer = data.ChatTokenizer(folder)
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(
@@ -250,7 +249,7 @@ def test_in_a_chat_template_shots_are_turns_and_the_question_is_the_last(place):
 def test_demo_asks_in_training_as_its_exam_asks(place):
     tokenizer = data.ChatTokenizer(place / "one")
     question = rows("law", "val", 3)[-1]
-    prompt = data.EXAM_PROMPT.format(subject="法学", **question)
+    prompt = world.EXAM_PROMPT.format(subject="法学", **question)
     found = first_prompt(tokenizer, place / "ceval", 1, shots=0, chat=True)
     assert found == f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -737,8 +736,8 @@ def test_split_without_labels_gives_a_submission_and_no_accuracy(place, tmp_path
 
 def test_exam_alone_scores_the_demos_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.make_demo(Path("out/demo"))
-    train_sft.make_demo_model(Path("out/demo/base"))
+    world.make_demo(Path("out/demo"))
+    world.make_demo_model(Path("out/demo/base"))
     for name, seed in (("sft", 1), ("dpo", 2)):
         shutil.copytree("out/demo/base", f"out/{name}")
         model = modeling.load("out/demo/base")
@@ -887,6 +886,6 @@ def test_training_refuses_an_exam_it_cannot_score(place, tmp_path):
     for extra in (["--exam_data", tmp_path], ["--exam_every", 2]):
         status, _, err = command("train_sft.py", *flags, *extra)
         assert (status, err.count("\n")) == (2, 1) and "exam" in err
-    with pytest.raises(DataError, match="no column answer"):
+    with pytest.raises(InputError, match="no column answer"):
         evaluation.training_exam(data.ChatTokenizer(place / "one"), place / "ceval", 4096, "test")
     assert not (tmp_path / "run").exists()

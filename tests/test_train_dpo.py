@@ -15,25 +15,26 @@ import time
 import weakref
 from pathlib import Path
 
+import conftest
 import families
 import numpy as np
 import pytest
-import test_train_sft as sft
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import curve, weights
 from safetensors.torch import load_file, save_file
-from test_train_sft import curve, weights
 
 import data
 import model as modeling
 import train_dpo
 import train_sft
-from data import Preference
+from labs import world
+from train_dpo import Preference
 
 
 def some_words(rng, n):
-    return " ".join(rng.choice(sft.WORDS) for _ in range(rng.randint(1, n)))
+    return " ".join(rng.choice(conftest.WORDS) for _ in range(rng.randint(1, n)))
 
 
 def write_rows(path, rows):
@@ -88,8 +89,8 @@ BASIC = ["--steps", 4, "--batch_size", 6, "--learning_rate", 1e-3, "--neftune_al
          "--dropout", 0, 0.1, "--log_every", 1]
 
 
-command = functools.partial(sft.command, script=train_dpo)
-run = functools.partial(sft.run, script=train_dpo)
+command = functools.partial(conftest.launcher, script=train_dpo)
+run = functools.partial(conftest.train, script=train_dpo)
 
 
 def inputs(work, *files):
@@ -132,7 +133,7 @@ LOSSES = [  # vector, flags, loss
 def settle(**flags):
     """A Config with its defaults filled in."""
     c = train_dpo.Config(**flags)
-    train_dpo.check(c)
+    train_dpo.check_preferences(c)
     return c
 
 
@@ -214,7 +215,7 @@ def test_recipes_hold_the_published_values():
     def resolve(name):
         argv = ["--model", "m", "--data", "d", "--recipe", name]
         c = train_sft.resolve_config(train_dpo.Config, argv, train_dpo.RECIPES, {})
-        train_dpo.check(c)
+        train_dpo.check_preferences(c)
         return c
 
     c = resolve("deepseek")
@@ -530,7 +531,7 @@ def test_kto_on_two_ranks_equals_one_rank_even_with_a_single_answer_in_a_step(wo
 
 def test_kto_mismatches_an_answer_with_a_prompt_that_is_not_its_own(work):
     tokenizer = data.ChatTokenizer(work / "base")
-    items, _ = data.load_preferences([str(work / "labels.jsonl")], tokenizer, 128, True)
+    items, _ = train_dpo.load_preferences([str(work / "labels.jsonl")], tokenizer, 128, True)
     assert len({p.key for p in items}) == 6 and len(items) == 12
     for item, mismatched in zip(items, train_dpo.add_mismatched(items, 128), strict=True):
         (ids, _), (other, spans) = mismatched.answers
@@ -726,7 +727,7 @@ def test_metrics_hold_what_the_readme_explains(work, reference, kto):
     records, _ = run(work, "keys", *inputs(work), *BASIC, *flags)
     assert [set(r) - STEP - {"nll"} for r in records] == [set(), set(), VAL, VAL]
     tokenizer = data.ChatTokenizer(work / "base")
-    items, _ = data.load_preferences([str(work / "pairs.jsonl")], tokenizer, 2048, False)
+    items, _ = train_dpo.load_preferences([str(work / "pairs.jsonl")], tokenizer, 2048, False)
     drawn = train_sft.RunData(items, [], data.Mixer([16], np.ones(1), 0), 24, 4).step(0, 6)
     first = [items[i] for i, _ in drawn]
     wanted = np.mean([p.lengths[0] for p in first])
@@ -871,7 +872,7 @@ def test_demo_without_the_checkpoint_of_sft_says_how_to_make_it(tmp_path, monkey
     for name in ("other.jsonl", "pairs.jsonl"):  # without the demo's files, and with some of them
         Path("out/demo").mkdir(parents=True, exist_ok=True)
         Path("out/demo", name).touch()
-        status, text = sft.run_here(["train_dpo.py"], train_dpo)
+        status, text = conftest.run_here(["train_dpo.py"], train_dpo)
         assert status == 2 and text.count("\n") == 1 and "`torchrun train_sft.py`" in text
         assert not (tmp_path / "out/dpo").exists()
 
@@ -879,11 +880,11 @@ def test_demo_without_the_checkpoint_of_sft_says_how_to_make_it(tmp_path, monkey
 def test_demo_without_flags_reports_accuracy_exam_and_one_prompt_answered_by_both_models(
         tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train_dpo.DEMO, "epochs", 0.15)
-    data.make_demo(Path("out/demo"))
-    train_sft.make_demo_model(Path("out/demo/base"))
+    monkeypatch.setitem(world.DPO_DEMO, "epochs", 0.15)
+    world.make_demo(Path("out/demo"))
+    world.make_demo_model(Path("out/demo/base"))
     shutil.copytree("out/demo/base", "out/sft")  # random weights; the demo's are trained
-    status, text = sft.run_here(["train_dpo.py"], train_dpo)
+    status, text = conftest.run_here(["train_dpo.py"], train_dpo)
     assert not status, text
     for pattern in ("held out: reward accuracy 0.000 -> ", "exam: before ", "(", "of 320), after",
                     "polite answers to 40 held-out questions: before", "\n  before: ", "  after: "):
@@ -894,7 +895,7 @@ def test_demo_without_flags_reports_accuracy_exam_and_one_prompt_answered_by_bot
 def test_demo_shows_a_question_that_was_answered_rudely_before(capsys):
     rows = [data.Row("", [{"role": "user", "content": text}]) for text in ("甲？", "乙？")]
     before, after = ("95%", ["您好！甲", "真笨！乙"]), ("94%", ["您好！甲", "好的，乙"])
-    train_dpo.report_demo(before, after, rows)
+    world.report_preferences(before, after, rows)
     assert capsys.readouterr().out == (
         "polite answers to 2 held-out questions: before 1, after 2\nexam: before 95%, after 94%\n"
         "乙？\n  before: 真笨！乙\n  after:  好的，乙\n")
@@ -903,11 +904,12 @@ def test_demo_shows_a_question_that_was_answered_rudely_before(capsys):
 # ------------------------------------------------------------------------------ the real thing
 
 
-@pytest.mark.skipif(not (sft.SHARED / "models" / "story").exists(), reason="needs ../shared")
+@pytest.mark.skipif(not (conftest.SHARED / "models" / "story").exists(), reason="needs ../shared")
 @pytest.mark.parametrize("name,flags", [("dpo_en_demo", []), ("kto_en_demo", ["--loss", "kto"])])
 def test_story_learns_real_preferences_with_a_rising_margin(tmp_path, name, flags):
-    rows = json.loads((sft.SHARED / f"data/{name}.json").read_text(encoding="utf-8"))[:16]
-    records, _ = run(tmp_path, "out", "--model", sft.SHARED / "models/story", "--max_length", 64,
+    rows = json.loads((conftest.SHARED / f"data/{name}.json").read_text(encoding="utf-8"))[:16]
+    story = conftest.SHARED / "models/story"
+    records, _ = run(tmp_path, "out", "--model", story, "--max_length", 64,
                      "--data", write_rows(tmp_path / "rows.jsonl", rows), "--batch_size", 16,
                      "--steps", 4, "--warmup", 0, "--learning_rate", 3e-4, *flags)
     margins = [r["reward_margin"] for r in records]
@@ -937,5 +939,5 @@ def test_ranks_agree_on_the_cache_when_both_groups_are_the_same_preferences(work
 
 
 def test_a_run_is_resumed_by_the_script_that_began_it(work, reference):
-    _, text = sft.run(work, "reference", "--resume", script=sft.train_sft, status=2)
+    _, text = conftest.train(work, "reference", "--resume", script=train_sft, status=2)
     assert "of another script" in text and text.count("\n") == 1

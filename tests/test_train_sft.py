@@ -1,30 +1,22 @@
 """The training loop: what it computes, and that no knob of the hardware changes it."""
 
-import contextlib
-import io
 import json
 import math
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import families
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from conftest import SHARED, WORDS, curve, launcher, train, weights
 
 import data
 import eval as evaluation
 import model as modeling
 import train_sft
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-WORDS = "the river runs to sea people walked on moon 床前 明月 光 你好 中国 谢谢 a b c".split()
 
 
 def write_rows(path, count, seed=0):
@@ -57,65 +49,18 @@ def work(tmp_path_factory):
     return folder
 
 
-def command(work, name, *flags, ranks=1, script=train_sft):
-    """The command line of a small run into work/name; `script` is the module to run."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
-                  "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return [*start, script.__file__, "--output_dir", str(work / name), *map(str, flags)]
-
-
 BASIC = ["--steps", "5", "--batch_size", "8", "--learning_rate", "1e-3", "--neftune_alpha", "5",
          "--dropout", "0", "0.1", "--log_every", "1"]
-
-
-def run(work, name, *flags, ranks=1, status=0, script=train_sft):
-    """Run it, in this process unless it has several ranks; returns its metrics and its output."""
-    if ranks > 1:
-        done = subprocess.run(command(work, name, *flags, ranks=ranks, script=script),
-                              capture_output=True, text=True, cwd=work)
-        code, text = done.returncode, done.stdout + done.stderr
-    else:
-        code, text = run_here(command(work, name, *flags, script=script)[1:], script)
-    assert code == status, text
-    path = work / name / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return records, text
-
-
-def run_here(argv, script=train_sft):
-    """(exit status, output) of a script's main."""
-    before, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
-    out, sys.argv = io.StringIO(), argv
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            with data.one_line_errors():
-                script.main()
-    except SystemExit as stop:
-        return stop.code, out.getvalue()
-    finally:
-        sys.argv = before
-        for number, handler in handlers:
-            signal.signal(number, handler)
 
 
 def inputs(work, *files):
     return ["--model", work / "base", "--data", *(work / f for f in files or ["rows.jsonl"])]
 
 
-def curve(records):
-    return [record["loss"] for record in records]
-
-
 @pytest.fixture(scope="module")
 def reference(work):
     """The run that the others are compared with: one rank, one micro-batch a step."""
-    return run(work, "reference", *inputs(work), *BASIC)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+    return train(work, "reference", *inputs(work), *BASIC)
 
 
 # ------------------------------------------------------------------------------------ the loss
@@ -131,7 +76,8 @@ def test_loss_is_the_token_mean_of_the_global_step():
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def forward(self, ids, lengths, targets, keys=None, neftune_alpha=0.0, equal=False):
+        def forward(self, ids, lengths, targets, noise=None, neftune_alpha=0.0,
+                    equal_weights=False):
             return -ids[targets].float() * self.scale
 
     losses = [[1, 2], [3, 3, 3, 5], [4], [2, 2, 2, 2, 2]]
@@ -155,7 +101,7 @@ def test_message_weights_weigh_the_token_mean(work):
     rows.write_text(json.dumps({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c", "weight": 0.25},
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "the sea"}]}) + "\n")
-    records, _ = run(work, "weighted", "--model", work / "base", "--data", rows, "--steps", 1)
+    records, _ = train(work, "weighted", "--model", work / "base", "--data", rows, "--steps", 1)
     tokenizer = data.ChatTokenizer(work / "base")
     examples, _ = data.load_examples([str(rows)], tokenizer)
     batch = data.collate(examples)
@@ -173,7 +119,7 @@ def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
     rows = write_rows(tmp_path / "rows.jsonl", 6)
     flags = ["--batch_size", 6, "--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1,
              "--schedule", "constant", "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 100]
-    records, _ = run(tmp_path, "out", "--model", tmp_path / "base", "--data", rows, *flags)
+    records, _ = train(tmp_path, "out", "--model", tmp_path / "base", "--data", rows, *flags)
 
     tokenizer = data.ChatTokenizer(tmp_path / "base")
     examples, _ = data.load_examples([str(rows)], tokenizer)
@@ -228,29 +174,29 @@ def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference
 @pytest.mark.parametrize("flags", [
     ["--micro_tokens", 64], ["--micro_tokens", 1], ["--checkpoint_activations"]])
 def test_curve_does_not_depend_on_micro_batches_or_recomputation(work, reference, flags):
-    records, _ = run(work, "_".join(map(str, flags)), *inputs(work), *BASIC, *flags)
+    records, _ = train(work, "_".join(map(str, flags)), *inputs(work), *BASIC, *flags)
     assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
     norms = [[r["grad_norm"] for r in rs] for rs in (records, reference[0])]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_curve_does_not_depend_on_the_number_of_ranks(work, reference):
-    records, _ = run(work, "two", *inputs(work), *BASIC, ranks=2)
+    records, _ = train(work, "two", *inputs(work), *BASIC, ranks=2)
     assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
     assert [r["tokens"] for r in records] == [r["tokens"] for r in reference[0]]
 
 
 def test_more_ranks_than_examples_changes_nothing(work):
     flags = [*inputs(work), "--steps", 2, "--batch_size", 1, "--learning_rate", 1e-3]
-    one, _ = run(work, "single1", *flags)
-    two, _ = run(work, "single2", *flags, ranks=2)
+    one, _ = train(work, "single1", *flags)
+    two, _ = train(work, "single2", *flags, ranks=2)
     assert curve(two) == pytest.approx(curve(one), abs=1e-5)
 
 
 def test_resumed_run_equals_uninterrupted_run_bitwise(work, reference):
     """Stopped by SIGTERM somewhere in the middle, then resumed with no flag but --resume."""
     flags = [*inputs(work), *BASIC]
-    process = subprocess.Popen(command(work, "stopped", *flags), cwd=work,
+    process = subprocess.Popen(launcher(work, "stopped", *flags), cwd=work,
                                stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 2/"):
@@ -259,9 +205,9 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(work, reference):
     output = process.stdout.read()
     assert process.wait() == 128 + signal.SIGTERM
     assert "--resume --output_dir" in output
-    _, text = run(work, "stopped", *inputs(work), status=2)
+    _, text = train(work, "stopped", *inputs(work), status=2)
     assert "--resume" in text and text.count("\n") == 1  # not overwritten by mistake
-    records, _ = run(work, "stopped", "--resume")
+    records, _ = train(work, "stopped", "--resume")
     assert curve(records) == curve(reference[0])
     for name, value in weights(work / "reference").items():
         assert torch.equal(value, weights(work / "stopped")[name]), name
@@ -272,7 +218,7 @@ def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
     rng = random.Random(0)
     for attempt in range(3):
         extra = ["--resume"] if (work / "killed" / "run.json").exists() else flags
-        process = subprocess.Popen(command(work, "killed", *extra), cwd=work,
+        process = subprocess.Popen(launcher(work, "killed", *extra), cwd=work,
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for line in process.stdout:
             if line.startswith("step "):
@@ -282,7 +228,7 @@ def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
         process.wait()
         process.stdout.close()
         assert attempt or (work / "killed" / "run.json").exists()
-    records, _ = run(work, "killed", "--resume")
+    records, _ = train(work, "killed", "--resume")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
     assert curve(records) == curve(reference[0])
     for name, value in weights(work / "reference").items():
@@ -291,7 +237,7 @@ def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
 
 def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference):
     flags = [*inputs(work), *BASIC, "--save_every", 2]
-    process = subprocess.Popen(command(work, "ranks", *flags), cwd=work,
+    process = subprocess.Popen(launcher(work, "ranks", *flags), cwd=work,
                                stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -299,14 +245,14 @@ def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference
             break
     process.wait()
     process.stdout.close()
-    records, _ = run(work, "ranks", "--resume", ranks=2)
+    records, _ = train(work, "ranks", "--resume", ranks=2)
     assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
 
 
 def test_fp16_scaler_state_survives_resume(work):
     flags = [*inputs(work), *BASIC, "--dtype", "fp16"]
-    whole, _ = run(work, "half", *flags)
-    process = subprocess.Popen(command(work, "half2", *flags, "--save_every", 2),
+    whole, _ = train(work, "half", *flags)
+    process = subprocess.Popen(launcher(work, "half2", *flags, "--save_every", 2),
                                cwd=work, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -314,13 +260,13 @@ def test_fp16_scaler_state_survives_resume(work):
             break
     process.wait()
     process.stdout.close()
-    again, _ = run(work, "half2", "--resume")
+    again, _ = train(work, "half2", "--resume")
     assert curve(again) == curve(whole)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision_follows_fp32(work, reference, dtype):
-    records, _ = run(work, dtype, *inputs(work), *BASIC, "--dtype", dtype)
+    records, _ = train(work, dtype, *inputs(work), *BASIC, "--dtype", dtype)
     assert curve(records) != curve(reference[0])
     assert curve(records)[:2] == pytest.approx(curve(reference[0])[:2], rel=2e-2)
 
@@ -330,7 +276,7 @@ def test_mixed_precision_follows_fp32(work, reference, dtype):
 
 def test_validation_loss_is_the_loss_without_noise_on_rows_not_trained_on(work):
     flags = ["--val_data", work / "val.jsonl", "--eval_every", 2]
-    records, text = run(work, "validated", *inputs(work), *BASIC, *flags)
+    records, text = train(work, "validated", *inputs(work), *BASIC, *flags)
     assert [r["step"] for r in records if "val_loss" in r] == [2, 4, 5]
     tokenizer = data.ChatTokenizer(work / "validated")
     examples, _ = data.load_examples([str(work / "val.jsonl")], tokenizer)
@@ -342,12 +288,12 @@ def test_validation_loss_is_the_loss_without_noise_on_rows_not_trained_on(work):
 
 def test_validation_does_not_touch_the_curve(work, reference):
     flags = ["--val_data", work / "val.jsonl", "--eval_every", 1]
-    records, _ = run(work, "undisturbed", *inputs(work), *BASIC, *flags)
+    records, _ = train(work, "undisturbed", *inputs(work), *BASIC, *flags)
     assert curve(records) == curve(reference[0])
 
 
 def test_raw_text_and_conversations_train_together(work):
-    records, text = run(work, "mixed", *inputs(work, "rows.jsonl", "text.txt"), "--epochs", 1,
+    records, text = train(work, "mixed", *inputs(work, "rows.jsonl", "text.txt"), "--epochs", 1,
                         "--mix", "equal", "--batch_size", 10)
     facts = json.loads((work / "mixed" / "run.json").read_text())
     assert {name: row["examples"] for name, row in facts["mix"].items()} == {"rows": 15, "text": 15}
@@ -397,7 +343,7 @@ def test_norms_and_biases_are_not_decayed(work):
 
 
 def test_default_learning_rate_goes_as_one_over_width(work):
-    records, _ = run(work, "rate", *inputs(work), "--steps", 1, "--warmup", 0)
+    records, _ = train(work, "rate", *inputs(work), "--steps", 1, "--warmup", 0)
     assert records[0]["learning_rate"] == pytest.approx(2e-5 * 4096 / 64)
 
 
@@ -449,7 +395,7 @@ def test_explicit_flags_win_over_a_recipe():
     (["--template", "llama3"], "<|eot_id|>"), (["--max_length", "1"], "--max_length"),
 ])
 def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
-    _, text = run(work, "bad", *inputs(work), *flags, status=2)
+    _, text = train(work, "bad", *inputs(work), *flags, status=2)
     assert said in text and text.count("\n") == 1 and "Traceback" not in text
     assert not (work / "bad").exists()
 
@@ -457,7 +403,7 @@ def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
 def test_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(work):
     flags = [*inputs(work), "--batch_size", 4, "--steps", 9, "--save_every", 1, "--warmup", 0,
              "--schedule", "constant", "--max_grad_norm", 0, "--learning_rate", 1e18]
-    records, text = run(work, "broken", *flags, status=2)
+    records, text = train(work, "broken", *flags, status=2)
     assert f"step {len(records) + 1}: loss" in text and "rows.jsonl line" in text
     assert all(math.isfinite(record["loss"]) for record in records)
     saved = weights(work / "broken")  # the last good checkpoint is still there
@@ -467,11 +413,11 @@ def test_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(work
 def test_resume_refuses_changed_flags_and_changed_data(work):
     rows = work / "changing.jsonl"
     write_rows(rows, 4)
-    run(work, "changing", "--model", work / "base", "--data", rows, "--steps", 2)
-    _, text = run(work, "changing", "--resume", "--seed", 5, status=2)
+    train(work, "changing", "--model", work / "base", "--data", rows, "--steps", 2)
+    _, text = train(work, "changing", "--resume", "--seed", 5, status=2)
     assert "--seed was 0, not 5" in text
     write_rows(rows, 4, seed=9)
-    _, text = run(work, "changing", "--resume", status=2)
+    _, text = train(work, "changing", "--resume", status=2)
     assert "changing.jsonl has changed" in text
 
 
@@ -479,9 +425,9 @@ def test_bad_rows_stop_or_are_skipped_and_listed(work):
     rows = work / "broken.jsonl"
     rows.write_text((work / "rows.jsonl").read_text() + '{"messages": 3}\n{"oops"\n')
     flags = ["--model", work / "base", "--data", rows, "--steps", 1]
-    _, text = run(work, "rows", *flags, status=2)
+    _, text = train(work, "rows", *flags, status=2)
     assert "broken.jsonl line 25" in text and "--skip_bad_rows" in text
-    _, text = run(work, "rows", *flags, "--skip_bad_rows")
+    _, text = train(work, "rows", *flags, "--skip_bad_rows")
     assert "dropped: bad row: 2" in text and "line 26" in text
 
 
@@ -492,7 +438,7 @@ def test_bad_rows_stop_or_are_skipped_and_listed(work):
 def test_story_learns_alpaca_and_still_loads_everywhere(tmp_path):
     flags = ["--model", SHARED / "models/story", "--data", SHARED / "data/alpaca_en_demo.json",
              "--steps", 12, "--max_length", 128, "--warmup", 0]
-    records, _ = run(tmp_path, "out", *flags)
+    records, _ = train(tmp_path, "out", *flags)
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model, tokenizer = modeling.load(tmp_path / "out"), data.ChatTokenizer(tmp_path / "out")

@@ -1,8 +1,8 @@
 """Speed and memory of the training steps against plain transformers loops, on this machine.
 
-    python tests/bench.py            # SFT, DPO, and an exam on a prefix against prompts in full
-    python tests/bench.py --only dpo # one of them: sft, dpo, exam
-    python tests/bench.py --large    # with a GPU: a 1.1B model at length 2048, share of peak FLOPs
+    python -m labs.bench            # SFT, DPO, and an exam on a prefix against prompts in full
+    python -m labs.bench --only dpo # one of them: sft, dpo, exam
+    python -m labs.bench --large    # with a GPU: a 1.1B model at length 2048, share of peak FLOPs
 
 In SFT and DPO two loops, in turn, train the same random model (50M parameters, vocabulary 32,000)
 on the same 16 rows a step of ../shared/data/alpaca_zh_demo.json, for DPO 4 pairs a step of
@@ -25,8 +25,6 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import eval as evaluation
@@ -78,7 +76,7 @@ class Ours:
         for chunk in data.micro_batches([len(e.ids) for e in examples], MICRO_TOKENS)[0]:
             batch = data.collate([examples[i] for i in chunk], self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                logp = self.model(batch.ids, batch.lengths, batch.targets, equal=True)
+                logp = self.model(batch.ids, batch.lengths, batch.targets, equal_weights=True)
                 loss = -logp.sum() / count
             loss.backward()
             total += loss.item()
@@ -136,16 +134,17 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: bytes
 
 
-def pairs(vocabulary: int) -> list[data.Preference]:
+def pairs(vocabulary: int) -> list[train_dpo.Preference]:
     """Tokenised preference pairs."""
     path, tokenizer = SHARED / "data/dpo_zh_demo.json", SHARED / "models/minimind-tokenizer"
     if path.exists():
-        return data.load_preferences([str(path)], data.ChatTokenizer(tokenizer), 2048, False)[0]
+        chat = data.ChatTokenizer(tokenizer)
+        return train_dpo.load_preferences([str(path)], chat, 2048, False)[0]
     rng, out = random.Random(0), []
     for _ in range(300):
         lengths = [min(int(rng.lognormvariate(4.8, 0.8)) + 2, 900) for _ in range(3)]
         prompt, *answers = (torch.randint(vocabulary, (n,)).int().numpy() for n in lengths)
-        out.append(data.Preference(prompt, tuple((a, ((1, len(a), 1.0),)) for a in answers)))
+        out.append(train_dpo.Preference(prompt, tuple((a, ((1, len(a), 1.0),)) for a in answers)))
     return out
 
 
@@ -159,11 +158,11 @@ class OursDPO:
         self.hardware = train_sft.Hardware(0, 1, torch.device(device), torch.bfloat16 if
                                            device == "cuda" else torch.float32)
 
-    def reference(self, items: list[data.Preference]) -> torch.Tensor:
+    def reference(self, items: list[train_dpo.Preference]) -> torch.Tensor:
         """What the training script computes once for all epochs."""
         return train_dpo.all_logprobs(self.model, items, self.config, self.hardware)
 
-    def step(self, items: list[data.Preference], reference: torch.Tensor) -> float:
+    def step(self, items: list[train_dpo.Preference], reference: torch.Tensor) -> float:
         """One optimizer step; returns the loss."""
         run = train_sft.RunData(items, [], InOrder, len(items), 1)
         scaler = torch.amp.GradScaler(self.device, enabled=False)
@@ -197,7 +196,7 @@ class TheirsDPO(Theirs):
         logp = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (logp * answers[:, 1:]).sum(1)
 
-    def step(self, items: list[data.Preference], reference=None) -> float:
+    def step(self, items: list[train_dpo.Preference], reference=None) -> float:
         """One optimizer step; returns the loss."""
         rows = [(p, *p.answers[side]) for side in (0, 1) for p in items]
         length = max(len(p.prompt) + len(ids) for p, ids, _ in rows)

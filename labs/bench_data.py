@@ -1,6 +1,6 @@
 """Time and memory of the data commands on a large file that this script makes.
 
-    python tests/bench_data.py              # 200,000 rows; --rows N for another number
+    python -m labs.bench_data              # 200,000 rows; --rows N for another number
 
 The rows are random Chinese and English sentences over a Zipfian vocabulary; one in fifty repeats an
 earlier row, half of those with a word changed. Memory is the peak of the command's main process;
@@ -11,6 +11,7 @@ random embeddings, without a model.
 import argparse
 import itertools
 import json
+import os
 import random
 import resource
 import subprocess
@@ -22,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from labs import world
+from labs.select import core_set
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def make_rows(path: Path, count: int, seed: int = 0) -> int:
@@ -54,10 +57,11 @@ def make_rows(path: Path, count: int, seed: int = 0) -> int:
 
 
 def measure(folder: Path, last: int, *arguments) -> None:
-    """Run a command of data.py in a folder; print what it took and the last lines it printed."""
+    """Run a lab in a folder; print what it took and the last lines it printed."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen([sys.executable, ROOT / "data.py", *map(str, arguments)],
-                               stdout=subprocess.PIPE, text=True, cwd=folder)
+    command = [sys.executable, "-m", f"labs.{arguments[0]}", *map(str, arguments[1:])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     peak = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status")
@@ -77,23 +81,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     rows = parser.parse_args().rows
-    import data
-
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         planted = make_rows(folder / "rows.jsonl", rows)
         size = (folder / "rows.jsonl").stat().st_size / 2**20
         print(f"{rows} rows, {size:.0f} MiB, {planted} planted duplicates")
-        data.make_demo(folder / "demo")
+        world.make_demo(folder / "demo")
         write = ("rows.jsonl", "--output", "out.jsonl")
         measure(folder, 2, "filter", *write, "--language", "zh")
         measure(folder, 3, "filter", *write, "--duplicates", "near")
         measure(folder, 2, "select", *write, "--share", 0.005)
         measure(folder, 1, "overlap", "rows.jsonl", "--exam", "demo/exam")
-        measure(folder, 2, "show", "rows.jsonl", "--rows", 0)
+        measure(folder, 2, "text", "rows.jsonl")
     x = np.random.default_rng(0).normal(size=(50_000, 256)).astype(np.float32)
     began = time.perf_counter()
-    data.core_set(x, 500, 10, 0)
+    core_set(x, 500, 10, 0)
     print(f"k-center: 500 of 50,000 embeddings of 256 dimensions in "
           f"{time.perf_counter() - began:.1f} s")
 

@@ -9,15 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED, assistant, command, jsonl, system, user
 from families import make_checkpoint
-from test_data import SHARED, assistant, command, jsonl, system, user
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import eval as evaluation
 import model as modeling
 import train_sft
-from data import DataError
+from labs import filter, select
+from labs import text as words
+from model import InputError
 
 WORDS = [chr(0x4E00 + k) for k in range(2000)]
 
@@ -40,7 +43,7 @@ def asked(question, answer, **extra):
 def run(name, files, *flags, output=None):
     """(rows written, stdout) of a command that must succeed."""
     output = output or Path(files[0]).with_name(f"{name}.out.jsonl")
-    status, out, err = command("data.py", name, *files, "--output", output, *flags)
+    status, out, err = command(f"labs/{name}.py", *files, "--output", output, *flags)
     assert (status, err) == (0, ""), err
     return read(output), out
 
@@ -57,37 +60,37 @@ def checkpoint(tmp_path_factory):
 
 
 def test_words_ignore_case_width_and_punctuation_but_keep_signs():
-    assert data.words_of("Ｈello, World！你好。3+5=８") == [
+    assert words.words_of("Ｈello, World！你好。3+5=８") == [
         "hello", "world", "你", "好", "3", "+", "5", "=", "8"]
-    assert data.words_of("3+5") != data.words_of("3-5") and data.words_of("____。") == []
+    assert words.words_of("3+5") != words.words_of("3-5") and words.words_of("____。") == []
 
 
 def test_ngrams_are_equal_exactly_where_the_words_are():
     rng = random.Random(0)
     a, b = ([rng.choice("abc") for _ in range(300)] for _ in range(2))
     for n in (1, 2, 5):
-        ours = [x for x in data.ngrams(a, n)], [x for x in data.ngrams(b, n)]
+        ours = [x for x in words.ngrams(a, n)], [x for x in words.ngrams(b, n)]
         plain = [[tuple(t[i : i + n]) for i in range(len(t) - n + 1)] for t in (a, b)]
         table = {}
         for hashed, gram in zip(itertools.chain(*ours), itertools.chain(*plain), strict=True):
             assert table.setdefault(hashed, gram) == gram
         assert len(table) == len(set(map(tuple, itertools.chain(*plain))))
-    assert len(data.ngrams(["x", "y"])) == 1 and len(data.ngrams([])) == 0
+    assert len(words.ngrams(["x", "y"])) == 1 and len(words.ngrams([])) == 0
 
 
 def test_repetition_is_the_share_of_ngrams_seen_before():
-    assert data.repetition("一二三四五六七八九") == 0
-    assert data.repetition("好" * 14) == pytest.approx(9 / 10)  # ten 5-grams, all alike
-    assert data.repetition("短") == data.repetition("") == 0
+    assert words.repetition("一二三四五六七八九") == 0
+    assert words.repetition("好" * 14) == pytest.approx(9 / 10)  # ten 5-grams, all alike
+    assert words.repetition("短") == words.repetition("") == 0
 
 
 def test_coverage_counts_words_that_lie_in_a_common_ngram():
-    text = data.words_of("春眠不觉晓处处闻啼鸟夜来风雨声花落知多少")
-    assert data.coverage(text, data.words_of("诗云" + "".join(text) + "也")) == 1
+    text = words.words_of("春眠不觉晓处处闻啼鸟夜来风雨声花落知多少")
+    assert words.coverage(text, words.words_of("诗云" + "".join(text) + "也")) == 1
     changed = [*text[:10], "风", *text[11:]]
-    assert data.coverage(text, changed) == 19 / 20
-    assert data.coverage(text, text[::-1]) == 0 and data.coverage([], text) == 0
-    assert data.coverage(["铁"], ["金", "铁"]) == 1  # shorter than an n-gram: all of it
+    assert words.coverage(text, changed) == 19 / 20
+    assert words.coverage(text, text[::-1]) == 0 and words.coverage([], text) == 0
+    assert words.coverage(["铁"], ["金", "铁"]) == 1  # shorter than an n-gram: all of it
 
 
 def test_signatures_agree_as_often_as_the_texts_share_ngrams():
@@ -99,9 +102,9 @@ def test_signatures_agree_as_often_as_the_texts_share_ngrams():
             b = a.copy()
             for place in rng.sample(range(300), changes):
                 b[place] = rng.choice(WORDS)
-            one, two = set(data.ngrams(a).tolist()), set(data.ngrams(b).tolist())
+            one, two = set(words.ngrams(a).tolist()), set(words.ngrams(b).tolist())
             truths.append(len(one & two) / len(one | two))
-            estimates.append((data.signature(a) == data.signature(b)).mean())
+            estimates.append((words.signature(a) == words.signature(b)).mean())
         # 30 pairs of 64 numbers: a standard error of at most 0.5 / sqrt(1920) = 0.011
         assert np.mean(estimates) == pytest.approx(np.mean(truths), abs=0.04)
 
@@ -116,8 +119,8 @@ def test_planted_near_duplicates_are_found_and_others_are_not():
         planted.append(copy)
     for k in range(300, 600):  # half of the text is the same: similarity about 0.33
         planted.append(texts[k][:100] + list(sentence(rng, 100)))
-    signatures = np.stack([data.signature(t) for t in texts + planted])
-    found = data.near_duplicates(signatures, 0.7)
+    signatures = np.stack([words.signature(t) for t in texts + planted])
+    found = words.near_duplicates(signatures, 0.7)
     assert not found[:1500].any(), "a row is a duplicate of an earlier one only"
     assert found[1500:1800].mean() >= 0.99 and not found[1800:].any()
 
@@ -126,19 +129,19 @@ def test_a_near_duplicate_is_dropped_wherever_its_original_stands():
     rng = random.Random(3)
     text = list(sentence(rng, 100))
     rows = [list(sentence(rng, 100)), text, list(sentence(rng, 100)), text, text]
-    found = data.near_duplicates(np.stack([data.signature(r) for r in rows]), 1.0)
+    found = words.near_duplicates(np.stack([words.signature(r) for r in rows]), 1.0)
     assert found.tolist() == [False, False, False, True, True]
 
 
 def test_work_on_all_cores_keeps_the_order_and_passes_errors_on():
     def square(x):
         if x == 700:
-            raise DataError("seven hundred")
+            raise InputError("seven hundred")
         return x * x
 
-    assert list(data.parallel(square, iter(range(600)))) == [x * x for x in range(600)]
-    with pytest.raises(DataError, match="seven hundred"):
-        list(data.parallel(square, range(1000)))
+    assert list(words.parallel(square, iter(range(600)))) == [x * x for x in range(600)]
+    with pytest.raises(InputError, match="seven hundred"):
+        list(words.parallel(square, range(1000)))
 
 
 # -------------------------------------------------------------------------------------- data filter
@@ -264,7 +267,7 @@ def test_perplexity_is_that_of_eval_logprobs(tmp_path, checkpoint):
     ("B。因为如此", "b"), ("(A)", "a"), ("D", "d"), ("A cat sat.", "acatsat"), ("巴黎。", "巴黎"),
     ("答案是A。不，答案是D", "d")])
 def test_final_answer_is_found(text, final):
-    assert data.final_answer(text) == final
+    assert filter.final_answer(text) == final
 
 
 def test_samples_stay_whose_final_answer_is_the_reference(tmp_path):
@@ -303,7 +306,7 @@ def brute_force_k_center(x, first, n):
 
 def test_k_center_vector_of_the_plane():
     x = np.array([(1, 0), (.96, .28), (0, 1), (-1, 0), (.6, .8), (0, -1)], dtype=np.float32)
-    order, radius = data.k_center(x, 0, 4)
+    order, radius = select.k_center(x, 0, 4)
     assert order == [0, 3, 2, 5] and radius == pytest.approx(0.2, abs=1e-6)
 
 
@@ -312,15 +315,15 @@ def test_k_center_equals_brute_force_and_never_takes_a_row_twice():
     x = rng.normal(size=(60, 5))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x[30:] = x[:30]  # copies
-    ours, radius = data.k_center(x, 7, 25)
+    ours, radius = select.k_center(x, 7, 25)
     theirs, true_radius = brute_force_k_center(x, 7, 25)
     assert ours == theirs and radius == pytest.approx(true_radius, abs=1e-9)
-    assert sorted(data.k_center(x, 7, 60)[0]) == list(range(60))
+    assert sorted(select.k_center(x, 7, 60)[0]) == list(range(60))
 
 
 def test_kmeans_ends_where_every_row_is_in_the_cluster_of_the_nearest_centre():
     x = np.random.default_rng(2).normal(size=(300, 3)) * (1, 2, 3) + 1
-    centres, cluster = data.kmeans(x, 5, 0, rounds=200)
+    centres, cluster = select.kmeans(x, 5, 0, rounds=200)
     assert (np.square(x[:, None] - centres).sum(2).argmin(1) == cluster).all()
     for j in range(5):
         np.testing.assert_allclose(centres[j], x[cluster == j].mean(0))
@@ -334,12 +337,12 @@ def test_kmeans_finds_the_groups_and_the_core_sample_lies_in_the_largest(capsys)
     x = np.repeat(means, sizes, 0) + 0.01 * rng.normal(size=(sum(sizes), 3))
     groups = [set(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(4)]
     for seed in range(20):
-        centres, cluster = data.kmeans(x, 4, seed)
+        centres, cluster = select.kmeans(x, 4, seed)
         loss = np.square(x - centres[cluster]).sum()
         if loss < 1:  # Lloyd's algorithm may end in a worse optimum from some seeds
             assert {frozenset(np.flatnonzero(cluster == j).tolist()) for j in range(4)} == set(
                 map(frozenset, groups))
-            chosen = data.core_set(x, 4, 4, seed)
+            chosen = select.core_set(x, 4, 4, seed)
             assert chosen[0] in groups[1]
             assert all(any(c in group for c in chosen) for group in groups)
             return
@@ -349,8 +352,8 @@ def test_kmeans_finds_the_groups_and_the_core_sample_lies_in_the_largest(capsys)
 def test_states_are_the_mean_of_the_last_hidden_states(tmp_path, checkpoint):
     rows = [asked("问" * n, "答" * (9 - n)) for n in range(1, 9)]
     path = jsonl(tmp_path / "a.jsonl", *rows)
-    c = data.Select([path], model=str(checkpoint), micro_tokens=40)
-    ours = data.run_model(c, [""] * 7 + ["bad row"], "states")
+    c = select.Config([path], model=str(checkpoint), micro_tokens=40)
+    ours = words.run_model(c, [""] * 7 + ["bad row"], "states")
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = data.ChatTokenizer(checkpoint)
     assert sorted(ours) == list(range(7))
@@ -391,8 +394,8 @@ def test_ifd_is_the_ratio_of_mean_losses_with_and_without_the_question(tmp_path,
     below = [i for i in np.argsort(ifd)[::-1] if ifd[i] <= 1]
     assert 6 < len(below) < 20
     path = jsonl(tmp_path / "a.jsonl", *rows)
-    c, reasons = data.Select([path], model=str(checkpoint)), [""] * 20 + ["not asked"] * 2
-    last, alone = (data.run_model(c, reasons, "loss", part) for part in ("last", "alone"))
+    c, reasons = select.Config([path], model=str(checkpoint)), [""] * 20 + ["not asked"] * 2
+    last, alone = (words.run_model(c, reasons, "loss", part) for part in ("last", "alone"))
     assert [last[i] / alone[i] for i in range(20)] == pytest.approx(ifd, rel=1e-4)
     kept, out = run("select", [path], "--method", "ifd", "--n", 5, "--model", checkpoint)
     assert kept == [rows[i] for i in sorted(below[:5])]
@@ -415,8 +418,8 @@ def test_ifd_compares_the_same_tokens_so_rows_that_do_not_fit_have_none(tmp_path
 def test_states_without_a_direction_are_an_error(value):
     x = np.random.default_rng(0).normal(size=(20, 4))
     x[5] = value
-    with pytest.raises(DataError, match="zero or NaN"):
-        data.core_set(x, 10, 2, 0)
+    with pytest.raises(InputError, match="zero or NaN"):
+        select.core_set(x, 10, 2, 0)
 
 
 def test_placeholders_are_filled_in_every_string_once_and_half_ones_refused(tmp_path):
@@ -427,7 +430,7 @@ def test_placeholders_are_filled_in_every_string_once_and_half_ones_refused(tmp_
     assert kept == [{"prompt": [user("{{author}}?")], "completion": [assistant("{{author}}, A")],
                      "note": {"deep": ["A"], "n": 3}}]
     path = jsonl(tmp_path / "b.jsonl", asked("q", "I am {{name"))
-    status, _, err = command("data.py", "identity", path, "--name", "n", "--author", "a",
+    status, _, err = command("labs/identity.py", path, "--name", "n", "--author", "a",
                              "--output", tmp_path / "o.jsonl")
     assert status == 2 and "placeholder {{name is left over" in err
 
@@ -435,18 +438,18 @@ def test_placeholders_are_filled_in_every_string_once_and_half_ones_refused(tmp_
 def test_tags_are_covered_in_rounds_with_the_richest_rows_first():
     tags = [{"a"}, {"a", "b", "c"}, {"d"}, {"c", "d"}, {"a", "b"}]
     # round 1: 1 (a b c), 3 (adds d); round 2: 4 (a b), 2 (adds d); round 3: 0
-    assert data.cover_tags(tags, 5) == [1, 3, 4, 2, 0] and data.cover_tags(tags, 2) == [1, 3]
+    assert select.cover_tags(tags, 5) == [1, 3, 4, 2, 0] and select.cover_tags(tags, 2) == [1, 3]
     rng = random.Random(0)
     tags = [set(rng.sample(range(40), rng.randint(1, 4))) for _ in range(200)]
-    chosen = data.cover_tags(tags, 40)
+    chosen = select.cover_tags(tags, 40)
     assert set.union(*(tags[i] for i in chosen)) == set.union(*tags)
-    assert len(set(data.cover_tags(tags, 200))) == 200
+    assert len(set(select.cover_tags(tags, 200))) == 200
 
 
 def test_tags_must_be_a_list_of_texts(tmp_path):
     rows = [asked("q", "a", tags=["x"]), asked("q", "b", tags="x")]
     path = jsonl(tmp_path / "a.jsonl", *rows)
-    status, _, err = command("data.py", "select", path, "--method", "tags", "--n", 1, "--output",
+    status, _, err = command("labs/select.py", path, "--method", "tags", "--n", 1, "--output",
                              tmp_path / "o.jsonl")
     assert status == 2 and "line 2: expected a list of texts as tags" in err
     kept, out = run("select", [path], "--method", "tags", "--n", 1, "--skip_bad_rows")
@@ -484,10 +487,10 @@ def conversation(row):
 
 def test_exam_formats_are_those_of_steel_llm_to_the_character(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", WANJUAN)
-    (first,), _ = run("exam", [path])
+    (first,), _ = run("exam_rows", [path])
     assert conversation(first) == (f"以下是一道单选题:\n{CHOICE}请给出答案。\n",
                                    "A。盖上锅盖可以隔绝空气，故A正确。\n故选：A．\n谢谢")
-    (last,), _ = run("exam", [path], "--style", "explanation_first")
+    (last,), _ = run("exam_rows", [path], "--style", "explanation_first")
     assert conversation(last) == (f"以下是一道单选题:\n{CHOICE}请先给出解释再给出答案。\n",
                                   "盖上锅盖可以隔绝空气，故A正确。\n答案为A")
 
@@ -497,7 +500,8 @@ def test_short_or_missing_explanations_fall_back_to_answer_first(tmp_path):
             {**WANJUAN, "answer_detail": "十个字的解释正好够长"}, {**WANJUAN, "std_ans": ""},
             {**WANJUAN, "std_ans": "", "answer_detail": None}]
     assert [len(r["answer_detail"] or "") for r in rows[:2]] == [9, 10]
-    kept, out = run("exam", [jsonl(tmp_path / "a.jsonl", *rows)], "--style", "explanation_first")
+    kept, out = run("exam_rows", [jsonl(tmp_path / "a.jsonl", *rows)], "--style",
+                    "explanation_first")
     assert [conversation(r)[1] for r in kept] == [
         "A。九个字的解释不够长", "十个字的解释正好够长答案为A", WANJUAN["answer_detail"]]
     assert "请给出答案" in conversation(kept[0])[0] and "请给出答案" in conversation(kept[2])[0]
@@ -522,11 +526,11 @@ def write_exam(folder):
 def test_exam_files_are_read_only_behind_the_flag_that_names_the_harm(tmp_path):
     write_exam(tmp_path)
     path, out = tmp_path / "val/law_val.csv", tmp_path / "o.jsonl"
-    status, _, err = command("data.py", "exam", path, "--output", out)
+    status, _, err = command("labs/exam_rows.py", path, "--output", out)
     assert status == 2 and "contaminates" in err and "--from_exam" in err and not out.exists()
-    status, text, _ = command("data.py", "exam", "--help")
+    status, text, _ = command("labs/exam_rows.py", "--help")
     assert "CONTAMINATES" in text
-    kept, _ = run("exam", [path], "--from_exam")
+    kept, _ = run("exam_rows", [path], "--from_exam")
     assert len(kept) == 10 and all(conversation(row)[1] == "B。" for row in kept)
 
 
@@ -534,7 +538,7 @@ def test_mmlu_files_have_no_line_of_names_and_cmmlu_ones_an_index(tmp_path):
     mmlu, cmmlu = tmp_path / "law_test.csv", tmp_path / "agronomy.csv"
     mmlu.write_text('"Why, ""so""?",w,x,y,z,C\n', encoding="utf-8")
     cmmlu.write_text(",Question,A,B,C,D,Answer\n0,为何,甲,乙,丙,丁,D\n", encoding="utf-8-sig")
-    (one, two), _ = run("exam", [mmlu, cmmlu], "--from_exam", output=tmp_path / "o.jsonl")
+    (one, two), _ = run("exam_rows", [mmlu, cmmlu], "--from_exam", output=tmp_path / "o.jsonl")
     assert conversation(one)[0].startswith('以下是一道单选题:\nWhy, "so"?\nA. w\n')
     assert conversation(one)[1] == "C。" and conversation(two)[1] == "D。"
 
@@ -544,16 +548,16 @@ def test_mmlu_files_have_no_line_of_names_and_cmmlu_ones_an_index(tmp_path):
     {**WANJUAN, "option_b": ["list"]}, ["no object"]])
 def test_a_broken_question_is_named(tmp_path, row):
     path, out = jsonl(tmp_path / "a.jsonl", WANJUAN, row), tmp_path / "o.jsonl"
-    status, _, err = command("data.py", "exam", path, "--output", out)
+    status, _, err = command("labs/exam_rows.py", path, "--output", out)
     assert status == 2 and "a.jsonl line 2: expected a question" in err and not out.exists()
-    kept, text = run("exam", [path], "--skip_bad_rows")
+    kept, text = run("exam_rows", [path], "--skip_bad_rows")
     assert len(kept) == 1 and "dropped 1: bad row" in text and "dropped " + path in text
 
 
 def test_a_short_line_of_an_exam_file_is_named(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,question,A,B,C,D,answer\n0,q,w,x,y,z,A\n1,q,w,x\n", encoding="utf-8")
-    status, _, err = command("data.py", "exam", path, "--from_exam", "--output",
+    status, _, err = command("labs/exam_rows.py", path, "--from_exam", "--output",
                              tmp_path / "o.jsonl")
     assert status == 2 and "a.csv row 2: expected" in err
 
@@ -565,32 +569,31 @@ def test_identity_fills_names_in_and_refuses_what_is_left(tmp_path):
     assert kept == [asked("who?", 'I am 小"调\\ by 甲; {x} 小"调\\'), asked("你是？", '小"调\\')]
     path = jsonl(tmp_path / "b.jsonl", rows[0], asked("q", "by {{ company }}"))
     out = tmp_path / "o.jsonl"
-    status, _, err = command("data.py", "identity", path, "--name", "n", "--author", "a",
+    status, _, err = command("labs/identity.py", path, "--name", "n", "--author", "a",
                              "--output", out)
     assert status == 2 and "line 2: the placeholder {{ company }} is left over" in err
     assert not out.exists()
-    status, _, err = command("data.py", "identity", path, "--name", "n", "--output", out)
+    status, _, err = command("labs/identity.py", path, "--name", "n", "--output", out)
     assert status == 2 and "--author" in err
 
 
-def test_show_tells_lengths_duplicates_and_odd_answers(tmp_path):
+def test_text_tells_lengths_duplicates_and_odd_answers(tmp_path):
     rows = [asked("问题", "好。答案在这里。"), asked("问题", "好。答案在这里。"), asked("q", ""),
             asked("q", "A sentence. And then,"), asked("q", "好" * 14),
             {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}]
     path = jsonl(tmp_path / "a.jsonl", *rows)
-    status, out, err = command("data.py", "show", path, "--rows", 0)
+    status, out, err = command("labs/text.py", path)
     assert status == 0, err
     for line in ("6 rows, 1 of them exact duplicates",
-                 "1.17 answers a row, at most 2; 1 are empty",
+                 "1.17 answers per row, at most 2; 1 are empty",
                  f"repetition: {0.9 / 7:.1%} of an answer's 5-grams"):
         assert line in out, line
     words = [*["han"] * (2 * 8 + 14), *["latin"] * (1 + 5 + 1 + 4)]
     assert f"Chinese characters: {words.count('han') / len(words):.1%} of the words" in out
-    data.make_tokenizer(tmp_path / "bytes", [], 0)  # what `show` takes without --model
+    data.byte_tokenizer(tmp_path / "bytes")  # what is taken without --model
     examples = data.load_examples([path], data.ChatTokenizer(tmp_path / "bytes"), keep_all=True)[0]
     lengths = [len(e.ids) for e in examples]
     assert f"50%: {np.percentile(lengths, 50):.0f} " in out and f"100%: {max(lengths)}" in out
-    assert f"supervised: {sum(e.targets for e in examples) / sum(lengths):.1%} of the tokens" in out
     bars = [int(line.split()[-1]) for line in out.splitlines() if " to " in line]
     assert sum(bars) == len(examples)
 
@@ -659,22 +662,22 @@ def test_a_common_short_question_counts_only_with_its_options(tmp_path):
 def test_clean_files_are_called_clean(tmp_path):
     write_exam(tmp_path / "exam")
     train = jsonl(tmp_path / "train.jsonl", asked("天气如何", "很好"), {"text": ""})
-    status, out, _ = command("data.py", "overlap", train, "--exam", tmp_path / "exam")
+    status, out, _ = command("labs/overlap.py", train, "--exam", tmp_path / "exam")
     assert status == 0 and "clean; 0 short" in out
-    status, _, err = command("data.py", "overlap", train, "--exam", tmp_path / "none")
+    status, _, err = command("labs/overlap.py", train, "--exam", tmp_path / "none")
     assert status == 2 and "--exam needs a folder" in err
     for flags in (["--output", train], ["--near", 2]):  # neither may cost the training data
-        status, _, err = command("data.py", "overlap", train, "--exam", tmp_path / "exam", *flags)
+        status, _, err = command("labs/overlap.py", train, "--exam", tmp_path / "exam", *flags)
         assert status == 2 and flags[0] in err and len(read(train)) == 2
 
 
 @pytest.mark.skipif(not (SHARED / "data/cmmlu").exists(), reason="no ../shared")
 def test_every_question_of_cmmlu_is_found_in_training_data_made_from_it(tmp_path):
     files = sorted((SHARED / "data/cmmlu/test").glob("*.csv"))[:3]
-    run("exam", files, "--from_exam", output=tmp_path / "leak.jsonl")
+    run("exam_rows", files, "--from_exam", output=tmp_path / "leak.jsonl")
     _, out = run("overlap", [tmp_path / "leak.jsonl"], "--exam", SHARED / "data/cmmlu/test",
                  output=tmp_path / "hits.jsonl")
-    count = sum(len(list(data.read_csv(path))) for path in files)
+    count = sum(len(list(evaluation.read_csv(path))) for path in files)
     found = int(out.split("CONTAMINATED: ")[1].split()[0])
     assert count <= found <= count + 5  # a question of two subjects may be the same
 
@@ -683,7 +686,7 @@ def test_every_question_of_cmmlu_is_found_in_training_data_made_from_it(tmp_path
 
 BAD = {
     "no output": (["filter", "GOOD"], "--output"),
-    "a folder as output": (["exam", "GOOD", "--output", "FOLDER"], "--output"),
+    "a folder as output": (["exam_rows", "GOOD", "--output", "FOLDER"], "--output"),
     "tokens without a model": (["filter", "GOOD", "--output", "O", "--min_tokens", "3"], "--model"),
     "kcenter without a model": (["select", "GOOD", "--output", "O", "--n", "1", "--method",
                                  "kcenter"], "--model"),
@@ -710,7 +713,8 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(name, tmp_path):
     Path(paths["BROKEN"]).write_text('{"text": "a"}\n{"text": \n{"nothing": 1}\n', encoding="utf-8")
     arguments, message = BAD[name]
     arguments = [a.replace("GOOD/", paths["GOOD"] + "/") for a in arguments]
-    status, _, err = command("data.py", *[paths.get(a, a) for a in arguments])
+    name, *arguments = arguments
+    status, _, err = command(f"labs/{name}.py", *[paths.get(a, a) for a in arguments])
     assert status == 2 and message in err and err.count("\n") == 1, err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.jsonl", "good.jsonl"]
 
@@ -782,7 +786,7 @@ def test_training_on_with_the_same_turn_end_keeps_what_it_learnt(tmp_path):
 def test_a_token_the_checkpoint_knows_keeps_its_row_or_is_refused_as_turn_end(token, tmp_path):
     make_checkpoint(tmp_path / "base", "qwen2")
     if token == "<|im_start|>":  # the template begins turns with it
-        with pytest.raises(DataError, match="writes <.im_start.> elsewhere too"):
+        with pytest.raises(InputError, match="writes <.im_start.> elsewhere too"):
             data.ChatTokenizer(tmp_path / "base", eot=token)
         return
     tokenizer = data.ChatTokenizer(tmp_path / "base", eot=token)
@@ -797,7 +801,7 @@ def test_a_token_the_checkpoint_knows_keeps_its_row_or_is_refused_as_turn_end(to
 @pytest.mark.parametrize("token", ["end", "</s>"])
 def test_a_turn_end_must_look_like_a_token_and_not_be_eos(token, tmp_path):
     make_checkpoint(tmp_path / "base", "llama2")
-    with pytest.raises(DataError, match="--eot: expected a token"):
+    with pytest.raises(InputError, match="--eot: expected a token"):
         data.ChatTokenizer(tmp_path / "base", eot=token)
 
 
@@ -838,7 +842,7 @@ def test_system_messages_go_from_every_form_of_row(tmp_path):
     (["select", "--n", "1", "--seed", "-1"], "--seed")])
 def test_flags_that_make_no_sense_end_in_one_line(flags, said, tmp_path):
     path, output = jsonl(tmp_path / "a.jsonl", asked("q", "a")), tmp_path / "o.jsonl"
-    status, _, err = command("data.py", flags[0], path, "--output", output, *flags[1:])
+    status, _, err = command(f"labs/{flags[0]}.py", path, "--output", output, *flags[1:])
     assert status == 2 and said in err and err.count("\n") == 1
     status, _, err = command("data.py", "show", path, "--steps", "2", "--mix", "temperature",
                              "--temperature", "0")

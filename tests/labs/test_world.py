@@ -8,15 +8,15 @@ import pytest
 
 import data
 import eval as evaluation
+import labs.world as world_lab
 import model as modeling
-import train_sft
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    data.make_demo(folder)
-    train_sft.make_demo_model(folder / "base")
+    world_lab.make_demo(folder)
+    world_lab.make_demo_model(folder / "base")
     return folder
 
 
@@ -66,7 +66,7 @@ def test_always_answering_one_letter_scores_about_a_quarter(world):
 
 def test_answers_are_right(world):
     """Each answer is the fact's other half, looked up independently in the table."""
-    facts = {h: [(f["k"], f["v"]) for f in data.demo_facts(h)] for h in data.SUBJECTS}
+    facts = {h: [(f["k"], f["v"]) for f in world_lab.demo_facts(h)] for h in world_lab.SUBJECTS}
     for subject, rows in questions(world, "val").items():
         for row in rows:
             quoted = row["question"].split("“")[1].split("”")[0]
@@ -82,10 +82,10 @@ def test_world_is_a_function_of_its_seed(world, tmp_path):
         return {str(p.relative_to(folder)): p.read_bytes()
                 for p in folder.rglob("*") if p.is_file()}
 
-    data.make_demo(tmp_path / "same")
-    train_sft.make_demo_model(tmp_path / "same" / "base")
+    world_lab.make_demo(tmp_path / "same")
+    world_lab.make_demo_model(tmp_path / "same" / "base")
     assert contents(tmp_path / "same") == contents(world)
-    data.make_demo(tmp_path / "other", seed=1)
+    world_lab.make_demo(tmp_path / "other", seed=1)
     assert contents(tmp_path / "other")["practice.jsonl"] != contents(world)["practice.jsonl"]
 
 
