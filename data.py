@@ -36,57 +36,301 @@ from tqdm import tqdm
 
 from model import InputError, check, write_atomic, write_json
 
-# ----------------------------------------------------------------------------- rows of every format
+# ==== read: rows of every format ==================================================================
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "system": "system"}
-FORMATS = ("messages; conversations; instruction and output; prompt and completion or response; "
-           "input and target; text; completion; chosen and rejected; label")
+# What the keys of a row and of a message mean. To read one more format, add its keys here.
+# A key that is in no line carries nothing that is trained; read_rows names it once per file.
+KEYS = {  # meaning: (keys of a row, keys of a message)
+    "messages": ("messages conversations conversation", ""),
+    "system": ("system system_prompt", ""),
+    "history": ("history", ""),
+    "question": ("instruction prompt question query", ""),
+    "input": ("input context", ""),  # stands below the question, or is the question
+    "answer": ("output response completion answer target", ""),
+    "chosen": ("chosen chosen_response", ""),
+    "rejected": ("rejected rejected_response", ""),
+    "label": ("label kto_tag", ""),
+    "text": ("text", ""),
+    "tools": ("tools functions", ""),
+    "role": ("", "role from"),
+    "content": ("", "content value"),
+    "reasoning_content": ("", "reasoning_content reasoning thinking"),
+    "tool_calls": ("", "tool_calls function_call"),
+    "tool_call_id": ("", "tool_call_id"),
+    "name": ("", "name"),
+    "train": ("", "train loss"),
+    "weight": ("", "weight"),
+    # what would change the prompt or the loss, and is not read
+    "refused": ("image images video videos audio audios objects documents reasoning "
+                "reasoning_content thinking rationale tool_calls function_call train loss weight "
+                "loss_mask loss_weight loss_scale mask completion_mask input_ids labels",
+                "image images video videos audio audios documents loss_mask loss_weight "
+                "loss_scale mask"),
+}
+ROW_KEYS = {key: meaning for meaning, (keys, _) in KEYS.items() for key in keys.split()}
+MESSAGE_KEYS = {key: meaning for meaning, (_, keys) in KEYS.items() for key in keys.split()}
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bot": "assistant", "ai": "assistant", "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+}
 
 
 class Row(NamedTuple):
     """One row of a file, whatever its format was; `where` names its file and line."""
 
     where: str
-    messages: list[dict]  # {role, content}, maybe train and weight; a pair's common history
+    messages: list[dict]  # of a pair: what both conversations begin with
     text: str | None = None  # raw text, instead of messages
-    chosen: list[dict] | None = None  # a preference pair's two continuations of the history
+    chosen: list[dict] | None = None  # a preference pair's two continuations of `messages`
     rejected: list[dict] | None = None
-    label: bool | None = None  # an unpaired preference
+    label: bool | None = None  # an unpaired preference: is the answer liked?
+    tools: list[dict] | None = None  # functions that the assistant may call, in OpenAI's form
 
 
-def read_values(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, value) of every row of a .json, .jsonl or .txt file, gzipped or not."""
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    check(path.is_file(), f"{path} {'is not a file' if path.exists() else 'does not exist'}")
-    check(kind in ("json", "jsonl", "txt"),
-         f"{path}: expected a file called .json, .jsonl or .txt, maybe with .gz")
+class Part(NamedTuple):
+    """What a row or a message says of one meaning."""
+
+    key: str  # under which it stands
+    value: object
+
+
+def parse_row(where: str, row, ask: bool = False) -> Row:
+    """Tell the format of a row by its keys and bring it to a Row.
+
+    A message is {role, content}, maybe with reasoning_content, tool_calls, tool_call_id, name,
+    train and weight. A row without an answer is refused unless `ask`. Raises InputError.
+    """
+    check(not isinstance(row, Exception), f"{where}: {row}")
+    row = {"messages": row} if isinstance(row, list) else row
+    check(isinstance(row, dict), f"{where}: expected an object, found {row!r:.80}")
+    parts = parts_of(where, row, ROW_KEYS)
+    asked = parts.keys() & {"messages", "question", "input"}
+    tools, label = parts.get("tools"), parts.get("label")
+    tools = functions(where, *tools) if tools and tools.value else None
+    label = None if label is None else truth(where, *label)
+
+    # A preference pair: two answers, or two conversations.
+    if "chosen" in parts or "rejected" in parts:
+        check(label is None, f"{where}: 'label' beside chosen and rejected")
+        return Row(where, *read_pair(where, parts), tools=tools)
+
+    # Raw text: nothing beside it asks a question.
+    if not asked:
+        text = parts.get("text")
+        if text is None and "answer" in parts and parts["answer"].key == "completion":
+            text = parts["answer"]
+        check(text, f"{where}: expected messages, a question and an answer, chosen and rejected, "
+              f"or text; found the keys {', '.join(row) or '(none)'}")
+        check(label is None and tools is None, f"{where}: {text.key!r} takes no label or tools")
+        return Row(where, [], text=as_text(where, *text))
+
+    # A conversation; with a label, an unpaired preference.
+    messages = read_conversation(where, parts)
+    if "messages" not in parts and "answer" not in parts and not ask:
+        null = [key for key in row if ROW_KEYS.get(key) == "answer"]
+        names = ", ".join(null) + " (null)" if null else KEYS["answer"][0].replace(" ", ", ")
+        raise InputError(f"{where}: expected an answer under {names}")
+    return Row(where, messages, label=label, tools=tools)
+
+
+def parts_of(where: str, row: dict, table: dict) -> dict[str, Part]:
+    """{meaning: Part} of a row or a message; null is absent."""
+    parts = {}
+    for key, value in row.items():
+        meaning = table.get(key.lower())
+        if meaning is None or value is None:
+            continue
+        check(meaning != "refused" or not value, f"{where}: {key!r} would change what is trained, "
+              "and is not read: remove the key, or the row")
+
+        # Of two keys that mean the same, one may be empty, or they must agree.
+        known = parts.get(meaning)
+        check(known is None or known.value == value or not (known.value and value),
+              f"{where}: {key!r} and {known and known.key!r} both give the {meaning}")
+        if known is None or value:
+            parts[meaning] = Part(key, value)
+    return parts
+
+
+def read_question(where: str, parts: dict[str, Part]) -> list[dict]:
+    """What comes before an answer: system text, history or messages, question with input."""
+    messages = []
+    for meaning, role in (("system", "system"), ("history", "user"), ("messages", "user")):
+        if meaning in parts and (parts[meaning].value or meaning == "messages"):
+            further = as_messages(where, *parts[meaning], role)
+            messages = further if further[: len(messages)] == messages else messages + further
+    if "messages" in parts:
+        return messages
+
+    # Alpaca's `input` and dolly's `context` stand below the question; either may be empty.
+    asked = [parts[meaning] for meaning in ("question", "input") if meaning in parts]
+    filled = [part for part in asked if part.value != ""] or asked[:1]
+    if len(filled) == 2:
+        texts = [as_text(where, *part) for part in filled]
+        return [*messages, {"role": "user", "content": "\n".join(texts)}]
+    for part in filled:
+        messages += as_messages(where, *part, "user")
+    return messages
+
+
+def read_conversation(where: str, parts: dict[str, Part]) -> list[dict]:
+    """All messages of a row, its answer included if there is one."""
+    messages = read_question(where, parts)
+    answered = "messages" in parts and messages[-1]["role"] == "assistant"
+    if "answer" in parts and not answered:
+        messages += as_messages(where, *parts["answer"], "assistant")
+
+    # Messages that hold the answer are all there is: a prompt beside them must not come again.
+    beside = {"question", "input", "answer"} if "messages" in parts else set()
+    check_beside(where, parts, beside | {"text"}, messages)
+    return messages
+
+
+def read_pair(where: str, parts: dict[str, Part]) -> tuple:
+    """(messages, None, chosen, rejected) of a preference pair."""
+    messages, sides = read_question(where, parts), []
+
+    # ms-swift writes `rejected_response` beside an ordinary answer, or messages with one.
+    first = parts.get("chosen", parts.get("answer"))
+    if first is None and messages and messages[-1]["role"] == "assistant":
+        first = Part("messages", messages[-1:])
+    for part in (first, parts.get("rejected")):
+        check(part and part.value, f"{where}: expected both chosen and rejected, neither empty")
+        sides.append(as_messages(where, *part, "assistant"))
+        check(sides[-1][-1]["role"] == "assistant",
+              f"{where}: {part.key!r} must end with an answer of the assistant")
+    whole = [side[0]["role"] in ("system", "user") for side in sides]
+    check(whole[0] == whole[1], f"{where}: one of chosen and rejected is a whole conversation, "
+          "the other an answer")
+
+    # Whole conversations win over a prompt beside them, which can differ by a space.
+    if whole[0]:
+        messages = messages[:1] if messages and messages[0]["role"] == "system" else []
+        messages = [] if sides[0][:1] == messages or sides[0][0]["role"] == "system" else messages
+    elif messages and messages[-1]["role"] == "assistant":
+        check(messages.pop() in sides[0] + sides[1], f"{where}: the messages before chosen and "
+              "rejected end with an answer of their own")
+    shared = common_prefix([side[:-1] for side in sides])
+    messages += sides[0][:shared]
+    chosen, rejected = sides[0][shared:], sides[1][shared:]
+    asked = any(m["role"] != "system" for m in messages)
+    check(asked or whole[0], f"{where}: expected a prompt beside chosen and rejected")
+
+    beside = {"system", "history", "messages", "input", "answer", "text"}
+    beside = beside if whole[0] else {"answer", "text"}
+    check_beside(where, parts, beside, messages + chosen)
+    return messages, None, chosen, rejected
+
+
+def check_beside(where: str, parts: dict[str, Part], beside: set, messages: list[dict]) -> None:
+    """Refuse what stands beside a conversation unless it repeats it, whole or in part."""
+    texts = [" ".join(m["content"].split()) for m in messages]
+    for part in (parts[meaning] for meaning in beside & parts.keys()):
+        for m in as_messages(where, *part, "user") if part.value else []:
+            words = " ".join(m["content"].split())
+            repeated = words in " ".join(texts) or all(text in words for text in texts)
+            check(repeated, f"{where}: {part.key!r} says what the conversation beside it does not: "
+                  "remove one of the two")
+
+
+def as_messages(where: str, key: str, value, role: str) -> list[dict]:
+    """Messages from a text of `role`, a dialogue, a message, or a list of messages or of turns."""
+    if isinstance(value, str):
+        return dialogue(as_text(where, key, value)) or [{"role": role, "content": value}]
+    turns = [value] if isinstance(value, dict) else value
+    check(isinstance(turns, list) and turns,
+          f"{where}: expected a text or messages under {key!r}, found {value!r:.60}")
+    messages = []
+    for turn in turns:
+        # history's [question, answer], Firefly's {human, assistant}
+        if isinstance(turn, list):
+            check(len(turn) == 2, f"{where}: expected [question, answer] pairs under {key!r}")
+            turn = dict(zip(("user", "assistant"), turn, strict=True))
+        if isinstance(turn, dict) and turn and turn.keys() <= ROLES.keys():
+            messages += [{"role": ROLES[name], "content": as_text(where, key, text)}
+                         for name, text in turn.items() if text is not None]
+        else:
+            messages.append(read_message(where, key, turn))
+    return messages
+
+
+def read_message(where: str, key: str, message) -> dict:
+    """A message in OpenAI's or ShareGPT's keys, as `parse_row` describes it."""
+    check(isinstance(message, dict), f"{where}: expected messages under {key!r}, found "
+          f"{message!r:.60}")
+    parts = parts_of(where, message, MESSAGE_KEYS)
+    said = {meaning: part.value for meaning, part in parts.items()}
+    name = str(said.pop("role", None)).lower()
+    check(name in ROLES, f"{where}: expected a 'role' such as system, user, assistant or tool "
+          f"under {key!r}, found {message!r:.60}")
+
+    # A call is kept as a call: LLaMA-Factory's role function_call, OpenAI's tool_calls.
+    content = said.pop("content", None)
+    if name == "function_call":
+        said["tool_calls"], content = content, ""
+    calls = said.pop("tool_calls", None)
+    if calls:
+        said["tool_calls"] = functions(where, "tool_calls", calls)
+    if content is None and calls:
+        content = ""
+    for meaning in said.keys() & {"reasoning_content", "tool_call_id", "name"}:
+        as_text(where, *parts[meaning])
+
+    # What the loss makes of it
+    if "train" in said:
+        said["train"] = truth(where, *parts["train"])
+    weight = said.get("weight", 1.0)
+    check(type(weight) in (int, float) and 0 <= weight < math.inf,
+          f"{where}: expected a number from 0 on under 'weight', found {weight!r:.40}")
+    return {"role": ROLES[name], "content": join_content(where, content), **said}
+
+
+def join_content(where: str, content) -> str:
+    """The text of a message, which may come in parts {type: text, text}."""
+    if not isinstance(content, list):
+        return as_text(where, "content", content)
+    texts = []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        check(isinstance(part, dict) and part.get("type", "text") == "text",
+              f"{where}: expected texts as parts of 'content', found {part!r:.60}")
+        texts.append(as_text(where, "content", part.get("text")))
+    return "".join(texts)
+
+
+def dialogue(text: str) -> list[dict]:
+    """The messages of HH-RLHF's "\n\nHuman: ... \n\nAssistant: ...", or none of another text."""
+    start, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    if start.strip() or turns[:1] != ["Human"] or "Assistant" not in turns[::2]:
+        return []
+    messages = [{"role": ROLES[name.lower()], "content": said.strip()}
+                for name, said in zip(turns[::2], turns[1::2], strict=True)]
+    asks = messages[-1] == {"role": "assistant", "content": ""}  # a prompt ends with "Assistant:"
+    return messages[:-1] if asks else messages
+
+
+def functions(where: str, key: str, value) -> list[dict]:
+    """Tools or calls as [{type, function}]; rows have that, its inner part, or JSON text of it."""
     try:
-        open_ = gzip.open if path.suffix == ".gz" else open
-        with open_(path, "rt", encoding="utf-8-sig") as file:  # -sig drops a byte order mark
-            if kind == "json" and file.read(4096).lstrip()[:1] != "{":
-                file.seek(0)
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise ValueError(f"expected a list of rows, found {rows!r:.40}")
-                yield from ((f"{path} row {n}", row) for n, row in enumerate(rows, 1))
-                return
-            file.seek(0)  # one row a line; also a .json whose rows are not in a list
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        value = {"text": line.rstrip("\r\n")} if kind == "txt" else json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        value = error
-                    yield f"{path} line {number}", value
-    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        value = None
+    items = value if isinstance(value, list) else [value]
+    out = []
+    for item in items:
+        check(isinstance(item, dict) and ("function" in item or "name" in item),
+              f"{where}: expected functions with a name under {key!r}, found {value!r:.60}")
+        out.append(item if "function" in item else {"type": "function", "function": item})
+    return out
 
 
-def common_prefix(lists: list[list]) -> int:
-    """How many leading items all lists share."""
-    same = (all(item == items[0] for item in items) for items in zip(*lists, strict=False))
-    return sum(itertools.takewhile(bool, same))
+def as_text(where: str, key: str, value) -> str:
+    """`value`, which must be a text."""
+    check(is_text(value), f"{where}: expected a text under {key!r}, found {value!r:.60}")
+    return value
 
 
 def is_text(value) -> bool:
@@ -94,99 +338,59 @@ def is_text(value) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def as_messages(where: str, value, role: str) -> list[dict]:
-    """Messages from a string, a message, or a list of them, in OpenAI's or ShareGPT's keys."""
-    if is_text(value):
-        return [{"role": role, "content": value}]
-    messages = []
-    for m in value if isinstance(value, list) else [value]:
-        m = m if isinstance(m, dict) else {"role": None, "content": m}
-        name, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
-        if not (isinstance(name, str) and name in ROLES and is_text(content)):
-            raise InputError(f"{where}: expected messages with role user, assistant or system and "
-                            f"a text as content, found {m!r:.60}")
-        extra = {key: m[key] for key in ("train", "weight") if key in m}
-        train, weight = extra.get("train", True), extra.get("weight", 1.0)
-        number = type(weight) in (int, float) and 0 <= weight < float("inf")
-        if not isinstance(train, bool) or not number:
-            raise InputError(f"{where}: expected train true or false, weight >= 0, not {extra}")
-        messages.append({"role": ROLES[name], "content": content, **extra})
-    return messages
+def truth(where: str, key: str, value) -> bool:
+    """`value`, which must be true, false, 1 or 0; exports of tables write 1.0 for 1."""
+    check(isinstance(value, bool | int | float) and value in (0, 1),
+          f"{where}: expected true or false under {key!r}, found {value!r:.40}")
+    return bool(value)
 
 
-def parse_row(where: str, row, ask: bool = False) -> Row:
-    """Tell the format of a row by its keys and bring it to a Row."""
+def common_prefix(lists: list[list]) -> int:
+    """How many leading items all lists share."""
+    shared = 0
+    for items in zip(*lists, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        shared += 1
+    return shared
 
-    def expect(good: bool, wanted: str) -> None:
-        if not good:
-            raise InputError(f"{where}: expected {wanted}, found {row!r:.80}")
 
-    def text(key: str) -> str:
-        expect(is_text(row[key]), f"a text under {key!r}")
-        return row[key]
-
-    if isinstance(row, Exception):
-        raise InputError(f"{where}: not JSON: {getattr(row, 'msg', row)}")
-    expect(isinstance(row, dict), "an object")
-    messages = as_messages(where, row["system"], "system") if row.get("system") else []
-    answer = next((k for k in ("completion", "response", "output", "target") if k in row), None)
-    if "messages" in row or "conversations" in row:
-        turns = row.get("messages", row.get("conversations"))
-        expect(isinstance(turns, list) and turns, "a list of messages")
-        messages += as_messages(where, turns, "user")
-        answer, ask = None, True  # the answers are among the messages
-    elif "instruction" in row:
-        history = row.get("history") or []
-        pairs = isinstance(history, list) and all(isinstance(t, list) for t in history)
-        expect(pairs and all(len(t) == 2 for t in history), "history as [question, answer] pairs")
-        for turn in history:
-            messages += as_messages(where, turn[0], "user")
-            messages += as_messages(where, turn[1], "assistant")
-        question = text("instruction") + ("\n" + text("input") if row.get("input") else "")
-        messages.append({"role": "user", "content": question})
-    elif "prompt" in row or ("input" in row and "target" in row):
-        messages += as_messages(where, row["prompt" if "prompt" in row else "input"], "user")
-    elif "chosen" not in row:
-        expect("text" in row or "completion" in row, f"the keys of a known format ({FORMATS})")
-        return Row(where, [], text=text("text" if "text" in row else "completion"))
-    if "chosen" in row or "rejected" in row:
-        expect(row.get("chosen") and row.get("rejected"), "both chosen and rejected")
-        sides = [as_messages(where, row[key], "assistant") for key in ("chosen", "rejected")]
-        prompts = messages, [m for m in messages if m["role"] != "system"]
-        known = next((len(p) for p in prompts if common_prefix([p, *sides]) == len(p)), 0)
-        shared = max(known, common_prefix([side[:-1] for side in sides]))
-        further = sides[0][known:shared]  # turns after the prompt that both sides hold
-        again = messages and any(m["role"] == "system" for m in further)
-        expect(not again, "answers that repeat the whole prompt, or nothing of it")
-        messages += further
-        chosen, rejected = (side[shared:] for side in sides)
-        asked = any(m["role"] != "system" for m in messages)
-        expect(asked or len(chosen) > 1, "a prompt, or two conversations")
-        answered = all(side and side[-1]["role"] == "assistant" for side in (chosen, rejected))
-        expect(answered, "two answers by the assistant")
-        return Row(where, messages, chosen=chosen, rejected=rejected)
-    expect(answer is not None or ask, "an answer: output, completion, response or target")
-    messages += as_messages(where, row[answer], "assistant") if answer else []
-    expect(isinstance(row.get("label", True), bool), "label true or false")
-    return Row(where, messages, label=row.get("label"))
+def unused_keys(row) -> set[str]:
+    """Keys of a row, and of the messages in it, that KEYS does not know."""
+    unused, messages = set(), row if isinstance(row, list) else []
+    for key, value in row.items() if isinstance(row, dict) else ():
+        if value is not None and key.lower() not in ROW_KEYS:
+            unused.add(key)
+        elif isinstance(value, list) and ROW_KEYS[key.lower()] != "tools":
+            messages = messages + value
+    for message in messages:
+        if isinstance(message, dict):
+            unused |= {key for key in message if key.lower() not in (MESSAGE_KEYS | ROLES)}
+    return unused
 
 
 def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, parse=parse_row,
-              read=read_values) -> Iterator[tuple]:
+              read=None) -> Iterator[tuple]:
     """(value, parse(where, value)) of every row of some files.
 
-    A bad row raises InputError; with `skip_bad_rows` it is listed, unless `quiet`, and gives None.
-    None for `skip_bad_rows` is False, said of a command without that flag.
+    A bad row raises InputError. With `skip_bad_rows` it gives None, and is listed unless `quiet`.
+    `skip_bad_rows=None`: the command has no such flag, so the message does not suggest it.
     """
     hint = "" if skip_bad_rows is None else " (--skip_bad_rows leaves it out)"
     for path in map(Path, files):
-        for where, value in read(path):
+        unused = set()
+        for where, value in (read or read_values)(path):
             try:
                 row = parse(where, value)
+                unused |= unused_keys(value) if isinstance(row, Row) else set()
             except InputError as error:
                 check(skip_bad_rows, f"{error}{hint}")
-                row = None if quiet else tqdm.write(f"dropped {error}")
+                row = None
+                if not quiet:
+                    tqdm.write(f"dropped {error}")
             yield value, row
+        if unused and not quiet:
+            tqdm.write(f"{path}: not used: {', '.join(sorted(unused))}")
 
 
 # ---------------------------------------------------------------------------------------- templates
@@ -533,6 +737,15 @@ def conversations(row: Row) -> list[list[dict]]:
     return [row.messages + side for side in sides]
 
 
+def check_written(row: Row, template: str) -> None:
+    """Refuse a row with something in it that the built-in templates do not write."""
+    found = {"tools": row.tools}
+    for m in [*row.messages, *(row.chosen or []), *(row.rejected or [])]:
+        found |= {"role tool": m["role"] == "tool", **m} if m["role"] == "tool" else m
+    for key in ("tools", "tool_calls", "role tool", "reasoning_content"):
+        check(not found.get(key), f"{row.where}: {key}: template {template} does not write it")
+
+
 def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
                 train_on: str = "all", max_length: int = 2048,
                 keep_all: bool = False) -> list[Example]:
@@ -543,6 +756,7 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     for row in rows:
         check(keep_all or (row.chosen is None and row.label is None),
              f"{row.where}: a preference row; train_dpo.py trains on those")
+        check_written(row, tokenizer.template.name)
     plans = [(row, tokenizer.text_pieces(row.text)) if row.text is not None else
              (row, tokenizer.pieces(messages, "last" if row.chosen else train_on))
              for row in rows for messages in conversations(row)]
@@ -865,6 +1079,70 @@ def show(c: Show) -> None:
     if c.steps:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
         mix_files(c, c.files, [pair for pair in pairs if pair[1]], c.steps * c.batch_size)
+
+
+# ---- skip on a first reading: files of rows ------------------------------------------------------
+
+
+def read_values(path: Path) -> Iterator[tuple[str, object]]:
+    """(where, value) of every row of a .json, .jsonl, .ndjson or .txt file, gzipped or not.
+
+    The value of a line that cannot be read is an error: the other lines can still be used.
+    """
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    check(path.is_file(), f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    check(kind in ("json", "jsonl", "ndjson", "txt"),
+          f"{path}: expected a file called .json, .jsonl, .ndjson or .txt, maybe with .gz")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            if kind != "txt" and holds_list(file, kind):
+                yield from read_list(path, file.read())
+                return
+            for number, line in enumerate(file, 1):
+                try:
+                    line = line.decode("utf-8-sig")  # -sig drops a byte order mark
+                    if not line.strip():
+                        continue
+                    value = {"text": line.rstrip("\r\n")} if kind == "txt" else json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    value = ValueError(why_not_read(error))
+                yield f"{path} line {number}", value
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def holds_list(file, kind: str) -> bool:
+    """Is a file one list of rows? Else it has a row per line, which may be a list of messages."""
+    first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    first = first.lstrip(b"\xef\xbb\xbf \t")
+    file.seek(0)
+    if kind == "json" or not first.startswith(b"["):
+        return kind == "json" and not first.startswith(b"{")
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return True  # the list goes on in the next line
+    return not (row and isinstance(row[0], dict) and row[0].keys() & {"role", "from"})
+
+
+def read_list(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
+    """The rows of a file that is one list."""
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", content.count(b"\n", 0, getattr(error, "start", 0)) + 1)
+        raise InputError(f"{path} line {line}: {why_not_read(error)}") from None
+    check(isinstance(rows, list), f"{path}: expected a list of rows, found {rows!r:.40}")
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", row
+
+
+def why_not_read(error: Exception) -> str:
+    """What an error of decoding or of JSON means, and how to mend it."""
+    if isinstance(error, UnicodeDecodeError):
+        return (f"byte {error.object[error.start]:#x} is not UTF-8: convert the file with iconv "
+                "-f ENCODING -t UTF-8 (GB18030 for Chinese, WINDOWS-1252 for Western texts)")
+    return f"not JSON: {getattr(error, 'msg', error)}"
 
 
 # ---- plumbing

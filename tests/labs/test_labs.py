@@ -149,7 +149,7 @@ def test_work_on_all_cores_keeps_the_order_and_passes_errors_on():
 
 def test_filter_writes_rows_of_every_format_back_as_they_were(tmp_path):
     rows = [asked("问", "答", id=7, nested={"a": [1, None]}), {"instruction": "i", "output": "o"},
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            {"conversations": [{"from": "human", "value": "q"}],
              "chosen": {"from": "gpt", "value": "c"}, "rejected": {"from": "gpt", "value": "r"}},
             {"text": "raw"}, {"input": "x", "target": "y", "kind": "\ud800"},
             {"prompt": "p", "completion": "c", "label": True}]
