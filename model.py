@@ -1,18 +1,21 @@
 """A Llama-family model by hand: Llama, TinyLlama, SmolLM2, Yi, DeepSeek-LLM, Mistral, Qwen2/2.5/3.
 
-From small to large: configuration, rotary embedding, noise, attention, the model,
-log-probabilities, generation, loading and saving in the Hugging Face layout. Three things differ
-from most such files:
+First the mathematics: the model from its norm to its last hidden state, attention over examples of
+any length, noise, log-probabilities, generation. Then what one looks up: RoPE's variants, what the
+keys of config.json mean, loading and saving. Three things differ from most such files:
 
   flat tokens   a micro-batch is a vector of T tokens and the lengths of the examples in it; nothing
-                is padded except inside attention
-  prefix        attention can continue cached keys and values, and gradients flow into them
+                is padded, not even inside attention
+  prefix        attention can continue kept keys and values, and gradients flow into them
   log-probs     the LM head sees only positions whose next token is wanted, a chunk at a time
 
-Shapes in the comments: T tokens in a micro-batch, B examples, L longest example, P prefix length,
-D hidden size, H query heads, K key/value heads, Dh head size, V vocabulary, N supervised tokens.
+Shapes in the comments: T tokens in a micro-batch, B examples, L tokens of one example, P tokens of
+its prefix, S = P + L keys it sees, D hidden size, H query heads, K key/value heads, Dh head size,
+V vocabulary, N supervised tokens, G stored prefixes. [T, H, Dh] is a tensor of that shape.
 """
 
+import inspect
+import itertools
 import json
 import math
 import os
@@ -27,35 +30,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SHARD_BYTES = 5 * 10**9  # largest weight file we write, as in the Hugging Face layout
-INDEX = "model.safetensors.index.json"  # which file holds which weight, where there are several
-LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp32)
-HOLE = 2**30  # position of a padding slot: later than any query, so that no real token sees it
+try:
+    from torch.nn.attention.varlen import varlen_attn  # flat tokens on CUDA, in newer torch
+except ImportError:
+    varlen_attn = None
 
-
-class InputError(ValueError):
-    """Input that cannot be used; the message is one line: what was found, how to fix it."""
-
-
-def check(condition, message: str) -> None:
-    """Raise InputError with the message unless `condition` holds."""
-    if not condition:
-        raise InputError(message)
-
-
-# ------------------------------------------------------------------------------------ configuration
-
-# what a missing key of config.json means in transformers 5; Yi, DeepSeek-LLM, SmolLM2 are "llama"
-FAMILIES = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
-}
-ROPE_NEEDS = {  # the parameters without which a RoPE type means nothing
-    "default": [], "linear": ["factor"], "dynamic": ["factor"],
-    "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-}
+# ==== read: the model =============================================================================
 
 
 @dataclass
@@ -82,59 +62,670 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, source: dict) -> "ModelConfig":
-        """Read a config.json of any of the families, in the old or the new style of RoPE keys."""
-        family = source.get("model_type")
-        if family not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise InputError(f"model_type {family!r} is not supported; supported are {known}")
-        if source.get("hidden_act", "silu") != "silu":
-            raise InputError(f"hidden_act {source['hidden_act']} is not supported, only silu")
-        values = {"max_position_embeddings": cls.max_position_embeddings, **FAMILIES[family]}
-        values |= {**source, "source": source}
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-            values[name] = int(source[name])  # a KeyError names what is missing
-        heads = source["num_attention_heads"]
-        values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
-        values["windows"], values["rope"] = read_windows(values), read_rope(values)
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+        """Read a config.json; `read_config` says how."""
+        return read_config(source)
 
 
-def read_windows(values: dict) -> list[int | None]:
-    """Sliding window per layer: Mistral everywhere, Qwen from `max_window_layers` on, if at all."""
-    family, layers = values["model_type"], values["num_hidden_layers"]
-    window = values.get("sliding_window")
-    if family == "mistral":
-        return [window] * layers
-    if family == "llama" or not values.get("use_sliding_window", False):
-        return [None] * layers
-    slides = [i >= values.get("max_window_layers", 28) for i in range(layers)]
-    if values.get("layer_types"):
-        slides = [kind == "sliding_attention" for kind in values["layer_types"]]
-    return [window if s else None for s in slides]
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), computed in the weight's type.
+
+    What comes out is read by matrix products alone, so it is cast to their type here, once.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.eps)
+        return y.to(product_dtype(y))
 
 
-def read_rope(values: dict) -> dict:
-    """The RoPE parameters: new style `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
-    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
-    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
-    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
-    if kind not in ROPE_NEEDS:
-        known = ", ".join(ROPE_NEEDS)
-        raise InputError(f"RoPE type {kind!r} is not supported; supported are {known}")
-    for key in ROPE_NEEDS[kind]:
-        if key not in rope:
-            raise InputError(f"RoPE type {kind} needs {key!r}")
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError("partial_rotary_factor other than 1 is not supported")
-    key, length = "original_max_position_embeddings", values["max_position_embeddings"]
-    if kind != "dynamic":  # which grows from max_position_embeddings, not from pretraining's length
-        length = values.get(key) or rope.get(key) or length
-    rope[key] = length
-    return rope
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products of x are computed: autocast's, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# --------------------------------------------------------------------------------- rotary embedding
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+Dh/2}) by its angle: the pairing of Hugging Face checkpoints.
+
+    RoFormer (arXiv:2104.09864, eq. 15): at position m pair i turns by m theta^(-2i/Dh), so that a
+    query and a key only feel how far apart they stand.
+    """
+    a, b = x.chunk(2, dim=-1)  # [T, heads, Dh/2] each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """What attention is, for one example: softmax(q k^T / sqrt(Dh)) v over the keys a query sees.
+
+    The queries [L, H, Dh] belong to the last L of the S tokens whose keys and values [S, K, Dh] are
+    given. A token sees itself and those before it, with a window only the last `window` of them.
+    Read this; `attention` is what runs.
+    """
+    (L, H, Dh), (S, K, _) = q.shape, k.shape
+    k = k.repeat_interleave(H // K, 1)  # [S, H, Dh]
+    v = v.repeat_interleave(H // K, 1)  # [S, H, Dh]
+    scores = torch.einsum("lhd,shd->hls", q, k) / math.sqrt(Dh)  # [H, L, S]
+    unseen = ~visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)  # [H, L, S]
+    return torch.einsum("hls,shd->lhd", weights, v)  # [L, H, Dh]
+
+
+def visible(position: Tensor, S: int, window: int | None) -> Tensor:
+    """Which of the keys 0 to S - 1 the queries at these positions [L] see: [L, S]."""
+    age = position[:, None] - torch.arange(S, device=position.device)  # [L, S] tokens in between
+    return (age >= 0) & (age < (window or S))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads.
+
+        query heads   0 1 2 3   4 5 6 7
+        key/value     ---0---   ---1---
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.H, self.K, self.Dh = (config.num_attention_heads, config.num_key_value_heads,
+                                   config.head_dim)
+        D, bias = config.hidden_size, config.attention_bias
+        qkv_bias = bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, self.H * self.Dh, bias=qkv_bias)
+        self.k_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
+        self.v_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
+        self.o_proj = nn.Linear(self.H * self.Dh, D, bias=bias and config.model_type != "qwen2")
+
+        # Qwen3 normalises every head of q and k before they are rotated.
+        qwen3 = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
+        self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, Dh], keys and values [T, K, Dh] of states x [T, D]."""
+        q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
+        k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
+        v = self.v_proj(x).view(-1, self.K, self.Dh)  # [T, K, Dh]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202, eq. 6): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, hidden, bias=bias)
+        self.up_proj = nn.Linear(D, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, D, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both residual branches.
+
+    Tokens meet in `attention` alone. What stands before and after it treats every token by itself,
+    knows neither examples nor the layer's number, and so compiles once for all layers and lengths.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None):
+        super().__init__()
+        self.window, self.dropout = window, 0.0
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention needs of the residual stream x [T, D]."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, attended: Tensor, noise: Tensor | None) -> Tensor:
+        """Add what attention found [T, H, Dh], and what the MLP makes of the sum: [T, D]."""
+        found = self.self_attn.o_proj(attended.flatten(1))  # [T, D], from [T, H * Dh]
+        x = x + dropout(found, self.dropout, noise, 0)
+        changed = self.mlp(self.post_attention_layernorm(x))  # [T, D]
+        return x + dropout(changed, self.dropout, noise, 1)
+
+    def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None):
+        """x [T, D] -> [T, D], and with `keep_kv` this layer's (keys, values) [T, K, Dh]."""
+        q, k, v = self.before(x, layout.cos, layout.sin)
+        attended = attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
+        return self.after(x, attended, noise), (k, v) if keep_kv else None
+
+
+class Llama(nn.Module):
+    """The causal language model: `forward` gives log-probabilities, `hidden` the states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.checkpoint_activations = config, False
+        self.model = nn.ModuleDict({  # the checkpoint's names of these weights begin with `model.`
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, window) for window in config.windows),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def hidden(self, ids, lengths, prefix: "Prefix | Cache | None" = None, keep_kv: bool = False,
+               noise: Tensor | None = None, neftune_alpha: float = 0.0, full_lengths=None):
+        """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
+
+        Examples do not see each other. `prefix` (B rows) stands before them. `noise` [T] from
+        `noise_keys` switches on NEFTune and dropout, in training mode only; `full_lengths` [B] are
+        then the lengths of the examples if these tokens are but a part of them. Returns the states,
+        and with `keep_kv` a Prefix of these tokens, else None.
+        """
+        x = self.model.embed_tokens(ids)  # [T, D]
+        layout = Layout(self.config, lengths, prefix, x.device, product_dtype(x))
+
+        # Noise is for training. In evaluation it is ignored, whoever passes it.
+        noise = noise if self.training else None
+        if noise is not None and neftune_alpha > 0:
+            added = neftune_noise(noise, lengths, x.shape[1], neftune_alpha, full_lengths)
+            x = x + added.to(x.dtype)
+
+        kept = []
+        for i, layer in enumerate(self.model.layers):
+            past = prefix.layers[i] if prefix is not None else None
+            drops = noise is not None and layer.dropout > 0
+            mine = combine(noise, i + 1) if drops else None  # [T] each layer draws its own
+            if self.checkpoint_activations and self.training:  # noise needs no RNG state to replay
+                x, kv = checkpoint(layer, x, layout, past, keep_kv, mine, use_reentrant=False,
+                                   preserve_rng_state=False)
+            else:
+                x, kv = layer(x, layout, past, keep_kv, mine)  # [T, D]
+            kept.append(kv)
+        return self.model.norm(x), Prefix(kept, list(lengths)) if keep_kv else None
+
+    def forward(self, ids, lengths, targets, prefix=None, noise=None, neftune_alpha=0.0,
+                full_lengths=None, equal_weights=False) -> Tensor:
+        """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
+
+        A target is predicted from the state just before it, so an example's first token is none.
+        """
+        states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha, full_lengths)
+        wanted = states.index_select(0, targets - 1)  # [N, D]
+        return token_logprobs(wanted, self.head, ids[targets], equal_weights)
+
+    def next_logits(self, states: Tensor) -> Tensor:
+        """Scores of every next token in fp32, for generation and exams: [B, D] -> [B, V]."""
+        return (states @ self.head.to(states.dtype).T).float()
+
+    @property
+    def head(self) -> Tensor:
+        """The LM head's weight [V, D]; the embedding itself when they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    def set_dropout(self, bottom: float, top: float) -> None:
+        """Residual dropout, linear from the first layer to the last (LIMA: 0 to 0.3)."""
+        for i, layer in enumerate(self.model.layers):
+            layer.dropout = bottom + (top - bottom) * i / max(len(self.model.layers) - 1, 1)
+
+    def compile_layers(self, **options) -> None:
+        """Compile what layers do to single tokens: a graph serves every layer and every length."""
+        torch._dynamo.config.recompile_limit = 64  # with and without noise, gradients
+        for layer in self.model.layers:
+            layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True, **options)
+            layer.after = torch.compile(layer.after, dynamic=True, fullgraph=True, **options)
+
+    def initialize(self, seed: int) -> None:
+        """Random weights of a new model: matrices normal (`initializer_range`), biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+# ==== read: attention over flat tokens ============================================================
+
+
+@dataclass
+class Prefix:
+    """Keys and values of tokens that later tokens continue; gradients flow into them.
+
+    Keys are stored rotated. Under dynamic RoPE past the pretraining length the angles change with
+    every token, so that a prefix is then an approximation; `generate` does without it there.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]  # a layer's keys and values, [S, K, Dh]: G end to end
+    lengths: list[int]  # [G] tokens of each
+    rows: list[int] | None = None  # [B] which of the G each example continues; None: its own
+
+    def select(self, rows: Iterable[int]) -> "Prefix":
+        """The prefixes that B examples continue: `rows` [B] of the G stored ones."""
+        return Prefix(self.layers, self.lengths, [int(row) for row in rows])
+
+
+class Layout:
+    """Where each of the T flat tokens stands, and which keys its example sees.
+
+    All of it is known from the lengths alone, so it is worked out on the CPU and sent once.
+    """
+
+    def __init__(self, config: ModelConfig, lengths: list[int], prefix: "Prefix | Cache | None",
+                 device: torch.device, dtype: torch.dtype):
+        B, T = len(lengths), sum(lengths)
+        self.prefix, rows, before = prefix, [None] * B, [0] * B
+        if prefix is not None:
+            rows = prefix.rows or list(range(B))
+            before = [prefix.lengths[row] for row in rows]
+
+        # Positions restart with every example and go on where its prefix ends.
+        count, start = torch.tensor(lengths), torch.tensor(before)  # [B]
+        first = count.cumsum(0) - count  # [B] flat index of each example's first token
+        example = torch.arange(B).repeat_interleave(count)  # [T]
+        position = torch.arange(T) + (start - first)[example]  # [T]
+        frequencies, factor = rope_frequencies(config, start + count)  # [B or 1, Dh/2]
+        angles = position[:, None] * frequencies.expand(B, -1)[example]  # [T, Dh/2]
+        turns = factor * torch.stack((angles.cos(), angles.sin()))  # [2, T, Dh/2]
+        self.cos, self.sin = send(turns[:, :, None], device)  # [T, 1, Dh/2] each
+
+        # Neighbours that are equally long and continue the same prefix share one call.
+        alike = itertools.groupby(zip(rows, lengths, strict=True))
+        self.groups = [(row, length, len(list(members))) for (row, length), members in alike]
+        self.varlen = varlen_fits(device, dtype)
+        if isinstance(prefix, Cache):
+            self.place = send(torch.stack((torch.arange(B), start)), device)  # [2, B] row, column
+        elif self.varlen:
+            self.plan_varlen(count, start, rows, device)
+
+    def plan_varlen(self, count: Tensor, start: Tensor, rows: list, device) -> None:
+        """What `varlen_attn` asks: where examples end among the queries and among the keys."""
+        zero, seen = torch.zeros(1, dtype=torch.long), start + count  # [B] keys of each example
+        ends = torch.cat((zero, count.cumsum(0), zero, seen.cumsum(0))).int()  # [2 (B + 1)]
+        self.query_ends, self.key_ends = send(ends, device).chunk(2)  # [B + 1] each
+        self.longest = int(count.max()), int(seen.max())
+        if self.prefix is not None:  # where each example's keys lie: its prefix's, then its own
+            sizes = [*self.prefix.lengths, *count.tolist()]
+            *stored, own = torch.arange(sum(sizes)).split([*self.prefix.lengths, int(count.sum())])
+            pairs = zip(rows, own.split(count.tolist()), strict=True)
+            order = torch.cat([part for row, mine in pairs for part in (stored[row], mine)])
+            self.order = send(order, device)  # [sum of S]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: Layout, window: int | None) -> Tensor:
+    """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
+
+    `past` are the keys and values that stand before them, or None. One call per group of equally
+    long neighbours: nothing is padded, so no work is wasted.
+    """
+    if isinstance(layout.prefix, Cache):
+        return attend_cached(q, k, v, past, layout, window)
+    if layout.varlen:
+        return attend_varlen(q, k, v, past, layout, window)
+
+    out, sizes = [], [length * members for _, length, members in layout.groups]
+    if past is not None:
+        past_k, past_v = (t.split(layout.prefix.lengths) for t in past)  # G of [P, K, Dh]
+    parts = zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    for (row, L, b), q_, k_, v_ in parts:
+        q_, k_, v_ = (t.unflatten(0, (b, L)) for t in (q_, k_, v_))  # [b, L, heads, Dh]
+        if past is not None:
+            k_ = torch.cat((past_k[row].expand(b, -1, -1, -1), k_), 1)  # [b, S, K, Dh]
+            v_ = torch.cat((past_v[row].expand(b, -1, -1, -1), v_), 1)
+        S, mask = k_.shape[1], None
+        if S > L or (window or S) < S:  # else being causal says it all
+            mask = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
+        out.append(attend(q_, k_, v_, mask).flatten(0, 1))  # [b * L, H, Dh]
+    return torch.cat(out)  # [T, H, Dh]
+
+
+def attend_cached(q, k, v, past, layout, window) -> Tensor:
+    """One new token per row: it joins its row's cache [B, room, K, Dh], and looks at all of it."""
+    row, column = layout.place  # [B] each
+    for stored, new in zip(past, (k, v), strict=True):
+        stored[row, column] = new
+    S = max(layout.prefix.lengths) + 1
+    mask = visible(column, S, window)[:, None, None]  # [B, 1, 1, S]
+    return attend(q[:, None], past[0][:, :S], past[1][:, :S], mask)[:, 0]  # [B, H, Dh]
+
+
+def attend_varlen(q, k, v, past, layout, window) -> Tensor:
+    """CUDA's kernel for examples end to end; its mask is causal, aligned at the last tokens."""
+    if past is not None:
+        k, v = (torch.cat((p, own)).index_select(0, layout.order)  # [sum of S, K, Dh]
+                for p, own in zip(past, (k, v), strict=True))
+    left = -1 if window is None else window - 1
+    return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest,
+                       window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
+def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `varlen_attn` is there, with the arguments we need, for this device and type."""
+    if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
+        return False
+    known = varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return bool(known) and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's attention of [B, L, H, Dh] queries over [B, S, K, Dh] keys; no mask: causal."""
+    shared = q.shape[2] != k.shape[2]  # query head h reads key/value head h // (H / K)
+    if shared and mask is not None and q.device.type != "cpu":
+        # CUDA's kernels take a mask or shared heads: with both, all scores would be written out.
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
+        shared = False
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, tokens, Dh]
+    causal = mask is None
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
+    return out.transpose(1, 2)  # [B, L, H, Dh]
+
+
+# ==== read: noise as a pure function ==============================================================
+
+
+def combine(key: Tensor, value: Tensor | int) -> Tensor:
+    """A 32-bit hash of `value` under `key`, non-negative integers below 2^31 and 2^32.
+
+    The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
+    """
+    x = (key + value * 0x9E3779B1) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="cpu") -> Tensor:
+    """One 32-bit key per token [T], a function of (seed, epoch, example, position) alone.
+
+    NEFTune, dropout and sampling draw from it, so that neither the micro-batch, nor the rank, nor
+    the device changes what a token gets.
+    """
+    count = torch.tensor(lengths)  # [B]
+    key = combine(torch.tensor(seed % 2**31 + 1), 0)  # the hash of 0 would be 0
+    key = combine(combine(key, torch.tensor(epochs)), torch.tensor(examples))  # [B]
+    starts = (count.cumsum(0) - count).repeat_interleave(count)  # [T]
+    position = torch.arange(len(starts)) - starts  # [T]
+    return send(combine(key.repeat_interleave(count), position), device)
+
+
+def uniform(keys: Tensor, size: int) -> Tensor:
+    """`size` uniform numbers in (0, 1) for each key: [T] -> [T, size], alike on every device."""
+    bits = combine(keys[:, None], torch.arange(size, device=keys.device)) >> 9  # [T, size]
+    return (bits.float() + 0.5) / 2**23  # 23 bits and a half are exact in fp32
+
+
+def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float,
+                  full_lengths=None) -> Tensor:
+    """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) * alpha / sqrt(L d), for embeddings [T, d].
+
+    L is the true number of tokens of each example, prompt and answer, as in the authors' code.
+    Their README and the Hugging Face hook take the padded width instead, which makes the noise
+    depend on the neighbours. `full_lengths` gives L where `lengths` [B] are but parts of the
+    examples.
+    """
+    L = torch.tensor(full_lengths or lengths)  # [B]
+    scale = alpha / (L * size).float().sqrt()  # [B]
+    scale = send(scale.repeat_interleave(torch.tensor(lengths)), keys.device)  # [T]
+    return (2 * uniform(keys, size) - 1) * scale[:, None]
+
+
+def dropout(x: Tensor, p: float, noise: Tensor | None, site: int) -> Tensor:
+    """Zero each element with probability p, scale the rest by 1/(1-p); no `noise`: evaluation."""
+    if p == 0.0 or noise is None:
+        return x
+    kept = uniform(combine(noise, site + 1), x.shape[-1]) >= p  # [T, D]
+    return x * kept / (1 - p)
+
+
+# ==== read: log-probabilities =====================================================================
+
+
+def plain_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """What `token_logprobs` computes, with all N * V logits at once: read this, run the other."""
+    logits = states @ head.to(states.dtype).T  # [N, V]
+    return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]  # [N]
+
+
+def token_logprobs(states: Tensor, head: Tensor, targets: Tensor,
+                   equal_weights: bool = False) -> Tensor:
+    """ln p(target) in nats [N] from states [N, D], the head's weight [V, D] and target ids [N].
+
+    The one place where hidden states become log-probabilities: training and evaluation come here.
+    Set `equal_weights` if the loss gives every target the same weight (SFT does). It is a hint: if
+    it is wrong the result is still right, only slower.
+    """
+    return TokenLogprobs.apply(states, head, targets, equal_weights)
+
+
+LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp32)
+CUDA_LOGIT_ELEMENTS = 2**28  # 1 GiB: small chunks would read and write the whole head too often
+
+
+def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None) -> Tensor:
+    """ln softmax(h W^T)[target] [N], a chunk of rows at a time: never all N * V logits at once.
+
+    With p_i = softmax(h_i W^T) and the residual r_i = p_i - onehot(target_i), whose negative is the
+    gradient of ln p_i[target_i] by the logits, fills where they are not None
+        grad_states  [N, D] with -r_i W,
+        grad_head    [V, D] with -sum_i g_i r_i^T h_i (g_i = 1 where no g is given).
+    """
+    weight = head.to(dtype)  # [V, D]
+    limit = CUDA_LOGIT_ELEMENTS if states.device.type == "cuda" else LOGIT_ELEMENTS
+    size = max(1, limit // len(head))
+    logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
+    for first in range(0, len(states), size):
+        rows = slice(first, first + size)
+        h, target = states[rows].to(dtype), targets[rows, None]  # [rows, D], [rows, 1]
+        logits = (h @ weight.T).float().log_softmax(-1)  # [rows, V] normalised
+        logp[rows] = logits.gather(1, target)[:, 0]
+        if grad_states is None and grad_head is None:
+            continue
+
+        # In the memory of the logits: softmax, less 1 at the target.
+        residual = logits.exp_()  # [rows, V]
+        residual.scatter_add_(1, target, residual.new_full(target.shape, -1.0))
+        if g is not None:
+            residual.mul_(g[rows, None])
+        residual = residual.to(dtype)
+        if grad_states is not None:
+            grad_states[rows] = (residual @ weight).neg_().to(states.dtype)  # [rows, D]
+        if grad_head is not None:  # [V, D] summed in fp32, whatever the products' type
+            grad_head.sub_(residual.T @ h)
+    return logp
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """The gradient of `head_pass`, for arriving gradients g_i of the log-probabilities.
+
+    dL/dh_i = -g_i r_i W is only [N, D], so the forward pass keeps -r_i W. dL/dW mixes the g_i. If
+    they are all equal (`equal_weights`: the token mean of SFT), the sum that the forward pass made
+    for g = 1 only has to be scaled; if not, the backward pass computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, states, head, targets, equal_weights):
+        ctx.dtype = product_dtype(states)
+
+        # Under no_grad the head still has requires_grad=True. The states tell whether a gradient
+        # is wanted.
+        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        grad_head = None
+        if ctx.needs_input_grad[1] and equal_weights:
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
+        with torch.autocast(states.device.type, enabled=False):
+            logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head)
+        ctx.save_for_backward(states, head, targets, grad_states, grad_head)
+        return logp
+
+    @staticmethod
+    def backward(ctx, g):
+        states, head, targets, grad_states, grad_head = ctx.saved_tensors
+        if grad_states is not None:
+            grad_states = grad_states * g[:, None].to(grad_states.dtype)
+        if not ctx.needs_input_grad[1]:
+            return grad_states, None, None, None
+
+        # The hint is checked here: one comparison, and the only time the host waits for it.
+        if grad_head is not None and len(g) and bool((g == g[0]).all()):
+            return grad_states, grad_head.mul_(g[0]).to(head.dtype), None, None
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        with torch.autocast(states.device.type, enabled=False):
+            head_pass(states, head, targets, ctx.dtype, None, grad_head, g)
+        return grad_states, grad_head.to(head.dtype), None, None
+
+
+# ==== read: generation ============================================================================
+
+CACHE_BLOCK = 64  # tokens by which the cache grows, so that it is not copied for every token
+
+
+class Cache:
+    """Keys and values of texts that grow by one token per step: rows of like room, filled in place.
+
+    `layers` hold [B, room, K, Dh] each; of row b the first `lengths[b]` tokens are there.
+    """
+
+    rows = None  # every row continues itself
+
+    def __init__(self, prefix: Prefix):
+        self.lengths = [prefix.lengths[row] - 1 for row in prefix.rows]  # [B]
+        self.layers = []
+        for pair in prefix.layers:
+            padded = [nn.utils.rnn.pad_sequence(t.split(prefix.lengths), True) for t in pair]
+            self.layers.append([t[prefix.rows] for t in padded])  # [B, longest, K, Dh]
+        self.advance()
+
+    def advance(self) -> None:
+        """Count one more token in every row, and make room for the next."""
+        self.lengths = [length + 1 for length in self.lengths]
+        if max(self.lengths) == self.layers[0][0].shape[1]:
+            grown = (0, 0, 0, 0, 0, CACHE_BLOCK)  # behind the last token, of [B, room, K, Dh]
+            self.layers = [[F.pad(t, grown) for t in pair] for pair in self.layers]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.layers = [[t[rows] for t in pair] for pair in self.layers]
+
+
+@dataclass
+class Sampling:
+    """How the next token is drawn from the scores."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # draw among this many likeliest tokens; 0: all
+    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together
+    repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
+    seed: int = 0
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """CTRL (arXiv:1909.05858, eq. 2): scores of `seen` [B, V] / penalty if positive, else *."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k highest scores of each row."""
+    floor = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < floor, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus (arXiv:1904.09751): -inf outside the smallest set of tokens that reaches p."""
+    ordered, index = logits.sort(descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
+    return logits.masked_fill((before >= p).gather(1, index.argsort()), -torch.inf)
+
+
+def next_token(logits, seen, how: Sampling, samples: list[int], step: int) -> Tensor:
+    """Draw from scores [B, V] one token per row [B].
+
+    Sampling is Gumbel's argmax(logits + g), its noise keyed by (seed, sample, step): what is drawn
+    for a prompt does not depend on the batch it is in.
+    """
+    if how.repetition_penalty != 1.0:
+        logits = penalize_repetition(logits, seen, how.repetition_penalty)
+    if how.temperature > 0:
+        logits = logits / how.temperature
+        logits = keep_top_k(logits, how.top_k) if how.top_k else logits
+        logits = keep_top_p(logits, how.top_p) if how.top_p < 1 else logits
+        ones = [1] * len(samples)
+        keys = noise_keys(how.seed, samples, [step] * len(samples), ones, logits.device)  # [B]
+        logits = logits - (-uniform(keys, logits.shape[1]).log()).log()
+    return logits.argmax(-1)
+
+
+def read_prompts(model: Llama, texts: list[list[int]]) -> tuple[Tensor, Cache]:
+    """The last state [B, D] of each text, and their cache; equal texts are encoded once."""
+    different = list(dict.fromkeys(map(tuple, texts)))
+    rows = [different.index(tuple(text)) for text in texts]  # [B]
+    lengths = [len(text) for text in different]
+    ids = torch.tensor(list(itertools.chain(*different)), device=model.device)  # [T]
+    states, prefix = model.hidden(ids, lengths, keep_kv=True)  # [T, D]
+    ends = list(itertools.accumulate(lengths))
+    return states[[ends[row] - 1 for row in rows]], Cache(prefix.select(rows))
+
+
+@torch.no_grad()
+def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids=(),
+                   sampling: Sampling | None = None, samples=()) -> Iterator[list[int | None]]:
+    """Yield a token for each prompt per step; after its stop id a prompt gets None.
+
+    `samples` names the prompts for the noise of sampling; by default they are numbered.
+    """
+    how, rope = sampling or Sampling(), model.config.rope
+    samples = list(samples or range(len(prompts)))
+    if not all(prompts):
+        raise ValueError("a prompt needs at least one token")
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=model.device)] = True
+
+    texts, cache, token = [list(prompt) for prompt in prompts], None, None
+    alive = list(range(len(prompts)))  # the prompts that still go on: the rows of seen and cache
+    for step in range(max_new_tokens):
+        with torch.compiler.set_stance("force_eager"):  # every step has a new length
+            if cache is None:
+                states, cache = read_prompts(model, [texts[i] for i in alive])
+            else:
+                states, _ = model.hidden(token, [1] * len(token), cache)  # [B, D]
+                cache.advance()
+        logits = model.next_logits(states)  # [B, V]
+        token = next_token(logits, seen, how, [samples[i] for i in alive], step)  # [B]
+        seen.scatter_(1, token[:, None], True)
+
+        drawn = dict(zip(alive, token.tolist(), strict=True))
+        for i, t in drawn.items():
+            texts[i].append(t)
+        yield [drawn.get(i) for i in range(len(prompts))]
+
+        # Whoever has ended leaves the batch.
+        going = [row for row, i in enumerate(alive) if drawn[i] not in stop_ids]
+        if not going:
+            return
+        if len(going) < len(alive):
+            alive, seen, token = [alive[row] for row in going], seen[going], token[going]
+            cache.keep(going)
+
+        # Past its length dynamic RoPE turns all tokens by other angles: read the texts again.
+        longest = max(len(texts[i]) for i in alive)
+        if rope["rope_type"] == "dynamic" and longest > rope["original_max_position_embeddings"]:
+            cache = None
+
+
+def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+    """The continuation of each prompt, its stop id included (arguments of `generate_steps`)."""
+    steps = list(generate_steps(model, prompts, max_new_tokens, **how)) if prompts else []
+    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
+
+
+# ---- skip on a first reading: RoPE's variants ----------------------------------------------------
 
 
 def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, float]:
@@ -181,479 +772,100 @@ def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, floa
     return f / s * ramp + f * (1 - ramp), rope.get("attention_factor") or factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+Dh/2}) by its angle: the pairing of Hugging Face checkpoints."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+# ---- skip on a first reading: config.json --------------------------------------------------------
+
+# what a missing key of config.json means in transformers 5; Yi, DeepSeek-LLM, SmolLM2 are "llama"
+FAMILIES = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+ROPE_NEEDS = {  # the parameters without which a RoPE type means nothing
+    "default": [], "linear": ["factor"], "dynamic": ["factor"],
+    "yarn": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
+}
 
 
-# ------------------------------------------------------------------------- noise as a pure function
+def read_config(source: dict) -> ModelConfig:
+    """The ModelConfig of a config.json, in the old or the new style of RoPE keys.
 
-
-def combine(key: Tensor, value: Tensor | int) -> Tensor:
-    """A 32-bit hash of `value` under `key`, non-negative integers below 2^31 and 2^32.
-
-    The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
+    Raises InputError for what is not supported, KeyError for a key that is missing.
     """
-    x = key + value * 0x9E3779B1 & 0xFFFFFFFF
-    x = x ^ (x >> 16)
-    x = x * 0x21F0AAAD & 0xFFFFFFFF
-    x = x ^ (x >> 15)
-    x = x * 0x735A2D97 & 0xFFFFFFFF
-    return x ^ (x >> 15)
-
-
-def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="cpu") -> Tensor:
-    """One 32-bit key a token [T], a function of (seed, epoch, example, position) and nothing else.
-
-    NEFTune, dropout and sampling draw from it, so that neither the micro-batch, nor the rank, nor
-    the device changes what a token gets.
-    """
-    epochs, examples, count = (torch.tensor(x, device=device) for x in (epochs, examples, lengths))
-    key = combine(torch.tensor(seed % 2**31 + 1, device=device), 0)  # the hash of 0 would be 0
-    key = combine(combine(key, epochs), examples)  # [B]
-    starts = (count.cumsum(0) - count).repeat_interleave(count)  # [T]
-    return combine(key.repeat_interleave(count), torch.arange(len(starts), device=device) - starts)
-
-
-def uniform(keys: Tensor, size: int) -> Tensor:
-    """`size` uniform numbers in (0, 1) for each key: [T] -> [T, size], alike on every device."""
-    bits = combine(keys[:, None], torch.arange(size, device=keys.device)) >> 9  # [T, size]
-    return (bits.float() + 0.5) / 2**23  # 23 bits and a half are exact in fp32
-
-
-def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float,
-                  full_lengths=None) -> Tensor:
-    """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) * alpha / sqrt(L d), for embeddings [T, d].
-
-    L is the true number of tokens of each example, prompt and answer, as in the authors' code.
-    Their README and the Hugging Face hook take the padded width instead, which makes the noise
-    depend on the neighbours. `full_lengths` gives L where `lengths` [B] are but parts of the
-    examples.
-    """
-    count, L = (torch.tensor(x, device=keys.device) for x in (lengths, full_lengths or lengths))
-    scale = alpha / (L * size).float().sqrt().repeat_interleave(count)  # [T]
-    return (2 * uniform(keys, size) - 1) * scale[:, None]
-
-
-def dropout(x: Tensor, p: float, noise: Tensor | None, site: int) -> Tensor:
-    """Zero each element with probability p, scale the rest by 1/(1-p); no `noise`: evaluation."""
-    if p == 0.0 or noise is None:
-        return x
-    kept = uniform(combine(noise, site + 1), x.shape[-1]) >= p  # [T, D]
-    return x * kept / (1 - p)
-
-
-# --------------------------------------------------------------------------- flat tokens, attention
-
-
-@dataclass
-class Prefix:
-    """Keys and values of tokens that later tokens continue; gradients flow into them.
-
-    Keys are stored rotated. Under dynamic RoPE past the pretraining length the angles change with
-    every token, so that a prefix is then an approximation; `generate` does without it there.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]  # a layer's keys and values, [G, K, P, Dh] each
-    positions: Tensor  # [G, P]; HOLE where there is no token
-    lengths: Tensor  # [G] tokens
-
-    def select(self, rows: Tensor) -> "Prefix":
-        """The prefix each of B examples continues: rows [B] of the G stored ones."""
-        layers = [(k[rows], v[rows]) for k, v in self.layers]
-        return Prefix(layers, self.positions[rows], self.lengths[rows])
-
-    def extend(self, new: "Prefix") -> "Prefix":
-        """Self followed by the tokens of `new`, which were computed after it."""
-        pairs = zip(self.layers, new.layers, strict=True)
-        layers = [(torch.cat((k, k2), 2), torch.cat((v, v2), 2)) for (k, v), (k2, v2) in pairs]
-        return Prefix(layers, torch.cat((self.positions, new.positions), 1), new.lengths)
-
-
-class Layout:
-    """Where each of the T flat tokens stands: example, position, angles, and what it may see."""
-
-    def __init__(self, config: ModelConfig, lengths: list[int], prefix: Prefix | None, device):
-        count = torch.tensor(lengths, device=device)  # [B]
-        self.B, self.L, T = len(lengths), max(lengths), sum(lengths)
-        first = count.cumsum(0) - count  # [B] flat index of each example's first token
-        column = torch.arange(T, device=device) - first.repeat_interleave(count)  # [T]
-        row = torch.arange(self.B, device=device).repeat_interleave(count)  # [T]
-        self.slot = row * self.L + column  # [T] index into the padded [B * L]
-        self.dense = T == self.B * self.L
-        start = prefix.lengths if prefix is not None else torch.zeros_like(count)  # [B]
-        self.lengths = start + count  # [B] prefix included
-        position = column + start[row]  # [T]
-        self.positions = torch.full((self.B * self.L,), HOLE, device=device)
-        self.positions = self.positions.index_copy(0, self.slot, position).view(self.B, self.L)
-
-        frequencies, factor = rope_frequencies(config, self.lengths)  # [B or 1, Dh/2]
-        angles = position[:, None] * frequencies.expand(self.B, -1)[row]  # [T, Dh/2]
-        self.cos = factor * angles.cos()[:, None]  # [T, 1, Dh/2]
-        self.sin = factor * angles.sin()[:, None]  # [T, 1, Dh/2]
-        keys = self.positions
-        if prefix is not None:
-            keys = torch.cat((prefix.positions, keys), 1)  # [B, P + L]
-        self.masks = {w: self.mask(keys, w, prefix is None) for w in set(config.windows)}
-
-    def mask(self, keys: Tensor, window: int | None, causal_is_enough: bool) -> Tensor | None:
-        """[B, 1, L, keys] True where a query sees a key: key <= query, and key > query - window."""
-        if causal_is_enough and (window is None or window >= self.L):
-            return None
-        query, key = self.positions[:, None, :, None], keys[:, None, None, :]
-        visible = key <= query  # a HOLE sees all, so that its softmax is not empty; nobody reads it
-        return visible if window is None else visible & (key > query - window)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """[T, heads, Dh] -> [B, heads, L, Dh]; padding stands right, after every real token."""
-        if not self.dense:
-            x = x.new_zeros(self.B * self.L, *x.shape[1:]).index_copy(0, self.slot, x)
-        return x.view(self.B, self.L, *x.shape[1:]).transpose(1, 2)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """[B, heads, L, Dh] -> [T, heads * Dh]"""
-        x = x.transpose(1, 2).reshape(self.B * self.L, -1)
-        return x if self.dense else x[self.slot]
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), computed in fp32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads.
-
-        query heads   0 1 2 3   4 5 6 7
-        key/value     ---0---   ---1---
-    """
-
-    def __init__(self, config: ModelConfig, window: int | None):
-        super().__init__()
-        self.H, self.K = config.num_attention_heads, config.num_key_value_heads
-        self.Dh, self.window = config.head_dim, window
-        D, bias = config.hidden_size, config.attention_bias
-        qkv_bias = bias or config.model_type == "qwen2"
-        self.q_proj = nn.Linear(D, self.H * self.Dh, bias=qkv_bias)
-        self.k_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
-        self.v_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.H * self.Dh, D, bias=bias and config.model_type != "qwen2")
-        qwen3 = config.model_type == "qwen3"  # normalises every head of q and k, before RoPE
-        self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
-        self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
-
-    def forward(self, x: Tensor, layout: Layout, past: tuple[Tensor, Tensor] | None, keep_kv: bool):
-        """x [T, D] -> [T, D], and with `keep_kv` this layer's (keys, values) [B, K, L, Dh]."""
-        q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
-        k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
-        v = layout.pad(self.v_proj(x).view(-1, self.K, self.Dh))  # [B, K, L, Dh]
-        # under autocast q_norm and k_norm give fp32, the projections 16 bit
-        q = layout.pad(rotate(q, layout.cos, layout.sin).to(v.dtype))  # [B, H, L, Dh]
-        k = layout.pad(rotate(k, layout.cos, layout.sin).to(v.dtype))  # [B, K, L, Dh]
-        kept = (k, v) if keep_kv else None
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # [B, K, P + L, Dh]
-        if self.H != self.K:  # query head h reads key/value head h // (H / K)
-            k, v = (t.repeat_interleave(self.H // self.K, 1) for t in (k, v))  # [B, H, P + L, Dh]
-        mask = layout.masks[self.window]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(layout.unpad(out)), kept  # [T, D], from [B, H, L, Dh]
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202, eq. 6): down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both residual branches."""
-
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
-        self.index, self.dropout = index, 0.0
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, config.windows[index])
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, layout: Layout, past, keep_kv: bool, noise: Tensor | None):
-        attended, kept = self.self_attn(self.input_layernorm(x), layout, past, keep_kv)
-        x = x + dropout(attended, self.dropout, noise, 2 * self.index)  # [T, D]
-        changed = self.mlp(self.post_attention_layernorm(x))
-        return x + dropout(changed, self.dropout, noise, 2 * self.index + 1), kept
-
-
-class Llama(nn.Module):
-    """The causal language model: `forward` gives log-probabilities, `hidden` the states."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config, self.checkpoint_activations = config, False
-        self.model = nn.ModuleDict({  # the checkpoint's names of these weights begin with `model.`
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def head(self) -> Tensor:
-        """The LM head's weight [V, D]; the embedding itself when they are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.embed_tokens.weight.device
-
-    def set_dropout(self, bottom: float, top: float) -> None:
-        """Residual dropout, linear from the first layer to the last (LIMA: 0 to 0.3)."""
-        for i, layer in enumerate(self.model.layers):
-            layer.dropout = bottom + (top - bottom) * i / max(len(self.model.layers) - 1, 1)
-
-    def initialize(self, seed: int) -> None:
-        """Random weights of a new model: matrices normal (`initializer_range`), biases 0."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-
-    def hidden(self, ids, lengths, prefix: Prefix | None = None, keep_kv: bool = False,
-               noise: Tensor | None = None, neftune_alpha: float = 0.0, full_lengths=None):
-        """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
-
-        Examples do not see each other. `prefix` (B rows) stands before them. `noise` [T] from
-        `noise_keys` switches on NEFTune and dropout, in training mode only; `full_lengths` [B] are
-        then the lengths of the examples if these tokens are but a part of them. Returns the states,
-        and with `keep_kv` a Prefix of these tokens, else None.
-        """
-        layout = Layout(self.config, lengths, prefix, ids.device)
-        x = self.model.embed_tokens(ids)  # [T, D]
-        noise = noise if self.training else None
-        if noise is not None and neftune_alpha > 0:
-            added = neftune_noise(noise, lengths, x.shape[1], neftune_alpha, full_lengths)
-            x = x + added.to(x.dtype)
-        kept = []
-        for i, layer in enumerate(self.model.layers):
-            past = prefix.layers[i] if prefix is not None else None
-            if self.checkpoint_activations and self.training:  # noise needs no RNG state to replay
-                x, kv = checkpoint(layer, x, layout, past, keep_kv, noise, use_reentrant=False,
-                                   preserve_rng_state=False)
-            else:
-                x, kv = layer(x, layout, past, keep_kv, noise)  # [T, D]
-            kept.append(kv)
-        new = Prefix(kept, layout.positions, layout.lengths) if keep_kv else None
-        return self.model.norm(x), new
-
-    def forward(self, ids, lengths, targets, prefix=None, noise=None, neftune_alpha=0.0,
-                full_lengths=None, equal_weights=False) -> Tensor:
-        """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
-
-        A target is predicted from the state just before it, so an example's first token is none.
-        """
-        states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha,
-                                full_lengths)
-        return token_logprobs(states[targets - 1], self.head, ids[targets], equal_weights)
-
-    def next_logits(self, states: Tensor) -> Tensor:
-        """Scores of every next token in fp32, for generation and exams: [B, D] -> [B, V]."""
-        return (states @ self.head.to(states.dtype).T).float()
-
-
-# -------------------------------------------------------------------------------- log-probabilities
-
-
-def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None) -> Tensor:
-    """ln softmax(h W^T)[target] [N], a chunk of rows at a time: never all N * V logits at once.
-
-    With p_i = softmax(h_i W^T) and d_i = onehot(target_i) - p_i, fills where they are not None
-        grad_states  [N, D] with d_i W,
-        grad_head    [V, D] with sum_i g_i d_i^T h_i (g_i = 1 where no g is given).
-    """
-    weight = head.to(dtype)  # [V, D]
-    size = max(1, LOGIT_ELEMENTS // len(head))
-    logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
-    for rows in (slice(i, i + size) for i in range(0, len(states), size)):
-        h, target = states[rows].to(dtype), targets[rows, None]  # [rows, D], [rows, 1]
-        d = (h @ weight.T).float()  # [rows, V] logits
-        total = d.logsumexp(-1, keepdim=True)
-        logp[rows] = (d.gather(1, target) - total)[:, 0]
-        if grad_states is None and grad_head is None:
-            continue
-        d = d.sub_(total).exp_().neg_()  # in the memory of the logits
-        d.scatter_add_(1, target, torch.ones_like(total))
-        d = (d if g is None else d.mul_(g[rows, None])).to(dtype)
-        if grad_states is not None:
-            grad_states[rows] = (d @ weight).to(states.dtype)
-        if grad_head is not None and grad_head.dtype == dtype:
-            grad_head.addmm_(d.T, h)
-        elif grad_head is not None:  # the sum is kept in the precision of the weights
-            grad_head += d.T @ h
-    return logp
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """The gradient of `head_pass`: d/dh = g_i d_i W, d/dW = sum_i g_i d_i^T h_i for arriving g_i.
-
-    d_i W is [N, D], so the forward keeps it. d/dW needs g_i: with `equal_weights` the forward sums
-    it for g = 1, right if all g_i prove equal (the token mean of SFT); else the backward computes
-    the logits again, chunk by chunk.
-    """
-
-    @staticmethod
-    def forward(ctx, states, head, targets, equal_weights):
-        kind = states.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        ctx.dtype = torch.get_autocast_dtype(kind) if autocast else states.dtype
-        # under no_grad the head, a parameter, still says that it needs a gradient; states do not
-        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] and equal_weights else None
-        with torch.autocast(kind, enabled=False):
-            logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head)
-        ctx.save_for_backward(states, head, targets, grad_states, grad_head)
-        return logp
-
-    @staticmethod
-    def backward(ctx, g):
-        states, head, targets, grad_states, grad_head = ctx.saved_tensors
-        if grad_states is not None:
-            grad_states = grad_states * g[:, None].to(grad_states.dtype)
-        if not ctx.needs_input_grad[1]:
-            return grad_states, None, None, None
-        if grad_head is not None and len(g) and bool((g == g[0]).all()):
-            return grad_states, grad_head.mul_(g[0]), None, None
-        grad_head = torch.zeros_like(head)
-        with torch.autocast(states.device.type, enabled=False):
-            head_pass(states, head, targets, ctx.dtype, None, grad_head, g)
-        return grad_states, grad_head, None, None
-
-
-def token_logprobs(states: Tensor, head: Tensor, targets: Tensor,
-                   equal_weights: bool = False) -> Tensor:
-    """ln p(target) in nats [N] from states [N, D], the head's weight [V, D] and target ids [N].
-
-    The one place where hidden states become log-probabilities: training and evaluation come here.
-    Set `equal_weights` if the loss gives every target the same weight (SFT does). It is a hint: if
-    it is wrong the result is still right, only slower.
-    """
-    return TokenLogprobs.apply(states, head, targets, equal_weights)
-
-
-# --------------------------------------------------------------------------------------- generation
-
-
-@dataclass
-class Sampling:
-    """How the next token is drawn from the scores."""
-
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # draw among this many likeliest tokens; 0: all
-    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together
-    repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
-    seed: int = 0
-
-
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL (arXiv:1909.05858, eq. 2): scores of `seen` [B, V] / penalty if positive, else *."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """-inf for all but the k highest scores of each row."""
-    floor = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < floor, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Nucleus (arXiv:1904.09751): -inf outside the smallest set of tokens that reaches p."""
-    ordered, index = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
-    return logits.masked_fill((before >= p).gather(1, index.argsort()), -torch.inf)
-
-
-def next_token(logits, seen, how: Sampling, samples: list[int], step: int) -> Tensor:
-    """Draw from scores [B, V] one token a row [B].
-
-    Sampling is Gumbel's argmax(logits + g), its noise keyed by (seed, sample, step): what is drawn
-    for a prompt does not depend on the batch it is in.
-    """
-    if how.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, seen, how.repetition_penalty)
-    if how.temperature > 0:
-        logits = logits / how.temperature
-        logits = keep_top_k(logits, how.top_k) if how.top_k else logits
-        logits = keep_top_p(logits, how.top_p) if how.top_p < 1 else logits
-        ones = [1] * len(samples)
-        keys = noise_keys(how.seed, samples, [step] * len(samples), ones, logits.device)  # [B]
-        logits = logits - (-uniform(keys, logits.shape[1]).log()).log()
-    return logits.argmax(-1)
-
-
-@torch.no_grad()
-def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids=(),
-                   sampling: Sampling | None = None, samples=()) -> Iterator[list[int | None]]:
-    """Yield a token for each prompt a step; after its stop id a prompt gets None.
-
-    `samples` names the prompts for the noise of sampling; by default they are numbered.
-    """
-    device, how, rope = model.device, sampling or Sampling(), model.config.rope
-    samples = list(samples or range(len(prompts)))
-    if not all(prompts):
-        raise ValueError("a prompt needs at least one token")
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts, strict=True):
-        row[torch.tensor(prompt, device=device)] = True
-    texts = new = prompts  # `new`: what the prefix does not hold yet
-    alive, prefix = [True] * len(texts), None
-    for step in range(max_new_tokens):
-        lengths = [len(ids) for ids in new]
-        ids = torch.tensor([t for ids in new for t in ids], device=device)  # [T]
-        states, kept = model.hidden(ids, lengths, prefix, keep_kv=True)  # [T, D]
-        prefix = kept if prefix is None else prefix.extend(kept)
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1  # [B]
-        token = next_token(model.next_logits(states[last]), seen, how, samples, step)  # [B]
-        seen.scatter_(1, token[:, None], True)
-        drawn = token.tolist()
-        yield [t if go else None for t, go in zip(drawn, alive, strict=True)]
-        alive = [go and t not in stop_ids for t, go in zip(drawn, alive, strict=True)]
-        if not any(alive):
-            return
-        new = [[t] for t in drawn]
-        texts = [[*text, t] for text, t in zip(texts, drawn, strict=True)]
-        outgrown = max(map(len, texts)) > rope["original_max_position_embeddings"]
-        if rope["rope_type"] == "dynamic" and outgrown:  # its angles have changed
-            prefix, new = None, texts
-
-
-def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
-    """The continuation of each prompt, its stop id included (arguments of `generate_steps`)."""
-    steps = list(generate_steps(model, prompts, max_new_tokens, **how)) if prompts else []
-    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
-
-
-# ------------------------------------------------------------------------------------ load and save
+    family = source.get("model_type")
+    check(family in FAMILIES,
+          f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    act = source.get("hidden_act", "silu")
+    check(act == "silu", f"hidden_act {act} is not supported, only silu")
+
+    # What is missing means what it means in transformers.
+    values = {"max_position_embeddings": ModelConfig.max_position_embeddings, **FAMILIES[family]}
+    values |= {**source, "source": source}
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+        values[name] = int(source[name])  # a KeyError names what is missing
+    heads = int(source["num_attention_heads"])
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+    values["windows"], values["rope"] = read_windows(values), read_rope(values)
+    fields = ModelConfig.__dataclass_fields__
+    return ModelConfig(**{name: values[name] for name in fields if name in values})
+
+
+def read_windows(values: dict) -> list[int | None]:
+    """Sliding window per layer: Mistral everywhere, Qwen from `max_window_layers` on, if at all."""
+    family, layers = values["model_type"], values["num_hidden_layers"]
+    window = values.get("sliding_window")
+    if family == "mistral":
+        return [window] * layers
+    if family == "llama" or not values.get("use_sliding_window", False):
+        return [None] * layers
+    slides = [i >= values.get("max_window_layers", 28) for i in range(layers)]
+    if values.get("layer_types"):
+        slides = [kind == "sliding_attention" for kind in values["layer_types"]]
+    return [window if s else None for s in slides]
+
+
+def read_rope(values: dict) -> dict:
+    """The RoPE parameters: new style `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    check(kind in ROPE_NEEDS,
+          f"RoPE type {kind!r} is not supported; supported are {', '.join(ROPE_NEEDS)}")
+    for key in ROPE_NEEDS[kind]:
+        check(key in rope, f"RoPE type {kind} needs {key!r}")
+    part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    check(part == 1.0, "partial_rotary_factor other than 1 is not supported")
+
+    key, length = "original_max_position_embeddings", values["max_position_embeddings"]
+    if kind != "dynamic":  # which grows from max_position_embeddings, not from pretraining's length
+        length = values.get(key) or rope.get(key) or length
+    rope[key] = length
+    return rope
+
+
+# ---- skip on a first reading: load and save ------------------------------------------------------
+
+SHARD_BYTES = 5 * 10**9  # largest weight file we write, as in the Hugging Face layout
+INDEX = "model.safetensors.index.json"  # which file holds which weight, where there are several
+
+
+class InputError(ValueError):
+    """Input that cannot be used; the message is one line: what was found, how to fix it."""
+
+
+def check(condition, message: str) -> None:
+    """Raise InputError with the message unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def send(tensor: Tensor, device) -> Tensor:
+    """A CPU tensor on the device, behind the work that is queued there: the host does not wait."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()  # the copy of pageable memory would wait
+    return tensor.to(device, non_blocking=True)
 
 
 def best_device(local: int = 0) -> torch.device:
@@ -689,12 +901,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors file of a checkpoint, or its shards."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    if not (folder / INDEX).exists():
-        raise InputError(f"no model.safetensors or {INDEX} in {folder} "
-                              "(weights in .bin files must be converted to safetensors first)")
+    check((folder / INDEX).exists(), f"no model.safetensors or {INDEX} in {folder} "
+          "(weights in .bin files must be converted to safetensors first)")
     files = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(files, dict):
-        raise InputError(f"{folder / INDEX} has no weight_map")
+    check(isinstance(files, dict), f"{folder / INDEX} has no weight_map")
     return [folder / name for name in sorted(set(files.values()))]
 
 
@@ -727,9 +937,8 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -
                     place(model, missing, name, file.get_tensor(name), dtype, device, path)
         except (SafetensorError, FileNotFoundError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
-    if missing:
-        first = next(iter(missing))
-        raise InputError(f"{folder}: {len(missing)} weights are missing, the first is {first}")
+    first = next(iter(missing), None)
+    check(not missing, f"{folder}: {len(missing)} weights are missing, the first is {first}")
     return model.eval()
 
 
@@ -742,16 +951,16 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     if name not in missing:
         if name == "model.embed_tokens.weight" and torch.equal(model.head, tensor.to(model.head)):
             return
-        if name == "model.embed_tokens.weight":
-            raise InputError(f"{path}: tie_word_embeddings is set, but lm_head.weight and "
-                                  "model.embed_tokens.weight differ")
+        check(name != "model.embed_tokens.weight", f"{path}: tie_word_embeddings is set, but "
+              "lm_head.weight and model.embed_tokens.weight differ")
         raise InputError(f"{path}: config.json leaves no place for weight {name}")
     want, shape = list(missing.pop(name).shape), list(tensor.shape)
-    if want != shape:
-        raise InputError(f"{path}: weight {name} has shape {shape}, expected {want}")
+    check(want == shape, f"{path}: weight {name} has shape {shape}, expected {want}")
+
+    # First to the device, then to the type: 16 bits per weight travel, not 32.
     model.stored_dtype = tensor.dtype
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device).to(dtype)))
 
 
 def add_token(model: Llama, token: int, like: int) -> None:

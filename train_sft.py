@@ -286,8 +286,7 @@ def load_trainable(c, hardware: Hardware, tokenizer=None):
     model.set_dropout(c.dropout[0], c.dropout[-1])
     model.checkpoint_activations = c.checkpoint_activations
     if c.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
+        model.compile_layers()
     return model, DistributedDataParallel(model) if hardware.world > 1 else model
 
 

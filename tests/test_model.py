@@ -2,8 +2,8 @@
 
 The reference for numbers is transformers in fp32, on tiny random checkpoints of every family
 (families.py); where there is no such reference, a plain formula in fp64, or the same computation by
-the plain path: no cache, no chunks, one example at a time. In order: log-probabilities, RoPE,
-micro-batches, prefixes, the LM head, noise, generation, load and save, torch.compile, CUDA.
+the plain path: no cache, no chunks, one example at a time. In order: attention, log-probabilities,
+RoPE, micro-batches, prefixes, the LM head, noise, generation, load and save, compile, CUDA.
 """
 
 import copy
@@ -130,33 +130,69 @@ def small(seed=0, **settings):
     return model.eval()
 
 
+# --------------------------------------------------------------------------------------- attention
+
+
+def random_heads(tokens, heads, Dh=16):
+    """Queries, keys or values [tokens, heads, Dh] that ask for a gradient."""
+    return torch.randn(tokens, heads, Dh, requires_grad=True)
+
+
+def reference_varlen(q, k, v, query_ends, key_ends, *_, window_size=(-1, -1), enable_gqa=False):
+    """What torch's kernel for flat tokens computes, one example at a time."""
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    ends = (itertools.pairwise(x.tolist()) for x in (query_ends, key_ends))
+    return torch.cat([M.plain_attention(q[a:b], k[c:d], v[c:d], window)
+                      for (a, b), (c, d) in zip(*ends, strict=True)])
+
+
+def use_varlen(monkeypatch):
+    """Take CUDA's path on a CPU, with a plain reference in the place of CUDA's kernel."""
+    monkeypatch.setattr(M, "varlen_fits", lambda device, dtype: True)
+    monkeypatch.setattr(M, "varlen_attn", reference_varlen)
+
+
+@pytest.mark.parametrize("path", ["groups", "varlen"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("rows", [None, [1, 1, 0, 1, 1]])
+def test_attention_equals_plain_attention_of_every_example(monkeypatch, path, window, rows):
+    if path == "varlen":
+        use_varlen(monkeypatch)
+    lengths, stored = [3, 3, 9, 1, 1], [2, 7]  # neighbours of one length share a call
+    q, k, v = (random_heads(sum(lengths), heads) for heads in (4, 2, 2))
+    past = [random_heads(sum(stored), 2) for _ in "kv"] if rows else None
+    prefix = M.Prefix([], stored, rows) if rows else None
+    config = M.ModelConfig.from_dict({**SETTINGS, "head_dim": 16})
+    layout = M.Layout(config, lengths, prefix, q.device, q.dtype)
+    assert len(layout.groups) == (3 if rows is None else 3)
+    out = M.attention(q, k, v, past, layout, window)
+
+    plain, leaves = [], [q, k, v, *(past or [])]
+    for i, (q_, *own) in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True)):
+        if rows:
+            before = (t.split(stored)[rows[i]] for t in past)
+            own = [torch.cat(pair) for pair in zip(before, own, strict=True)]
+        plain.append(M.plain_attention(q_, *own, window))
+    wanted, weight = torch.cat(plain), torch.randn(out.shape)
+    assert_close([out], [wanted], 1e-6)
+    grads = (torch.autograd.grad((x * weight).sum(), leaves) for x in (out, wanted))
+    assert_close(*grads, 1e-5)
+
+
 # --------------------------------------------------------------------- log-probabilities and RoPE
 
 
-@pytest.mark.parametrize("style", ["old", "new"])
+STORED = [("old", torch.float32, False), ("new", torch.float32, False),
+          ("old", torch.bfloat16, False), ("old", torch.float16, True)]
+
+
+@pytest.mark.parametrize("style, dtype, shards", STORED)
 @every_family
-def test_logprobs_of_every_family_equal_those_of_transformers(checkpoint, family, style):
-    folder, hf = checkpoint(family, style)
-    model = M.load(folder)
-    examples = draw(LENGTHS, model.config.vocab_size)
-    assert_close(logprobs(model, examples), theirs(hf, examples))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama3_1", "qwen3"])
-def test_weights_stored_in_half_precision_compute_in_fp32(checkpoint, family, dtype):
-    folder, hf = checkpoint(family, "old", dtype)
-    assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {dtype}
-    model = M.load(folder)
-    examples = draw(LENGTHS, model.config.vocab_size)
-    assert_close(logprobs(model, examples), theirs(hf, examples))
-
-
-@pytest.mark.parametrize("family", ["mistral", "smollm2"])
-def test_sharded_checkpoint_equals_transformers(checkpoint, family):
-    folder, hf = checkpoint(family, shards=True)
-    assert len(M.weight_files(folder)) > 1
-    model = M.load(folder)
+def test_logprobs_of_every_family_equal_those_of_transformers(
+        checkpoint, family, style, dtype, shards):
+    folder, hf = checkpoint(family, style, dtype, shards)
+    assert (len(M.weight_files(folder)) > 1) == shards
+    model = M.load(folder)  # in fp32, whatever the file holds
     examples = draw(LENGTHS, model.config.vocab_size)
     assert_close(logprobs(model, examples), theirs(hf, examples))
 
@@ -213,39 +249,24 @@ def rope(kind, theta, d, style, length=1, positions=2048, **parameters):
     return frequencies[0], factor
 
 
-both_styles = pytest.mark.parametrize("style", ["old", "new"])
+@pytest.mark.parametrize("style", ["old", "new"])
+@pytest.mark.parametrize("name, settings, wanted, factor", [
+    ("theta to the minus 2i/d", dict(kind="default"), [1, 0.1, 0.01, 0.001], 1),
+    ("linear: all divided", dict(kind="linear", factor=4.0), [0.25, 0.025, 0.0025, 0.00025], 1),
+    ("dynamic is plain up to its length", dict(kind="dynamic", length=2048, factor=2.0),
+     [1, 0.1, 0.01, 0.001], 1),
+    ("dynamic at twice its length", dict(kind="dynamic", length=4096, factor=2.0),
+     [1, 0.0693361, 0.00480750, 0.000333333], 1),
+    ("yarn blends on a ramp, scales cos and sin", dict(
+        kind="yarn", positions=16384, factor=4.0, original_max_position_embeddings=4096),
+     [1, 0.1, 0.00625, 0.00025], 1.138629)])
+def test_rope_frequencies_worked_out_by_hand(style, name, settings, wanted, factor):
+    frequencies, found = rope(theta=1e4, d=8, style=style, **settings)
+    torch.testing.assert_close(frequencies, torch.tensor(wanted), rtol=2e-6, atol=0)
+    assert found == pytest.approx(factor, rel=1e-6)
 
 
-@both_styles
-def test_default_rope_is_theta_to_the_minus_2i_over_d(style):
-    frequencies, factor = rope("default", 1e4, 8, style)
-    torch.testing.assert_close(frequencies, torch.tensor([1, 0.1, 0.01, 0.001]), rtol=1e-6, atol=0)
-    assert factor == 1
-
-
-@both_styles
-def test_linear_rope_divides_every_frequency_by_the_factor(style):
-    plain, _ = rope("default", 1e4, 64, style)
-    scaled, factor = rope("linear", 1e4, 64, style, factor=4.0)
-    assert torch.equal(scaled, plain / 4) and factor == 1
-
-
-@both_styles
-def test_dynamic_rope_at_twice_its_length(style):
-    frequencies, factor = rope("dynamic", 1e4, 8, style, length=4096, factor=2.0)
-    wanted = torch.tensor([1, 0.0693361, 0.00480750, 0.000333333])
-    torch.testing.assert_close(frequencies, wanted, rtol=2e-6, atol=0)
-    assert factor == 1
-
-
-@both_styles
-def test_dynamic_rope_is_plain_up_to_its_length(style):
-    plain, _ = rope("default", 1e4, 8, style)
-    for length in (1, 2048):
-        assert torch.equal(rope("dynamic", 1e4, 8, style, length=length, factor=2.0)[0], plain)
-
-
-@both_styles
+@pytest.mark.parametrize("style", ["old", "new"])
 def test_dynamic_rope_grows_from_the_largest_position_not_from_the_length_of_pretraining(style):
     plain, _ = rope("default", 1e4, 8, style)
     parameters = dict(factor=2.0, original_max_position_embeddings=1024)
@@ -253,7 +274,7 @@ def test_dynamic_rope_grows_from_the_largest_position_not_from_the_length_of_pre
     assert not torch.equal(rope("dynamic", 1e4, 8, style, length=2049, **parameters)[0], plain)
 
 
-@both_styles
+@pytest.mark.parametrize("style", ["old", "new"])
 def test_llama3_rope_keeps_short_waves_and_stretches_long_ones(style):
     parameters = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     parameters["original_max_position_embeddings"] = 8192
@@ -265,15 +286,6 @@ def test_llama3_rope_keeps_short_waves_and_stretches_long_ones(style):
     torch.testing.assert_close(f[:29], plain[:29], rtol=1e-6, atol=0)
     torch.testing.assert_close(f[36:], plain[36:] / 8, rtol=1e-6, atol=0)
     assert factor == 1
-
-
-@both_styles
-def test_yarn_rope_blends_on_a_ramp_and_scales_cos_and_sin(style):
-    parameters = dict(factor=4.0, original_max_position_embeddings=4096)
-    frequencies, factor = rope("yarn", 1e4, 8, style, positions=16384, **parameters)
-    wanted = torch.tensor([1, 0.1, 0.00625, 0.00025])
-    torch.testing.assert_close(frequencies, wanted, rtol=1e-6, atol=0)
-    assert factor == pytest.approx(1.138629, rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------- micro-batches
@@ -302,16 +314,6 @@ def test_positions_restart_so_that_an_example_alone_gives_the_same(checkpoint, f
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_order_of_examples_does_not_matter(checkpoint, family):
-    model = M.load(checkpoint(family)[0])
-    examples = draw(LENGTHS, model.config.vocab_size)
-    order = [3, 0, 4, 2, 1]
-    there = logprobs(model, [examples[i] for i in order])
-    here = logprobs(model, examples)
-    assert_close(there, [here[i] for i in order])
-
-
-@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_a_token_does_not_see_later_ones(checkpoint, family):
     model = M.load(checkpoint(family)[0])
     (ids,) = draw([30], model.config.vocab_size)
@@ -334,33 +336,20 @@ def states_of(model, examples, **kwargs):
 @every_family
 def test_hidden_states_after_a_ragged_prefix_equal_the_full_pass(checkpoint, family):
     model = M.load(checkpoint(family)[0]).requires_grad_(False)
-    vocab = model.config.vocab_size
     # no sum above 32 tokens, where dynamic RoPE would turn the prefix by other angles
-    first, second = draw([7, 12, 3], vocab, 1), draw([5, 2, 9], vocab, 2)
-    third = draw([1, 9, 4], vocab, 3)
-    whole = [torch.cat(parts) for parts in zip(first, second, third, strict=True)]
+    first, second = (draw(n, model.config.vocab_size, 1) for n in ([7, 12, 3], [5, 2, 9]))
     _, prefix = states_of(model, first, keep_kv=True)
-    states2, more = states_of(model, second, prefix=prefix, keep_kv=True)
-    states3, _ = states_of(model, third, prefix=prefix.extend(more))
-    full, _ = states_of(model, whole)
-    continued = [torch.cat(parts) for parts in zip(states2, states3, strict=True)]
+    continued, _ = states_of(model, second, prefix=prefix)
+    full, _ = states_of(model, [torch.cat(pair) for pair in zip(first, second, strict=True)])
     assert_close(continued, [x[len(p) :] for x, p in zip(full, first, strict=True)])
 
 
+@pytest.mark.parametrize("path", ["groups", "varlen"])
 @every_family
-def test_one_prefix_shared_by_several_examples_equals_the_full_pass(checkpoint, family):
-    model = M.load(checkpoint(family)[0]).requires_grad_(False)
-    prompts, answers = (draw(n, model.config.vocab_size, 4) for n in ([11, 4], [3, 10, 1, 6, 10]))
-    rows = [0, 1, 1, 0, 1]
-    _, prefix = states_of(model, prompts, keep_kv=True)
-    states, _ = states_of(model, answers, prefix=prefix.select(torch.tensor(rows)))
-    whole = [torch.cat((prompts[r], a)) for r, a in zip(rows, answers, strict=True)]
-    full, _ = states_of(model, whole)
-    assert_close(states, [x[len(prompts[r]) :] for x, r in zip(full, rows, strict=True)])
-
-
-@every_family
-def test_gradients_through_a_shared_prompt_equal_those_of_the_full_pass(checkpoint, family):
+def test_gradients_through_a_shared_prompt_equal_those_of_the_full_pass(
+        checkpoint, monkeypatch, family, path):
+    if path == "varlen":
+        use_varlen(monkeypatch)
     model = M.load(checkpoint(family)[0]).train()
     prompts, answers = (draw(n, model.config.vocab_size, 5) for n in ([12, 4], [3, 10, 9, 6]))
     rows = [0, 0, 1, 1]
@@ -385,7 +374,7 @@ def test_gradients_through_a_shared_prompt_equal_those_of_the_full_pass(checkpoi
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 7, 23, 1000])
-def test_token_logprobs_and_gradients_equal_log_softmax_and_gather(monkeypatch, rows):
+def test_token_logprobs_and_gradients_equal_plain_logprobs(monkeypatch, rows):
     N, V, D = 23, 50, 16
     monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * V + 5)
     generator = torch.Generator().manual_seed(0)
@@ -397,10 +386,22 @@ def test_token_logprobs_and_gradients_equal_log_softmax_and_gather(monkeypatch, 
     out = M.token_logprobs(states, head, targets)
     (out * weight).sum().backward()
     states64, head64 = (x.detach().double().requires_grad_() for x in (states, head))
-    exact = (states64 @ head64.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    exact = M.plain_logprobs(states64, head64, targets)
     (exact * weight).sum().backward()
-    # logits up to 15, so an error of 1e-6 each and in their exponentials
+    # plain_logprobs ends in fp32; logits up to 15, so an error of 1e-6 each and in their exponents
     assert_close([out, states.grad, head.grad], [exact, states64.grad, head64.grad], 1e-5)
+
+
+def test_gradient_of_a_head_in_bf16_does_not_depend_on_the_chunks(monkeypatch):
+    states, head = torch.randn(256, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    targets, found = torch.arange(256) % 50, []
+    for rows in (256, 1):
+        monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * 50)
+        weight = head.clone().requires_grad_()
+        M.token_logprobs(states, weight, targets, equal_weights=True).sum().backward()
+        found.append(weight.grad.float())
+    # both sums are fp32 and rounded once; summed in bf16, 256 chunks stray by a few percent
+    assert (found[0] - found[1]).norm() < 4e-3 * found[0].norm()
 
 
 def test_token_logprobs_are_exact_where_the_softmax_would_overflow():
@@ -499,9 +500,43 @@ def test_logits_alive_at_once_are_a_few_chunks(monkeypatch, tmp_path, autocast):
 def test_no_tensor_of_tokens_by_vocabulary_exists_in_a_training_step(monkeypatch, tmp_path):
     model = small(vocab_size=2000).train()
     monkeypatch.setattr(M, "LOGIT_ELEMENTS", 4 * 2000)
-    ids, lengths, targets = flat(draw([90, 60, 50], 2000))  # padded [3, 4 heads, 90, 90] at most
+    ids, lengths, targets = flat(draw([90, 60, 50], 2000))  # attention: [4 heads, 90, 90] at most
     largest, _ = allocations(lambda: model(ids, lengths, targets).sum().backward(), tmp_path)
     assert 4 * 2000 * 4 <= largest < len(targets) * 2000 * 4 / 4
+
+
+@pytest.mark.parametrize("weights", ["equal", "unequal"])
+def test_promise_of_equal_weights_changes_no_gradient_even_if_broken(weights, monkeypatch):
+    """Summed in the forward, or recomputed where the gradients that arrive differ."""
+    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 3 * 50)  # chunks of three rows
+    torch.manual_seed(0)
+    states, head = torch.randn(11, 8), torch.randn(50, 8)
+    targets = torch.randint(50, (11,))
+    g = torch.full((11,), -0.3) if weights == "equal" else torch.randn(11)
+    found = []
+    for logp in (lambda h, w: M.token_logprobs(h, w, targets, equal_weights=True),
+                 lambda h, w: M.plain_logprobs(h, w, targets)):
+        h, w = states.clone().requires_grad_(), head.clone().requires_grad_()
+        value = logp(h, w)
+        value.backward(g)
+        found.append((value.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluation_spends_nothing_on_gradients(monkeypatch):
+    """Under no_grad a weight still says that it requires a gradient."""
+    asked, head_pass = [], M.head_pass
+
+    def watched(states, head, targets, dtype, grad_states, grad_head, g=None):
+        asked.append((grad_states is None, grad_head is None))
+        return head_pass(states, head, targets, dtype, grad_states, grad_head, g)
+
+    monkeypatch.setattr(M, "head_pass", watched)
+    head = torch.nn.Parameter(torch.randn(10, 4))
+    with torch.no_grad():
+        M.token_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]))
+    assert asked == [(True, True)]
 
 
 # --------------------------------------------------------------------- noise: NEFTune and dropout
@@ -525,14 +560,11 @@ def test_neftune_noise_has_the_bound_and_spread_of_the_paper(length, size, bound
     assert abs(x.std() - std) < 5 * 0.45 * std / x.numel() ** 0.5 + 5e-7
 
 
-def test_neftune_noise_is_scaled_by_the_examples_own_true_length():
+def test_neftune_noise_is_scaled_by_the_examples_own_true_length_and_alpha():
     x = noise([400, 100, 25], 64).split([400, 100, 25])
     for part, length in zip(x, (400, 100, 25), strict=True):
         bound = 5 / (length * 64) ** 0.5
         assert 0.99 * bound < part.abs().max() <= bound
-
-
-def test_neftune_noise_is_proportional_to_alpha():
     torch.testing.assert_close(noise([9, 4], 8, alpha=15.0), 3 * noise([9, 4], 8, alpha=5.0))
 
 
@@ -557,22 +589,17 @@ def test_noise_is_the_same_in_every_micro_batch():
     assert_same(backwards.split(lengths[::-1]), together[::-1])
 
 
-def test_noise_is_uniform():
-    bound = 5 / (2000 * 64) ** 0.5
-    x = (noise([2000], 64) / bound).flatten().double()
-    n = x.numel()
+def test_noise_is_uniform_and_uncorrelated_over_all_that_keys_it():
+    bound, x = 5 / (1000 * 64) ** 0.5, noise([1000], 64)
+    values, n = (x / bound).flatten().double(), x.numel()
     # each statistic within 5 standard errors of what U(-1, 1) has
-    assert abs(x.mean()) < 5 * (1 / 3 / n) ** 0.5
-    assert abs(x.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
-    counts = torch.histc(x, 100, -1, 1)
+    assert abs(values.mean()) < 5 * (1 / 3 / n) ** 0.5
+    assert abs(values.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
+    counts = torch.histc(values, 100, -1, 1)
     assert ((counts - n / 100).square() / (n / 100)).sum() < 99 + 5 * (2 * 99) ** 0.5
 
-
-def test_noise_is_uncorrelated_over_dimensions_positions_examples_epochs_and_seeds():
-    x = noise([1000], 64)
     pairs = {
         "dimensions": (x[:, :-1], x[:, 1:]),
-        "far dimensions": (x[:, :32], x[:, 32:]),
         "positions": (x[:-1], x[1:]),
         "diagonals": (x[:-1, :-1], x[1:, 1:]),
         "other diagonals": (x[:-1, 1:], x[1:, :-1]),
@@ -656,32 +683,25 @@ def test_dropout_zeroes_a_share_p_and_scales_the_rest(p):
     torch.testing.assert_close(out[~dropped], x[~dropped] / (1 - p))
 
 
-def test_dropout_of_two_sites_is_independent():
-    keys = M.noise_keys(0, [0], [0], [400])
-    x = torch.ones(400, 256)
-    masks = torch.stack([M.dropout(x, 0.5, keys, site).flatten() for site in range(6)])
-    correlation = torch.corrcoef(masks) - torch.eye(6)
-    assert correlation.abs().max() < 5 / masks.shape[1] ** 0.5
-
-
-def test_dropout_rises_over_the_layers_as_in_lima(monkeypatch):
-    seen = []
-    original = M.dropout
+def test_dropout_rises_over_the_layers_as_in_lima_and_every_branch_draws_its_own(monkeypatch):
+    seen, original = [], M.dropout
 
     def record(x, p, keys, site):
-        seen.append((p, site))
+        seen.append((p, original(torch.ones_like(x), 0.5, keys, site) if keys is not None else x))
         return original(x, p, keys, site)
 
     monkeypatch.setattr(M, "dropout", record)
     model = small(num_hidden_layers=4).train()
     model.set_dropout(0.0, 0.3)
-    examples = draw([5], 50)
+    examples = draw([400], 50)
     logprobs(model, examples, noise=keys_for(examples))
     assert [p for p, _ in seen] == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
-    assert len({site for _, site in seen}) == 8  # every branch of every layer draws its own
+    masks = torch.stack([mask.flatten() for p, mask in seen if p])
+    correlation = torch.corrcoef(masks) - torch.eye(6)
+    assert correlation.abs().max() < 5 / masks.shape[1] ** 0.5
 
 
-def test_constant_dropout_reaches_every_layer_even_a_single_one(monkeypatch):
+def test_constant_dropout_reaches_every_layer_even_a_single_one():
     for layers in (1, 3):
         model = small(num_hidden_layers=layers)
         model.set_dropout(0.2, 0.2)
@@ -776,36 +796,46 @@ def test_greedy_generation_equals_transformers_with_a_repetition_penalty(checkpo
     assert ours != generate(M.load(folder), prompts, 15)
 
 
-def test_generation_ends_with_any_stop_id_included_and_nothing_after():
-    model = small(3)
+def test_generation_ends_with_any_stop_id_and_the_finished_leave_the_batch(monkeypatch):
+    model, batches, hidden = small(3), [], M.Llama.hidden
     prompts = prompts_of([4, 2, 7], 50)
     free = generate(model, prompts, 12)
     stops = {free[0][4], free[1][2]}
-    wanted = []
-    for row in free:
-        end = next((i + 1 for i, t in enumerate(row) if t in stops), len(row))
-        wanted.append(row[:end])
-    assert len({len(row) for row in wanted}) > 1 and max(map(len, wanted)) > 3
-    assert generate(model, prompts, 12, stop_ids=stops) == wanted
+    ends = [next((i + 1 for i, t in enumerate(row) if t in stops), 12) for row in free]
+    wanted = [row[:end] for row, end in zip(free, ends, strict=True)]
+    assert len(set(ends)) > 1 and max(ends) > 3
+
+    def watched(self, ids, lengths, *rest, **named):
+        batches.append(len(lengths))
+        return hidden(self, ids, lengths, *rest, **named)
+
+    monkeypatch.setattr(M.Llama, "hidden", watched)
+    steps = list(M.generate_steps(model, prompts, 12, stops))
+    for row, ids in zip(zip(*steps, strict=True), wanted, strict=True):
+        assert list(row) == [*ids, *[None] * (len(steps) - len(ids))]
+    assert batches == [sum(end > step for end in ends) for step in range(max(ends))]
 
 
-def test_generate_steps_yields_none_for_a_prompt_that_has_stopped():
-    model = small(3)
-    prompts = prompts_of([4, 2, 7], 50)
-    free = generate(model, prompts, 8)
-    stop = free[0][1]
-    rows = [list(row) for row in zip(*M.generate_steps(model, prompts, 8, {stop}), strict=True)]
-    for row, whole in zip(rows, free, strict=True):
-        end = whole.index(stop) + 1 if stop in whole else len(whole)
-        assert row == [*whole[:end], *[None] * (8 - end)][: len(row)]
-    assert None in rows[0]
+def test_samples_of_one_prompt_encode_it_once(monkeypatch):
+    model, tokens, hidden = small(), [], M.Llama.hidden
+    alone = [generate(model, [[1, 2, 3]], 6, samples=[i], temperature=1.0)[0] for i in range(4)]
+
+    def watched(self, ids, *rest, **named):
+        tokens.append(len(ids))
+        return hidden(self, ids, *rest, **named)
+
+    monkeypatch.setattr(M.Llama, "hidden", watched)
+    assert generate(model, [[1, 2, 3]] * 4, 6, temperature=1.0) == alone
+    assert tokens == [3, 4, 4, 4, 4, 4]
 
 
-def test_generation_stops_as_soon_as_every_prompt_has():
-    model = small(3)
-    prompts = prompts_of([4, 4], 50)[:1] * 2
-    free = generate(model, prompts, 8)
-    assert len(list(M.generate_steps(model, prompts, 8, {free[0][0]}))) == 1
+def test_the_cache_grows_in_blocks(monkeypatch):
+    monkeypatch.setattr(M, "CACHE_BLOCK", 5)
+    model, pads, pad = small(), [], M.F.pad
+    wanted = [greedy_without_cache(model, p, 12) for p in ([1, 2, 3], [4])]
+    monkeypatch.setattr(M.F, "pad", lambda x, size: pads.append(len(x)) or pad(x, size))
+    assert generate(model, [[1, 2, 3], [4]], 12) == wanted
+    assert len(pads) == 3 * 2 * 2  # for 11 more tokens: three blocks, two layers, keys and values
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -813,36 +843,17 @@ def test_generation_gives_at_most_max_new_tokens(count):
     assert [len(row) for row in generate(small(), [[1, 2], [3]], count)] == [count, count]
 
 
-@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])
-def test_repetition_penalty_equals_transformers(penalty):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 40, generator=generator)
-    ids = torch.randint(0, 40, (3, 12), generator=generator)
-    seen = torch.zeros(3, 40, dtype=torch.bool).scatter(1, ids, True)
-    wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-    assert torch.equal(M.penalize_repetition(logits, seen, penalty), wanted)
-
-
-@pytest.mark.parametrize("k", [1, 5, 39, 40, 100])
-def test_top_k_equals_transformers(k):
-    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(M.keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits.clone()))
-
-
-@pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9, 0.999])
-def test_top_p_equals_transformers(p):
-    logits = 3 * torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(M.keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits.clone()))
-
-
-@pytest.mark.parametrize("p, kept", [
-    (0.01, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}),
-    (0.949, {2, 0, 3}), (0.951, {2, 0, 3, 1})])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
-    logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
-    out = M.keep_top_p(logits, p)[0]
-    assert {i for i in range(4) if out[i] > -torch.inf} == kept
-    assert all(out[i] == logits[0, i] for i in kept)
+def test_scores_are_changed_as_transformers_changes_them():
+    logits = 3 * torch.randn(8, 40)
+    ids = torch.randint(0, 40, (8, 12))
+    seen = torch.zeros(8, 40, dtype=torch.bool).scatter(1, ids, True)
+    for penalty in (0.7, 1.0, 1.3):
+        wanted = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+        assert torch.equal(M.penalize_repetition(logits, seen, penalty), wanted)
+    for k in (1, 5, 39, 40, 100):
+        assert torch.equal(M.keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits.clone()))
+    for p in (0.01, 0.3, 0.5, 0.9, 0.999):
+        assert torch.equal(M.keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits.clone()))
 
 
 def first_tokens(model, prompt, n, **sampling):
@@ -880,29 +891,20 @@ def test_sampling_keeps_to_top_k_and_top_p():
     assert set(counts.nonzero().flatten().tolist()) == set(ranked[:5])
 
 
-def test_samples_do_not_depend_on_the_batch():
+def test_samples_depend_on_seed_and_sample_and_on_nothing_else():
     model = small()
     prompts = prompts_of([4, 9, 2], 50)
-    sampling = dict(temperature=1.0, seed=5)
-    together = generate(model, prompts, 10, samples=[0, 1, 2], **sampling)
-    assert generate(model, prompts, 10, **sampling) == together
-    for i in range(3):
-        assert generate(model, [prompts[i]], 10, samples=[i], **sampling) == [together[i]]
-    swapped = generate(model, [prompts[2], prompts[0]], 10, samples=[2, 0], **sampling)
-    assert swapped == [together[2], together[0]]
 
+    def run(rows, **change):
+        how = {"temperature": 1.0, "seed": 5, **change}
+        torch.manual_seed(len(rows))  # torch's own generator plays no part
+        return generate(model, [prompts[i] for i in rows], 10, samples=rows, **how)
 
-def test_sampling_is_reproducible_and_changes_with_seed_and_sample():
-    model = small()
-
-    def run(**change):
-        return generate(model, [[1, 2, 3]], 12, **{"temperature": 1.5, "seed": 1, **change})
-
-    torch.manual_seed(0)
-    first = run()
-    torch.manual_seed(1)
-    assert run() == first  # torch's own generator plays no part
-    assert run(seed=2) != first and run(samples=[1]) != first
+    together = run([0, 1, 2])
+    assert run([2, 0]) == [together[2], together[0]]
+    assert [run([i]) for i in range(3)] == [[row] for row in together]
+    assert run([0, 1, 2], seed=6) != together
+    assert generate(model, prompts[:1], 10, samples=[7], temperature=1.0, seed=5) != together[:1]
 
 
 def test_sampling_draws_anew_at_every_step_and_for_every_prompt():
@@ -948,8 +950,78 @@ def reconfigure(folder, **changes):
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def assert_refused(folder, *named):
-    """load raises a InputError of one line that names these."""
+def without(name):
+    return lambda folder: rewrite(folder, lambda tensors: tensors.pop(name))
+
+
+def added(name, size):
+    return lambda folder: rewrite(folder, lambda t: t.update({name: torch.zeros(size)}))
+
+
+def configured(**changes):
+    return lambda folder: reconfigure(folder, **changes)
+
+
+def written(name, content):
+    """Replace a file's bytes, or remove it; an index stands in the weights' place."""
+
+    def damage(folder):
+        if name == "model.safetensors.index.json":
+            (folder / "model.safetensors").unlink()
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+    return damage
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def turned(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+
+
+UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.bias"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NEEDED = ["model_type", "num_hidden_layers", "num_attention_heads", "vocab_size", "hidden_size",
+          "intermediate_size"]
+BROKEN = [  # (what is done to the folder, what the one line must name)
+    (without(UP), [UP]),
+    (added(BIAS, 64), [BIAS, WEIGHTS]),
+    (configured(num_hidden_layers=2), ["model.layers.2."]),
+    (turned, [UP, "[64, 96]", "[96, 64]"]),
+    (truncated, ["FOLDER/" + WEIGHTS]),
+    (written(WEIGHTS, b""), ["FOLDER/" + WEIGHTS]),
+    (written(WEIGHTS, b"half"), ["FOLDER/" + WEIGHTS]),
+    (written(INDEX, b"{"), [INDEX]),
+    (written(INDEX, b"{}"), [INDEX]),
+    (written(INDEX, b"[]"), [INDEX]),
+    (written(INDEX, b'{"weight_map": []}'), [INDEX]),
+    (written(INDEX, b'{"weight_map": {"a": "lost.safetensors"}}'), ["FOLDER/lost.safetensors"]),
+    (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
+     ["FOLDER", ".bin", "safetensors"]),
+    (written("config.json", None), ["FOLDER/config.json"]),
+    (written("config.json", b""), ["FOLDER/config.json"]),
+    (written("config.json", b"{"), ["FOLDER/config.json"]),
+    (written("config.json", b"[1]"), ["FOLDER/config.json"]),
+    *((configured(**{key: None}), ["config.json", key]) for key in NEEDED),
+    (configured(model_type="gpt2"), ["config.json", "'gpt2'", "llama", "qwen2", "qwen3"]),
+    (configured(hidden_act="gelu"), ["config.json", "gelu", "silu"]),
+    (configured(rope_parameters={"rope_type": "longrope"}), ["config.json", "'longrope'", "yarn"]),
+    (configured(rope_parameters={"rope_type": "linear"}), ["config.json", "linear", "factor"]),
+    (configured(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
+     ["config.json", "llama3", "low_freq_factor"]),
+    (configured(partial_rotary_factor=0.5), ["config.json", "partial_rotary_factor"]),
+    (shutil.rmtree, ["FOLDER"])]
+
+
+@pytest.mark.parametrize("damage, named", BROKEN)
+def test_broken_checkpoint_is_refused_in_one_line_that_names_the_fault(folder, damage, named):
+    damage(folder)
     with pytest.raises(M.InputError) as caught:
         M.load(folder)
     message = str(caught.value).replace(str(folder), "FOLDER")  # whose name must not help
@@ -958,94 +1030,9 @@ def assert_refused(folder, *named):
         assert name in message, message
 
 
-def test_missing_weight_is_refused_by_name(folder):
-    name = "model.layers.1.mlp.up_proj.weight"
-    rewrite(folder, lambda tensors: tensors.pop(name))
-    assert_refused(folder, name)
-
-
-def test_left_over_weight_is_refused_by_name(folder):
-    name = "model.layers.1.self_attn.q_proj.bias"
-    rewrite(folder, lambda tensors: tensors.update({name: torch.zeros(64)}))
-    assert_refused(folder, name, "model.safetensors")
-
-
-def test_left_over_layer_is_refused_by_name(folder):
-    reconfigure(folder, num_hidden_layers=2)
-    assert_refused(folder, "model.layers.2.")
-
-
 def test_rotary_buffers_that_old_conversions_stored_are_passed_over(checkpoint, folder):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
-    rewrite(folder, lambda tensors: tensors.update(extra))
+    added("model.layers.0.self_attn.rotary_emb.inv_freq", 8)(folder)
     assert_same(M.load(folder).parameters(), M.load(checkpoint("llama3")[0]).parameters())
-
-
-def test_weight_of_wrong_shape_is_refused_with_both_shapes(folder):
-    name = "model.layers.1.mlp.up_proj.weight"
-    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
-    assert_refused(folder, name, "[64, 96]", "[96, 64]")
-
-
-@pytest.mark.parametrize("kept", [0, 4, 0.5])
-def test_truncated_weight_file_is_refused_by_name(folder, kept):
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
-    assert_refused(folder, "FOLDER/" + path.name)
-
-
-def test_missing_shard_is_refused_by_name(checkpoint, tmp_path):
-    folder = Path(shutil.copytree(checkpoint("mistral", shards=True)[0], tmp_path / "copy"))
-    shard = M.weight_files(folder)[1]
-    shard.unlink()
-    assert_refused(folder, "FOLDER/" + shard.name)
-
-
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}'])
-def test_index_that_is_no_index_is_refused_by_name(folder, content):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(content)
-    assert_refused(folder, "model.safetensors.index.json")
-
-
-def test_weights_only_in_bin_files_are_refused_with_the_way_out(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert_refused(folder, "FOLDER", ".bin", "safetensors")
-
-
-@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
-def test_config_that_is_missing_or_no_json_object_is_refused_by_name(folder, content):
-    path = folder / "config.json"
-    path.unlink()
-    if content is not None:
-        path.write_text(content)
-    assert_refused(folder, "FOLDER/" + path.name)
-
-
-@pytest.mark.parametrize("key", [
-    "model_type", "num_hidden_layers", "num_attention_heads",
-    "vocab_size", "hidden_size",
-    "intermediate_size"])
-def test_config_without_a_needed_key_is_refused_by_name(folder, key):
-    reconfigure(folder, **{key: None})
-    assert_refused(folder, "config.json", key)
-
-
-@pytest.mark.parametrize("key, value, named", [
-    ("model_type", "gpt2", ["'gpt2'", "llama", "mistral", "qwen2", "qwen3"]),
-    ("hidden_act", "gelu", ["gelu", "silu"]),
-    ("rope_parameters", {"rope_type": "longrope"}, ["'longrope'", "yarn"]),
-    ("rope_parameters", {"rope_type": "linear"}, ["linear", "factor"]),
-    ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}, ["llama3", "low_freq_factor"]),
-    ("partial_rotary_factor", 0.5, ["partial_rotary_factor"])])
-def test_config_of_an_unsupported_model_is_refused_by_name(folder, key, value, named):
-    reconfigure(folder, **{key: value})
-    assert_refused(folder, "FOLDER/config.json", *named)
-
-
-def test_missing_folder_is_refused_by_name(tmp_path):
-    assert_refused(tmp_path / "nowhere", "FOLDER")
 
 
 def store_head(folder, head, embedding):
@@ -1074,7 +1061,8 @@ def test_tied_checkpoint_may_store_either_name_or_both(checkpoint, tmp_path, hea
 def test_tied_checkpoint_with_two_different_matrices_is_refused(checkpoint, tmp_path):
     folder = Path(shutil.copytree(checkpoint("smollm2")[0], tmp_path / "copy"))
     store_head(folder, 1.0, True)
-    assert_refused(folder, "FOLDER/model.safetensors", "model.embed_tokens.weight")
+    with pytest.raises(M.InputError, match="model.safetensors.*model.embed_tokens.weight differ"):
+        M.load(folder)
 
 
 def test_loaded_model_is_in_eval_mode_and_in_the_dtype_asked_for(checkpoint):
@@ -1147,12 +1135,6 @@ def test_checkpoint_saved_in_bf16_says_so_and_reloads(checkpoint, tmp_path):
         assert torch.equal(again.get_parameter(name), p.bfloat16().float())
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
-def test_saved_files_can_be_read_by_everyone(tmp_path):
-    M.save(small(), tmp_path)
-    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}
-
-
 @pytest.mark.parametrize("family", ["llama3", "smollm2"])
 def test_large_checkpoint_is_saved_in_shards(monkeypatch, checkpoint, tmp_path, family):
     source, hf = checkpoint(family)
@@ -1206,21 +1188,19 @@ def test_config_keys_that_the_project_does_not_know_survive(folder, tmp_path):
     assert "float32" in {after.get(key) for key in kind}
 
 
-def test_a_folder_may_be_saved_over_itself(folder, checkpoint):
-    model = M.load(folder)
-    kept = [p.detach().clone() for p in model.parameters()]
-    M.save(model, folder)
-    assert_same(model.parameters(), kept)  # though the loaded file's pages may have been mapped
-    assert_same(M.load(folder).parameters(), kept)
-
-
-def test_changing_a_loaded_model_leaves_its_file_alone(folder):
+def test_a_folder_may_be_saved_over_itself_and_only_saving_changes_it(folder):
     model = M.load(folder)
     before = (folder / "model.safetensors").read_bytes()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
     assert (folder / "model.safetensors").read_bytes() == before
+    kept = [p.detach().clone() for p in model.parameters()]
+    M.save(model, folder)
+    assert_same(model.parameters(), kept)  # though the loaded file's pages may have been mapped
+    assert_same(M.load(folder).parameters(), kept)
+    if os.name == "posix":  # and everyone may read it
+        assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_crash_while_writing_leaves_the_old_file_whole(tmp_path):
@@ -1239,18 +1219,13 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_initial_weights_depend_on_the_seed_alone():
-    biases = dict(attention_bias=True, mlp_bias=True, hidden_size=64)
+def test_initial_weights_are_normal_matrices_unit_norms_zero_biases_by_the_seed_alone():
+    shape = dict(attention_bias=True, mlp_bias=True, hidden_size=64, intermediate_size=96)
     torch.manual_seed(0)
-    first = small(1, **biases)
+    model = small(1, **shape)
     torch.manual_seed(1)
-    again, other = small(1, **biases), small(2, **biases)
-    assert_same(first.parameters(), again.parameters())
-    assert not torch.equal(first.head, other.head)
-
-
-def test_initial_weights_are_normal_matrices_unit_norms_and_zero_biases():
-    model = small(1, attention_bias=True, mlp_bias=True, hidden_size=64, intermediate_size=96)
+    assert_same(model.parameters(), small(1, **shape).parameters())
+    assert not torch.equal(model.head, small(2, **shape).head)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert not p.any(), name
@@ -1264,21 +1239,60 @@ def test_initial_weights_are_normal_matrices_unit_norms_and_zero_biases():
 # ------------------------------------------------------------------------------ torch.compile, CUDA
 
 
+def test_twelve_layers_of_ragged_batches_compile_to_four_graphs_without_a_break():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = small(num_hidden_layers=12, model_type="mistral", sliding_window=8).train()
+    batches = [draw(lengths, 50) for lengths in ([5, 12], [20], [7, 7, 9], [3, 3, 3])]
+    plain = []
+    for batch in batches:
+        out = torch.cat(logprobs(model, batch))
+        out.sum().backward()
+        plain.append((out.detach(), gradients(model)))
+    model.compile_layers(backend=count)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch, (wanted, wanted_gradients) in zip(batches, plain, strict=True):
+            out = torch.cat(logprobs(model, batch))
+            out.sum().backward()
+            assert_close([out], [wanted])
+            assert_gradients_close(model, wanted_gradients)
+            model.zero_grad()
+        generate(model, [[1, 2], [3]], 3)  # eager
+    assert 2 <= len(graphs) <= 4, len(graphs)
+
+
 SLOW = os.environ.get("PLAINTUNE_SLOW_TESTS")  # set it to let Inductor call the C++ compiler
 
 
-@pytest.mark.parametrize("backend", [
-    "aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(
-        not SLOW or not (shutil.which("g++") or shutil.which("clang++")),
-        reason="a minute of compilation: set PLAINTUNE_SLOW_TESTS"))])
-def test_compiled_layers_give_the_same_logprobs(backend):
-    model = small(model_type="mistral", sliding_window=8, num_hidden_layers=1).requires_grad_(False)
+@pytest.mark.skipif(not SLOW or not (shutil.which("g++") or shutil.which("clang++")),
+                    reason="a minute of compilation: set PLAINTUNE_SLOW_TESTS")
+def test_layers_compiled_by_inductor_give_the_same_logprobs():
+    model = small(num_hidden_layers=2).requires_grad_(False)
     batches = [draw(lengths, 50) for lengths in ([5, 12], [20], [7, 7, 9])]
     plain = [logprobs(model, batch) for batch in batches]
-    for layer in model.model.layers:
-        layer.compile(dynamic=True, backend=backend)
+    model.compile_layers()
     for batch, wanted in zip(batches, plain, strict=True):
         assert_close(logprobs(model, batch), wanted)
+
+
+@pytest.mark.skipif(M.varlen_attn is None, reason="torch without varlen_attn")
+@pytest.mark.parametrize("window", [None, 4])
+def test_cudas_kernel_for_flat_tokens_takes_what_we_give_it(monkeypatch, window):
+    """On the meta device, which checks arguments, shapes and types, and computes nothing."""
+    monkeypatch.setattr(M, "varlen_fits", lambda device, dtype: True)
+    config = M.ModelConfig.from_dict({**SETTINGS, "head_dim": 16})
+    layout = M.Layout(config, [3, 5], M.Prefix([], [2, 7], [1, 0]), "meta", torch.bfloat16)
+    q, k, v, past_k, past_v = (
+        torch.empty(n, heads, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for n, heads in ((8, 4), (8, 2), (8, 2), (9, 2), (9, 2)))
+    out = M.attention(q, k, v, (past_k, past_v), layout, window)
+    out.sum().backward()
+    assert out.shape == q.shape and past_v.grad.shape == past_v.shape
 
 
 @needs_cuda
@@ -1321,37 +1335,3 @@ def test_generation_on_cuda_equals_generation_on_the_cpu(checkpoint):
     for how in ({}, {"temperature": 1.0, "seed": 4}):
         on_cuda, on_cpu = (generate(model, prompts, 12, **how) for model in models)
         assert on_cuda == on_cpu
-
-
-@pytest.mark.parametrize("weights", ["equal", "unequal"])
-def test_promise_of_equal_weights_changes_no_gradient_even_if_broken(weights, monkeypatch):
-    """Summed in the forward, or recomputed where the gradients that arrive differ."""
-    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 3 * 50)  # chunks of three rows
-    torch.manual_seed(0)
-    states, head = torch.randn(11, 8), torch.randn(50, 8)
-    targets = torch.randint(50, (11,))
-    g = torch.full((11,), -0.3) if weights == "equal" else torch.randn(11)
-    found = []
-    for logp in (lambda h, w: M.token_logprobs(h, w, targets, equal_weights=True),
-                 lambda h, w: (h @ w.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]):
-        h, w = states.clone().requires_grad_(), head.clone().requires_grad_()
-        value = logp(h, w)
-        value.backward(g)
-        found.append((value.detach(), h.grad, w.grad))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_evaluation_spends_nothing_on_gradients(monkeypatch):
-    """Under no_grad a weight still says that it requires a gradient."""
-    asked, head_pass = [], M.head_pass
-
-    def watched(states, head, targets, dtype, grad_states, grad_head, g=None):
-        asked.append((grad_states is None, grad_head is None))
-        return head_pass(states, head, targets, dtype, grad_states, grad_head, g)
-
-    monkeypatch.setattr(M, "head_pass", watched)
-    head = torch.nn.Parameter(torch.randn(10, 4))
-    with torch.no_grad():
-        M.token_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]))
-    assert asked == [(True, True)]
