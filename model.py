@@ -887,7 +887,7 @@ def best_dtype(name: str, device: torch.device) -> torch.dtype:
 def read_json(path: Path) -> dict:
     """The object of a JSON file, or an InputError that names it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"expected an object, found {type(value).__name__}")
         return value

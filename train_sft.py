@@ -553,7 +553,7 @@ def exam_accuracy(model, tokenizer, c: Config, hardware: Hardware) -> float:
 
     model.eval()
     with hardware.autocast():
-        right, count = evaluation.exam_accuracy(
+        right, count = evaluation.count_right(
             model, tokenizer, c.exam_data, micro_tokens=c.micro_tokens, rank=hardware.rank,
             world=hardware.world)
     model.train()

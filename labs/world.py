@@ -206,7 +206,7 @@ def demo_exam(model, tokenizer: data.ChatTokenizer) -> str:
     """Accuracy on the held-out questions of the demo's exam, as text."""
     model.eval()
     folder = Path(SFT_DEMO["model"]).parent / "exam"
-    right, count = evaluation.exam_accuracy(model, tokenizer, folder)
+    right, count = evaluation.count_right(model, tokenizer, folder)
     model.train()
     return f"{right / count:.1%} ({right} of {count})"
 

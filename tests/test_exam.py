@@ -14,9 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NO_EFFECT, REPO, SHARED, TOLERANCE, command, read
+from exam_files import (
+    SIZES,
+    asked,
+    exam,
+    first_prompt,
+    make_constant,
+    make_model,
+    rows,
+    text_of,
+    write_ceval,
+    write_cmmlu,
+    write_csv,
+)
 from families import make_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import data
 import eval as evaluation
@@ -24,7 +37,7 @@ import model as modeling
 from data import InputError
 from labs import world
 
-CEVAL, CMMLU = SHARED / "data/ceval", SHARED / "data/cmmlu"
+CEVAL = SHARED / "data/ceval"
 real = pytest.mark.skipif(not CEVAL.exists(), reason="needs the real exams in ../shared")
 
 
@@ -35,129 +48,27 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-# ----------------------------------------------------------------------------- small exams, models
-
-MAPPING = {"accountant": ["Accountant", "注册会计师", "Other"],
-           "law": ["Law", "法学", "Humanities"], "logic": ["Logic", "逻辑学", "Humanities"],
-           "high_school_physics": ["High School Physics", "高中物理", "STEM"]}
-SIZES = {"accountant": 7, "law": 3, "logic": 5, "high_school_physics": 4}
-
-
-def rows(handle, split, count):
-    """Questions of different lengths; answers go A, C, D, A, C, D, A, ..."""
-    return [{"id": str(i), "question": f" {handle} {split} 第{i}题" + "长" * i + "____。",
-             **{x: f"{x}{i}选" for x in "ABCD"}, "answer": "ACD"[i % 3],
-             "explanation": f"1. 因为{i}。\r\n2. 所以。"} for i in range(count)]
-
-
-def write_csv(path, table):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(table)
-
-
-def write_ceval(folder):
-    """An exam in C-Eval's layout; a Path."""
-    for handle, size in SIZES.items():
-        for split, count, names in (("dev", 5, 8), ("val", size, 7), ("test", 2, 6)):
-            table = rows(handle, split, count)
-            write_csv(folder / split / f"{handle}_{split}.csv",
-                      [list(table[0])[:names], *(list(r.values())[:names] for r in table)])
-    (folder / "subject_mapping.json").write_text(json.dumps(MAPPING), encoding="utf-8")
-    return folder
-
-
-def write_cmmlu(folder, handles=("agronomy", "arts")):
-    for handle in handles:
-        for split, count in (("dev", 5), ("test", 6)):
-            body = [list(r.values())[:7] for r in rows(handle, split, count)]
-            write_csv(folder / split / f"{handle}.csv",
-                      [["", "Question", *"ABCD", "Answer"], *body])
-    return folder
-
-
-def write_mmlu(folder, handles=("abstract_algebra", "us_foreign_policy")):
-    for handle in handles:
-        for split, count in (("dev", 5), ("test", 6)):
-            write_csv(folder / split / f"{handle}_{split}.csv",
-                      [list(r.values())[1:7] for r in rows(handle, split, count)])
-    return folder
-
-
-def make_model(folder, seed=0, positions=4096):
-    """A random checkpoint whose tokens are bytes."""
-    data.byte_tokenizer(folder)
-    tokenizer = data.ChatTokenizer(folder)
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,
-        max_position_embeddings=positions, eos_token_id=tokenizer.stop_id, bos_token_id=None,
-    )).eval().save_pretrained(folder)
-    return folder
-
-
-def make_constant(folder, source, letter):
-    """A checkpoint with the tokenizer of `source` that says `letter` whatever it is asked.
-
-    Every embedding is all ones and the blocks add nothing, so that the last state is all ones; of
-    the LM head only the letter's row is not 0.
-    """
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, folder)
-    tokenizer = data.ChatTokenizer(folder)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=8, intermediate_size=8,
-        num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=4096,
-        eos_token_id=tokenizer.stop_id, bos_token_id=None))
-    for name, parameter in model.named_parameters():
-        parameter.data.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
-    (token,) = tokenizer.tokenizer.encode(letter, add_special_tokens=False).ids
-    model.lm_head.weight.data[token] = 1.0
-    model.save_pretrained(folder)
+def normalized(source, folder, pattern, content):
+    """A copy of a checkpoint whose tokenizer replaces a pattern before it encodes."""
+    shutil.copytree(source, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders: exams ceval, cmmlu, mmlu; checkpoints one, two, small, D."""
+    """Folders: exams ceval, cmmlu; checkpoints one, two, small."""
     folder = tmp_path_factory.mktemp("exam")
     write_ceval(folder / "ceval")
     write_cmmlu(folder / "cmmlu")
-    write_mmlu(folder / "mmlu")
     make_model(folder / "one")
     make_model(folder / "two", seed=1)
     make_model(folder / "small", positions=400)
-    make_constant(folder / "D", folder / "one", "D")
+    normalized(folder / "one", folder / "blind", "[A-D]", "A")
     return folder
-
-
-def exam(output, *flags):
-    """(results, predictions, printed) of a run that succeeds."""
-    status, out, err = command("eval.py", "exam", "--output_dir", output, *flags)
-    assert (status, err) == (0, ""), err
-    if (output / "results.json").exists():
-        return modeling.read_json(output / "results.json"), read(output / "predictions.jsonl"), out
-    return None, None, out
-
-
-def asked(folder, **flags):
-    """(Exam, its subjects, Protocol) of flags."""
-    c = evaluation.resolve_exam(evaluation.Exam(data=str(folder), **flags))
-    return c, evaluation.read_exam(c), evaluation.PROTOCOLS[c.protocol][c.benchmark]
-
-
-def text_of(pieces, tokenizer):
-    return "".join(x if isinstance(x, str) else tokenizer.decode([x]) for x, _ in pieces)
-
-
-def first_prompt(tokenizer, folder, index=0, **flags):
-    """The prompt of a subject's last question as text."""
-    c, subjects, p = asked(folder, **flags)
-    pieces = evaluation.prompt_pieces(tokenizer, subjects[index], subjects[index].questions[-1],
-                                      c.shots, p, c.chat)
-    return text_of(pieces, tokenizer)
 
 
 # -------------------------------------------------------------------------------------- the prompts
@@ -169,56 +80,27 @@ S = (" law dev 第0题____。\nA. A0选\nB. B0选\nC. C0选\nD. D0选",
 HEAD = "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
 T = " agronomy test 第5题长长长长长____。\nA. A5选\nB. B5选\nC. C5选\nD. D5选"
 D = " agronomy dev 第0题____。\nA. A0选\nB. B0选\nC. C0选\nD. D0选"
-M = " abstract_algebra test 第5题长长长长长____。\nA. A5选\nB. B5选\nC. C5选\nD. D5选"
-N = " abstract_algebra dev 第0题____。\nA. A0选\nB. B0选\nC. C0选\nD. D0选"
-ALGEBRA = "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
 PROMPTS = {
     ("official", "ceval"):
         f"{HEAD}{S[0]}\n答案：A\n\n{S[1]}\n答案：C\n\n{Q}\n答案：",
     ("lm_eval", "ceval"):
         "以下是中国关于法学的单项选择题，请选出其中的正确答案。\n\n"
         f"{S[0][1:]}\n答案： A\n\n{S[1][1:]}\n答案： C\n\n{Q[1:]}\n答案：",
-    ("qwen", "ceval"):
-        f"问题：{S[0]}\n答案：A\n\n问题：{S[1]}\n答案：C\n\n问题：{Q}\n答案：",
-    ("cot", "ceval"):
-        f"{HEAD}{S[0]}\n答案：让我们一步一步思考，\n1. 因为0。\r\n2. 所以。\n所以答案是A。\n\n"
-        f"{S[1]}\n答案：让我们一步一步思考，\n1. 因为1。\r\n2. 所以。\n所以答案是C。\n\n"
-        f"{Q}\n答案：让我们一步一步思考，\n1.",
     ("official", "cmmlu"):
         f"以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n题目：{D}\n答案是：A\n\n"
         f"题目：{T}\n答案是：",
     ("lm_eval", "cmmlu"):
         f"以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n{D[1:]}\n答案： A\n\n"
         f"{T[1:]}\n答案：",
-    ("qwen", "cmmlu"): f"问题：{D}\n答案：A\n\n问题：{T}\n答案：",
-    ("official", "mmlu"):
-        "The following are multiple choice questions (with answers) about  abstract algebra.\n\n"
-        f"{N}\nAnswer: A\n\n{M}\nAnswer:",
-    ("lm_eval", "mmlu"): f"{ALGEBRA}{N[1:]}\nAnswer: A\n\n{M[1:]}\nAnswer:",
-    ("qwen", "mmlu"): f"{ALGEBRA}Question: {N}\nAnswer: A\n\nQuestion: {M}\nAnswer:",
 }
-STEEL = ("<|im_start|>user\n以下是一道单选题:\n{}\n\nA. {}\nB. {}\nC. {}\nD. {}\n请给出答案。\n"
-         "<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_prompts_of_every_protocol_to_the_character(place):
+@pytest.mark.parametrize("protocol,benchmark", PROMPTS)
+def test_prompts_of_both_protocols_to_the_character(protocol, benchmark, place):
+    shots = {"ceval": 2, "cmmlu": 1}[benchmark]
     tokenizer = data.ChatTokenizer(place / "one")
-    for (protocol, benchmark), expected in PROMPTS.items():
-        index, shots = (0, 1) if benchmark == "mmlu" else (1, 2 if benchmark == "ceval" else 1)
-        found = first_prompt(tokenizer, place / benchmark, index, protocol=protocol, shots=shots)
-        assert found == expected, (protocol, benchmark)
-    found = first_prompt(tokenizer, place / "ceval", 1, protocol="steel")
-    assert found == STEEL.format(" law val 第2题长长____。", *("A2选", "B2选", "C2选", "D2选"))
-    table = {(protocol, benchmark) for protocol, row in evaluation.PROTOCOLS.items()
-             for benchmark in row}
-    assert table == {*PROMPTS, ("steel", "ceval"), ("steel", "cmmlu")}
-
-
-def test_no_scored_prompt_ends_in_white_space_which_lm_eval_would_move(place):
-    for protocol, row in evaluation.PROTOCOLS.items():
-        for benchmark, p in row.items():
-            end = p.ending + p.begin
-            assert end == end.rstrip() or protocol == "steel", (protocol, benchmark)
+    found = first_prompt(tokenizer, place / benchmark, 1, protocol=protocol, shots=shots)
+    assert found == PROMPTS[protocol, benchmark]
 
 
 def test_without_shots_a_prompt_is_header_and_question(place):
@@ -237,13 +119,6 @@ def test_in_a_chat_template_shots_are_turns_and_the_question_is_the_last(place):
         user.format(f"{HEAD}{S[0]}\n答案：") + assistant.format("A")
         + user.format(f"{S[1]}\n答案：") + assistant.format("C")
         + user.format(f"{Q}\n答案：") + "<|im_start|>assistant\n")
-    found = first_prompt(tokenizer, place / "mmlu", 0, shots=1, chat=True, protocol="lm_eval")
-    assert assistant.format("A") in found  # a turn does not begin with a space
-    found = first_prompt(tokenizer, place / "ceval", 1, shots=1, chat=True, protocol="cot")
-    assert found == (
-        user.format(f"{HEAD}{S[0]}\n答案：")
-        + assistant.format("让我们一步一步思考，\n1. 因为0。\r\n2. 所以。\n所以答案是A。")
-        + user.format(f"{Q}\n答案：") + "<|im_start|>assistant\n")
 
 
 def test_demo_asks_in_training_as_its_exam_asks(place):
@@ -252,14 +127,6 @@ def test_demo_asks_in_training_as_its_exam_asks(place):
     prompt = world.EXAM_PROMPT.format(subject="法学", **question)
     found = first_prompt(tokenizer, place / "ceval", 1, shots=0, chat=True)
     assert found == f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_first_prompt_is_printed_with_visible_line_ends(place, tmp_path):
-    _, _, out = exam(tmp_path / "out", "--model", place / "one", "--data", place / "ceval",
-                     "--subjects", "law", "--shots", 1, "--protocol", "cot")
-    assert "2. 所以。\\n\n所以答案是A。\\n\n\\n\n" in out
-    assert "因为0。\\r\\n\n" in out
-    assert out.index("以下是中国关于法学考试") < out.index("accuracy in %")
 
 
 def test_ids_are_those_of_the_whole_string_with_the_tokenizers_own_bos(tmp_path):
@@ -447,30 +314,14 @@ def test_files_have_the_promised_keys(place, tmp_path):
         assert list(a["logprobs"]) == list("ABCD")
         assert a["prediction"] == max(a["logprobs"], key=a["logprobs"].get)
     assert "C-Eval Hard" not in results["categories"]
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "out/accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_cmmlu_and_mmlu_have_their_subjects_and_categories():
-    for benchmark, counts in (("cmmlu", [17, 22, 13, 15]), ("mmlu", [19, 12, 13, 13])):
-        table = evaluation.subject_table(evaluation.Exam(benchmark=benchmark))
-        found = Counter(category for _, category in table.values())
-        assert [found[c] for c in evaluation.CATEGORIES] == counts
-        assert len({name for name, _ in table.values()}) == sum(counts)
-    assert table["us_foreign_policy"] == ("us foreign policy", "Social Science")
+def test_cmmlu_has_67_subjects_with_chinese_names_in_four_categories():
     table = evaluation.subject_table(evaluation.Exam(benchmark="cmmlu"))
+    found = Counter(category for _, category in table.values())
+    assert [found[c] for c in evaluation.CATEGORIES] == [17, 22, 13, 15]
     assert table["college_engineering_hydrology"] == ("大学工程水文学", "STEM")
     assert all(re.fullmatch("[\u4e00-\u9fff]+", name) for name, _ in table.values())
-
-
-def test_mmlu_is_read_without_header_and_scores_a_letter_with_its_space(place, tmp_path):
-    results, predictions, out = exam(tmp_path / "out", "--model", place / "one", "--data",
-                                     place / "mmlu", "--protocol", "lm_eval", "--shots", 5)
-    assert results["benchmark"] == "mmlu" and results["questions"] == 12
-    assert [a["id"] for a in predictions[:6]] == list("012345")
-    assert "12 questions in 2 of its 57 subjects" in out
-    byte = data.ChatTokenizer(place / "one").tokenizer.token_to_id
-    assert str([[byte("Ġ"), byte(x)] for x in "ABCD"]) in out
 
 
 @real
@@ -488,55 +339,6 @@ def test_constant_answers_score_the_floors_of_c_eval(tmp_path):
                      "C-Eval Hard": 8}
     low, high = evaluation.wilson(round(0.25 * 1346), 1346)
     assert (high - low) / 2 == pytest.approx(0.023, abs=5e-4)
-
-
-# ----------------------------------------------------------------------------- the answers in words
-
-ANSWERS = {
-    "…\n所以答案是C。": "C", "所以答案是选项B。": "B", "所以答案是A、C。": None,
-    "所以答案是BD。": None, "可以选A或B": None,
-    "所以答案是（D）。": "D", "因此答案为B": "B", "答案：A": "A", "答案是：D，因为A不对": "D",
-    "正确答案应该是C": "C", "故选D。": "D", "我选择 B": "B", "应选A、B": None, "不选A": None,
-    "选项A不正确，所以答案是B。": "B", "选项A错误": None, "B选项是正确的": "B", "C符合题意": "C",
-    "The answer is B.": "B", "Answer: (C)": "C", "D": "D", "A. 增量预算": "A", "(B) 零基": "B",
-    "DNA复制": None, "Apple": None, "我不知道": None, "": None, "ABCD": None, "DDDD": "D",
-    "所以答案是错误的。我选C": "C", "A和B都有可能": None, "选项A和B都不对，选C": "C",
-    "选项A：描述的是光合作用，不符合。选项C：正确描述。故选C。": "C",
-    "考虑选项D，其值为3。综上，应选择B。": "B", "首先看选项A，它错误。再看选项B，它正确。": None,
-    "正确答案是 **B**。": "B", "答案：**B**": "B", "**B**": "B", "正确答案是“B”。": "B",
-}
-
-
-@pytest.mark.parametrize("text", ANSWERS)
-def test_letter_is_extracted_or_the_answer_is_invalid(text):
-    assert evaluation.extract(text) == ANSWERS[text]
-
-
-def test_generated_answers_without_a_letter_are_invalid_and_wrong(place, tmp_path, monkeypatch):
-    texts = iter(["所以答案是A。", "不知道", "选C", "A和B都有可能"] * 9)
-    monkeypatch.setattr(modeling, "generate",
-                        lambda model, prompts, count, stop_ids: [[0]] * len(prompts))
-    monkeypatch.setattr(data.ChatTokenizer, "decode", lambda self, ids, special=True: next(texts))
-    c, subjects, p = asked(place / "ceval", protocol="cot", shots=1)
-    tokenizer, answers = data.ChatTokenizer(place / "one"), []
-    for subject in subjects:
-        sheet = evaluation.make_sheet(tokenizer, subject, c, 4096)._replace(first="")
-        answers += evaluation.answer_sheet(None, tokenizer, sheet, p, 8192)
-    assert {a["text"]: a["prediction"] for a in answers} == {
-        "所以答案是A。": "A", "不知道": None, "选C": "C", "A和B都有可能": None}
-    results = evaluation.summarize("ceval", subjects, answers)
-    invalid = sum(a["prediction"] is None for a in answers)
-    assert results["invalid"] == invalid / 19 > 0.4
-    assert results["correct"] == sum(a["prediction"] == a["answer"] for a in answers)
-
-
-def test_answers_in_words_of_a_model_that_says_d(place, tmp_path):
-    for protocol, tokens in (("cot", 512), ("steel", 64)):
-        results, predictions, _ = exam(tmp_path / protocol, "--model", place / "D", "--data",
-                                       place / "ceval", "--protocol", protocol, "--subjects", "law")
-        assert results["letters"]["D"] == 1 and results["shots"] == (5 if protocol == "cot" else 0)
-        assert all(a["text"] == "D" * tokens and a["logprobs"] is None for a in predictions)
-        assert results["chat"] == (protocol == "steel")
 
 
 # ------------------------------------------------------------------ what does not fit, what is lost
@@ -582,16 +384,6 @@ def test_prompts_with_fewer_shots_score_as_alone(place):
         assert list(answer["logprobs"].values()) == pytest.approx(alone, abs=NO_EFFECT)
 
 
-def normalized(source, folder, pattern, content):
-    """A copy of a checkpoint whose tokenizer replaces a pattern before it encodes."""
-    shutil.copytree(source, folder)
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-    path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    return folder
-
-
 def test_characters_that_the_tokenizer_drops_are_reported(place, tmp_path):
     folder = normalized(place / "one", tmp_path / "deaf", "[选长第题]", "")
     results, _, out = exam(tmp_path / "out", "--model", folder, "--data", place / "ceval",
@@ -608,23 +400,6 @@ def test_story_model_is_told_that_its_c_eval_score_means_nothing(tmp_path):
     results, _, out = exam(tmp_path / "out", "--model", SHARED / "models/story", "--data", CEVAL,
                            "--shots", 0, "--subjects", "law")
     assert results["characters_lost"] > 0.9 and "the score means nothing" in out
-
-
-def test_options_that_are_one_token_are_refused(place, tmp_path):
-    folder = normalized(place / "one", tmp_path / "blind", "[A-D]", "A")
-    status, _, err = command("eval.py", "exam", "--model", folder, "--data", place / "ceval",
-                             "--output_dir", tmp_path / "out")
-    assert (status, err.count("\n")) == (2, 1)
-    assert "not four different options" in err and not (tmp_path / "out").exists()
-
-
-def test_option_of_two_tokens_has_a_sum_but_no_next_token(place, tmp_path):
-    """After "Answer:" a byte model says a space first, whatever it answers."""
-    flags = ["eval.py", "exam", "--model", place / "one", "--data", place / "mmlu", "--shots", 0,
-             "--output_dir", tmp_path / "out"]
-    status, _, err = command(*flags)
-    assert status == 2 and "--protocol lm_eval" in err and not (tmp_path / "out").exists()
-    assert command(*flags, "--protocol", "lm_eval")[0] == 0
 
 
 def test_broken_checkpoint_answers_nothing(place, tmp_path):
@@ -658,7 +433,7 @@ def test_wilson_by_a_known_value():
     assert evaluation.wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
 
 
-def test_checkpoints_of_one_run_are_columns_with_a_paired_test_and_a_curve(place, tmp_path):
+def test_checkpoints_of_one_run_are_columns_with_a_paired_test(place, tmp_path):
     folders = [tmp_path / f"run/checkpoint-{n}" for n in (1, 2)]
     for source, folder in zip(("one", "two"), folders, strict=True):
         shutil.copytree(place / source, folder)
@@ -681,23 +456,6 @@ def test_checkpoints_of_one_run_are_columns_with_a_paired_test_and_a_curve(place
     second = modeling.read_json(tmp_path / "out" / names[1] / "results.json")
     assert {k: v for k, v in alone.items() if k != "seconds"} == {
         k: v for k, v in second.items() if k != "seconds"}
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "out/accuracy.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_curve_is_drawn_only_for_names_that_end_in_steps(monkeypatch, tmp_path):
-    figure = pytest.importorskip("matplotlib.figure")
-    shown = []
-    monkeypatch.setattr(figure.Figure, "savefig",
-                        lambda self, path, format: [shown.append(self), Path(path).touch()])
-    scores = {"law": {"accuracy": 0.5}}
-    for names in (["run/step-100", "run/step-20"], ["out/run1", "out/run2"],
-                  ["a/step-100", "b/step-20"], ["run/step-100"]):
-        evaluation.draw_exam(tmp_path / "x.png", [
-            {"model": n, "micro": 0.5, "interval": [0.4, 0.6], "subjects": scores,
-             "floor": {"micro": 0.26}} for n in names])
-    assert [f.axes[0].get_xlabel() == "step" for f in shown] == [True, False, False, False]
-    assert list(shown[0].axes[0].lines[0].get_xdata()) == [20, 100]
 
 
 def test_ranks_share_the_subjects_and_give_the_same_files(place, tmp_path):
@@ -747,15 +505,15 @@ def test_exam_alone_scores_the_demos_last_checkpoint(tmp_path, monkeypatch):
         assert command("eval.py", "exam")[0] == 0  # its own place is out/exam
         assert results["model"] == f"out/{name}" and results["questions"] == 320
         tokenizer = data.ChatTokenizer(f"out/{name}")
-        right = evaluation.exam_accuracy(modeling.load(f"out/{name}"), tokenizer, "out/demo/exam")
+        right = evaluation.count_right(modeling.load(f"out/{name}"), tokenizer, "out/demo/exam")
         assert right == (results["correct"], 320)
         assert (results["chat"], results["shots"]) == (True, 0)
 
 
 def test_each_rank_counts_its_own_subjects_in_training(place):
     model, tokenizer = modeling.load(place / "one"), data.ChatTokenizer(place / "one")
-    whole = evaluation.exam_accuracy(model, tokenizer, place / "ceval")
-    parts = [evaluation.exam_accuracy(model, tokenizer, place / "ceval", rank=rank, world=5)
+    whole = evaluation.count_right(model, tokenizer, place / "ceval")
+    parts = [evaluation.count_right(model, tokenizer, place / "ceval", rank=rank, world=5)
              for rank in range(5)]
     assert whole == tuple(map(sum, zip(*parts, strict=True)))
     assert [count for _, count in parts] == [*SIZES.values(), 0]
@@ -797,86 +555,82 @@ def cell(row, column, value):
     return edit
 
 
-LAW = "val/law_val.csv"
-BROKEN = {  # name: (file, what is done to it, what the message says)
-    "missing subject": (LAW, None, [LAW]),
-    "missing shots": ("dev/law_dev.csv", None, ["dev/law_dev.csv"]),
-    "missing column": (LAW, lambda t: [r.pop(3) for r in t], [LAW, "B missing"]),
-    "missing answers of shots": ("dev/law_dev.csv", lambda t: [r.pop(6) for r in t],
-                                 ["dev/law_dev.csv", "answer missing"]),
-    "missing answers of one subject": (LAW, lambda t: [r.pop(6) for r in t], ["val", "answer"]),
-    "duplicate id": (LAW, cell(3, 0, "1"), [LAW, "row 3", "id 1", "row 2"]),
-    "empty cell": (LAW, cell(2, 4, " "), [LAW, "row 2", "column C"]),
-    "empty question": (LAW, cell(1, 1, ""), [LAW, "row 1", "column question"]),
-    "empty answer": (LAW, cell(1, 6, ""), [LAW, "row 1", "column answer"]),
-    "wrong answer": (LAW, cell(1, 6, "E"), [LAW, "row 1", "'E'"]),
-    "cells too few": (LAW, lambda t: t[2].pop(), [LAW, "row 2", "7 cells", "found 6"]),
-    "no question": (LAW, lambda t: t.__delitem__(slice(1, None)), [LAW, "no question"]),
-    "no row": (LAW, lambda t: t.clear(), [LAW, "no question"]),
-    "shots too few": ("dev/law_dev.csv", lambda t: t.pop(), ["dev/law_dev.csv", "4 rows"]),
+def deleted(row, column):
+    def edit(table):
+        for cells in table[row:]:
+            cells.pop(column)
+    return edit
+
+
+LAW, DEV = "val/law_val.csv", "dev/law_dev.csv"
+REFUSED = {  # name: (a file of the exam, what is done to it, flags, what the message says)
+    "missing subject": (LAW, None, "", [LAW]),
+    "missing shots": (DEV, None, "", [DEV]),
+    "missing column": (LAW, deleted(0, 3), "", [LAW, "B missing"]),
+    "missing answers of shots": (DEV, deleted(0, 6), "", [DEV, "answer missing"]),
+    "missing answers of one subject": (LAW, deleted(0, 6), "", ["val", "answer"]),
+    "duplicate id": (LAW, cell(3, 0, "1"), "", [LAW, "row 3", "id 1", "row 2"]),
+    "empty cell": (LAW, cell(2, 4, " "), "", [LAW, "row 2", "column C", "--skip_bad_rows"]),
+    "empty question": (LAW, cell(1, 1, ""), "", [LAW, "row 1", "column question"]),
+    "empty answer": (LAW, cell(1, 6, ""), "", [LAW, "row 1", "column answer"]),
+    "wrong answer": (LAW, cell(1, 6, "E"), "", [LAW, "row 1", "'E'"]),
+    "cells too few": (LAW, lambda t: t[2].pop(), "", [LAW, "row 2", "7 cells", "found 6"]),
+    "no question": (LAW, lambda t: t.__delitem__(slice(1, None)), "", [LAW, "no question"]),
+    "no row": (LAW, lambda t: t.clear(), "", [LAW, "no question"]),
+    "shots too few": (DEV, lambda t: t.pop(), "", [DEV, "4 rows"]),
+    "bytes of another encoding": (LAW, "题".encode("gbk"), "", [LAW, "line 1", "UTF-8"]),
+    "a mapping of something else": ("subject_mapping.json", b'{"law": ["Law"]}', "",
+                                    ["subject_mapping.json", "law"]),
+    "no folder": ("", None, "--data nowhere", ["nowhere"]),
+    "no exam in it": ("", None, "--data one", ["one"]),
+    "another benchmark": ("", None, "--data cmmlu --benchmark ceval", ["_dev.csv"]),
+    "no such split": ("", None, "--data cmmlu --split val", ["cmmlu"]),
+    "unknown subject": ("", None, "--subjects law lau", ["lau", "logic"]),
+    "absent subject": ("", None, "--data cmmlu --subjects nutrition", ["nutrition.csv"]),
+    "six shots": ("", None, "--shots 6", ["--shots 6", "5"]),
+    "negative shots": ("", None, "--shots -2", ["--shots -2", "5"]),
+    "shots with steel": ("", None, "--protocol steel --shots 1", ["--shots 1"]),
+    "cot of cmmlu": ("", None, "--data cmmlu --protocol cot", ["cot", "ceval"]),
+    "unknown protocol": ("", None, "--protocol best", ["official"]),
+    "no model": ("", None, "--model nowhere", ["nowhere"]),
+    "one model twice": ("", None, "--model one one", ["twice"]),
+    "micro_tokens": ("", None, "--micro_tokens 0", ["--micro_tokens"]),
+    "options that are one token": ("", None, "--model blind", ["not four different options"]),
+    "output_dir is a file": ("", None, "--output_dir one/config.json", ["--output_dir"]),
+    "output_dir below a file": ("", None, "--output_dir one/config.json/x", ["--output_dir"]),
 }
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_exam_is_named_by_file_and_row(name, place, tmp_path):
-    file, edit, said = BROKEN[name]
-    folder = tmp_path / "ceval"
-    shutil.copytree(place / "ceval", folder)
-    (folder / file).unlink() if edit is None else edited(folder / file, edit)
-    refused(tmp_path, said, "--data", folder, "--model", place / "one")
-
-
-def refused(tmp_path, said, *flags):
-    """Status 2, one line that says this, nothing written."""
-    status, out, err = command("eval.py", "exam", "--output_dir", tmp_path / "out", *flags)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_scored_ends_with_one_line_and_status_2(name, place, tmp_path, monkeypatch):
+    """The line names file and row, or the flag; nothing is written."""
+    file, edit, flags, said = REFUSED[name]
+    monkeypatch.chdir(place)
+    folder = "ceval"
+    if file:
+        folder = tmp_path / "ceval"
+        shutil.copytree(place / "ceval", folder)
+        if edit is None:
+            (folder / file).unlink()
+        elif isinstance(edit, bytes):
+            (folder / file).write_bytes(edit)
+        else:
+            edited(folder / file, edit)
+    status, out, err = command("eval.py", "exam", "--data", folder, "--model", "one",
+                               "--output_dir", tmp_path / "out", *flags.split())
     assert (status, err.count("\n"), out) == (2, 1, ""), err
     assert err.startswith("eval.py: ")
     assert all(part in err for part in said), err
     assert not (tmp_path / "out").exists()
 
 
-BAD = {
-    "no folder": (["--data", "nowhere"], ["nowhere"]),
-    "no exam in it": (["--data", "one"], ["one"]),
-    "another benchmark": (["--data", "cmmlu", "--benchmark", "ceval"], ["subject_mapping.json"]),
-    "no such split": (["--data", "cmmlu", "--split", "val"], ["cmmlu"]),
-    "unknown subject": (["--data", "ceval", "--subjects", "law", "lau"], ["lau", "logic"]),
-    "absent subject": (["--data", "cmmlu", "--subjects", "nutrition"], ["nutrition.csv"]),
-    "six shots": (["--data", "ceval", "--shots", "6"], ["--shots 6", "5"]),
-    "negative shots": (["--data", "ceval", "--shots", "-2"], ["--shots -2", "5"]),
-    "shots with steel": (["--data", "ceval", "--protocol", "steel", "--shots", "1"], ["--shots 1"]),
-    "cot of cmmlu": (["--data", "cmmlu", "--protocol", "cot"], ["cot", "ceval"]),
-    "unknown protocol": (["--data", "ceval", "--protocol", "best"], ["official"]),
-    "no model": (["--data", "ceval", "--model", "nowhere"], ["nowhere"]),
-    "one model twice": (["--data", "ceval", "--model", "one", "one"], ["twice"]),
-    "micro_tokens": (["--data", "ceval", "--micro_tokens", "0"], ["--micro_tokens"]),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_flags_end_with_one_line_and_status_2(name, place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
-    flags, said = BAD[name]
-    model = [] if "--model" in flags else ["--model", "one"]
-    refused(tmp_path, said, *flags, *model)
-
-
-def test_bytes_that_are_no_utf8_and_a_bad_mapping_are_named(place, tmp_path):
-    folder = tmp_path / "ceval"
-    shutil.copytree(place / "ceval", folder)
-    (folder / LAW).write_bytes("题".encode("gbk"))
-    refused(tmp_path, [LAW], "--data", folder, "--model", place / "one")
-    (folder / "subject_mapping.json").write_text('{"law": ["Law"]}', encoding="utf-8")
-    refused(tmp_path, ["subject_mapping.json"], "--data", folder, "--model", place / "one")
-
-
-def test_output_dir_that_is_a_file_is_refused_before_anything_runs(place, tmp_path):
-    (tmp_path / "file").write_text("old")
-    for target in (tmp_path / "file", tmp_path / "file/below"):
-        status, _, err = command("eval.py", "exam", "--model", place / "one", "--data",
-                                 place / "ceval", "--output_dir", target)
-        assert (status, err.count("\n")) == (2, 1) and "--output_dir" in err
-    assert (tmp_path / "file").read_text() == "old"
+def test_a_bad_question_can_be_left_out(place, tmp_path):
+    shutil.copytree(place / "ceval", tmp_path / "ceval")
+    edited(tmp_path / "ceval" / LAW, lambda t: t[2].pop())
+    status, out, err = command("eval.py", "exam", "--data", tmp_path / "ceval", "--model",
+                               place / "one", "--output_dir", tmp_path / "out", "--skip_bad_rows")
+    assert (status, err) == (0, "")
+    assert "18 questions" in out and f"dropped {tmp_path / 'ceval' / LAW} row 2" in out
 
 
 def test_training_refuses_an_exam_it_cannot_score(place, tmp_path):

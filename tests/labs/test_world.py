@@ -101,5 +101,5 @@ def test_sizes_of_the_sources_differ_tenfold_and_all_files_read(world):
 def test_untrained_model_scores_near_the_floor(world):
     model, tokenizer = modeling.load(world / "base"), data.ChatTokenizer(world / "base")
     assert tokenizer.template.name == "chatml" and len(tokenizer.decode([0])) > 1
-    right, count = evaluation.exam_accuracy(model, tokenizer, world / "exam")
+    right, count = evaluation.count_right(model, tokenizer, world / "exam")
     assert count == 320 and 0.15 < right / count < 0.35

@@ -1,0 +1,202 @@
+"""One exam, five prompts: more ways to ask, MMLU, answers in words, figures.
+
+The idea: a score belongs to its prompt. The same checkpoint on the same questions differs by whole
+percent points between the code of a benchmark's authors, EleutherAI's harness and a paper's own
+script, because a space, a line end or one word moves the letters' log-probabilities. So every way
+of asking is a row of a table, and the first prompt of a run is printed to the character.
+
+    python eval.py exam --protocol qwen      # also: official, lm_eval, cot, steel
+    python eval.py exam --protocol cot       # answers in words: "let us think step by step"
+    python eval.py exam --data MMLU          # the layout of hendrycks' data.tar
+
+Try: predict which ids the four letters get under `official` and under `lm_eval` (" A" against "A"),
+then read the first lines that a run prints. Answers in words need a rule that finds the letter;
+one that guesses where there is none gives points for nothing (a quarter of the questions).
+
+Papers: C-Eval arXiv:2305.08322, CMMLU arXiv:2306.09212, MMLU arXiv:2009.03300, Steel-LLM
+arXiv:2502.06635.
+"""
+
+import re
+from pathlib import Path
+
+import data
+import model as modeling
+from eval import CATEGORIES, CEVAL, FOUR, Protocol, named_subjects, short_name
+
+# ---------------------------------------------------------------------------------------- protocols
+
+MMLU = "The following are multiple choice questions (with answers) about {subject}.\n\n"
+MMLU_OFFICIAL = MMLU.replace("{", " {")  # its authors' code writes two spaces before the subject
+COT = "让我们一步一步思考，\n"
+COT_END = "{explanation}\n所以答案是{answer}。"
+QWEN = Protocol("", "问题：{question}" + FOUR, "\n答案：", "{answer}")
+STEEL = Protocol("", "以下是一道单选题:\n{question}\n" + FOUR, "\n请给出答案。\n", "",
+                 scored="text", tokens=64)
+MORE = {
+    "official": {
+        "mmlu": Protocol(MMLU_OFFICIAL, "{question}" + FOUR, "\nAnswer:", " {answer}")},
+    "lm_eval": {
+        "mmlu": Protocol(MMLU, "{stripped}" + FOUR, "\nAnswer:", " {answer}", "sum")},
+    "qwen": {  # evaluate_ceval.py and its like in Qwen's repository
+        "ceval": QWEN, "cmmlu": QWEN,
+        "mmlu": Protocol(MMLU, "Question: {question}" + FOUR, "\nAnswer:", " {answer}")},
+    "cot": {  # C-Eval's own, with the explanations of its dev split
+        "ceval": Protocol(CEVAL, "{question}" + FOUR, "\n答案：", COT + COT_END,
+                          scored="text", begin=COT + "1.", tokens=512)},
+    "steel": {"ceval": STEEL, "cmmlu": STEEL},  # Steel-LLM's, always in the chat template
+}
+
+
+def add_protocols(protocols: dict) -> None:
+    """Add the rows of MORE to eval.py's table."""
+    for name, row in MORE.items():
+        protocols.setdefault(name, {}).update(row)
+
+
+# C-Eval's subjects, for folders without its subject_mapping.json; one paragraph per category.
+CEVAL_SUBJECTS = """
+computer_network 计算机网络 operating_system 操作系统 computer_architecture 计算机组成
+college_programming 大学编程 college_physics 大学物理 college_chemistry 大学化学
+advanced_mathematics 高等数学 probability_and_statistics 概率统计 discrete_mathematics 离散数学
+electrical_engineer 注册电气工程师 metrology_engineer 注册计量师 high_school_mathematics 高中数学
+high_school_physics 高中物理 high_school_chemistry 高中化学 high_school_biology 高中生物
+middle_school_mathematics 初中数学 middle_school_biology 初中生物 middle_school_physics 初中物理
+middle_school_chemistry 初中化学 veterinary_medicine 兽医学
+
+college_economics 大学经济学 business_administration 工商管理 marxism 马克思主义基本原理
+mao_zedong_thought 毛泽东思想和中国特色社会主义理论体系概论 education_science 教育学
+teacher_qualification 教师资格 high_school_politics 高中政治 high_school_geography 高中地理
+middle_school_politics 初中政治 middle_school_geography 初中地理
+
+modern_chinese_history 近代史纲要 ideological_and_moral_cultivation 思想道德修养与法律基础
+logic 逻辑学 law 法学 chinese_language_and_literature 中国语言文学 art_studies 艺术学
+professional_tour_guide 导游资格 legal_professional 法律职业资格 high_school_chinese 高中语文
+high_school_history 高中历史 middle_school_history 初中历史
+
+civil_servant 公务员 sports_science 体育学 plant_protection 植物保护 basic_medicine 基础医学
+clinical_medicine 临床医学 urban_and_rural_planner 注册城乡规划师 accountant 注册会计师
+fire_engineer 注册消防工程师 environmental_impact_assessment_engineer 环境影响评价工程师
+tax_accountant 税务师 physician 医师资格
+"""
+# MMLU's; a header writes their names with spaces.
+MMLU_SUBJECTS = """
+abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
+college_mathematics college_physics computer_security conceptual_physics electrical_engineering
+elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+high_school_mathematics high_school_physics high_school_statistics machine_learning
+
+econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics
+high_school_microeconomics high_school_psychology human_sexuality professional_psychology
+public_relations security_studies sociology us_foreign_policy
+
+formal_logic high_school_european_history high_school_us_history high_school_world_history
+international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy
+prehistory professional_law world_religions
+
+business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
+medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology
+"""
+
+
+def more_subjects(benchmark: str) -> dict[str, tuple[str, str]]:
+    """{handle: (name in the header, category)} of C-Eval or MMLU."""
+    if benchmark == "ceval":
+        return named_subjects(CEVAL_SUBJECTS)
+    table = {}
+    for category, paragraph in zip(CATEGORIES, MMLU_SUBJECTS.split("\n\n"), strict=True):
+        for handle in paragraph.split():
+            table[handle] = handle.replace("_", " "), category
+    return table
+
+
+# --------------------------------------------------------------------------------- answers in words
+
+# How words give an answer; the first pattern that finds letters decides.
+LETTER = r"\s*[*“\"]*[（(]?((?<![A-Za-z])[A-D](?:[、和与及或]?[A-D])*(?![A-Za-z]))"
+PATTERNS = (
+    r"所以答案是(.+?)。",
+    r"答案(?:应该|应当)?(?:是|为|选)?(?:选项)?[：:]?" + LETTER,
+    r"(?<![不别能])选(?:择|项(?=是|为|[：:]?\s*$))?(?:是|为)?[：:]?" + LETTER
+    + r"(?!\s*(?:选?项)?是?(?:不|错))",
+    LETTER + r"[）)]?\s*(?:选?项)?(?:是|为)?(?:正确|对的|符合题意)",
+    r"[Aa]nswer(?: is)?:?" + LETTER,
+    r"^" + LETTER + r"(?:$|[）)。.，,、：:\s*])",
+)
+
+
+def extract(text: str) -> str | None:
+    """The letter that an answer in words gives; None, never a guess, if it gives none or several.
+
+    The authors' codes go on to the first letter anywhere, the most similar option, or a random one.
+    """
+    for pattern in PATTERNS:
+        found = re.search(pattern, text)
+        words = re.findall("(?<![A-Za-z])[A-D]+(?![A-Za-z])", found[1]) if found else []
+        if letters := set("".join(words)):
+            return letters.pop() if len(letters) == 1 else None
+    return None
+
+
+def answer_in_words(model, tokenizer: data.ChatTokenizer, prompts: list[list[int]], p: Protocol,
+                    micro_tokens: int) -> list[dict]:
+    """Greedy answers to prompts, and the letter that each of them gives."""
+    found = [{} for _ in prompts]
+    for chunk in data.micro_batches([len(ids) + p.tokens for ids in prompts], micro_tokens)[0]:
+        answers = modeling.generate(model, [prompts[k] for k in chunk], p.tokens,
+                                    stop_ids=tokenizer.stop_ids)
+        for k, ids in zip(chunk, answers, strict=True):
+            text = tokenizer.decode(ids, special=False)
+            # A shot ends with a blank line; after it a base model makes up the next question.
+            answer = text.split("\n\n")[0] if p.begin else text
+            found[k] = {"prediction": extract(answer), "text": text}
+    return found
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def draw_exam(path: Path, results: list[dict]) -> None:
+    """Bars by subject; of one run's checkpoints, whose names end in their steps, a curve."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    names = [short_name(r["model"]) for r in results]
+    floor = 100 * results[0]["floor"]["micro"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    ends = [re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", name) for name in names]
+    if len(names) > 1 and all(ends) and len({end[1] for end in ends}) == 1:
+        draw_curve(axes, [int(end[2]) for end in ends], results)
+        axes.axhline(floor, color="gray", linestyle="--")
+    else:
+        figure.set_figheight(2 + 0.2 * len(results[0]["subjects"]))
+        draw_bars(axes, names, results)
+        axes.axvline(floor, color="gray", linestyle="--", label="floor")
+        figure.legend(loc="outside lower center", ncols=3)
+    modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
+    """The accuracy of one run over its steps, in the band of its interval."""
+    points = []
+    for step, r in zip(steps, results, strict=True):
+        low, high = r["interval"]
+        points.append((step, 100 * r["micro"], 100 * low, 100 * high))
+    steps, micro, low, high = zip(*sorted(points), strict=True)
+    axes.plot(steps, micro, marker=".")
+    axes.fill_between(steps, low, high, alpha=0.2)
+    axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
+
+
+def draw_bars(axes, names: list[str], results: list[dict]) -> None:
+    """One bar per subject and checkpoint."""
+    handles, thick = list(results[0]["subjects"]), 0.8 / len(names)
+    for k, (name, r) in enumerate(zip(names, results, strict=True)):
+        shares = [100 * r["subjects"][h]["accuracy"] for h in handles]
+        places = [i + k * thick for i in range(len(handles))]
+        axes.barh(places, shares, thick, align="edge", label=name)
+    axes.set_yticks([i + 0.4 for i in range(len(handles))], handles, fontsize=7)
+    axes.set_xlabel("accuracy in %")
+    axes.invert_yaxis()
