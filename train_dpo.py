@@ -1,18 +1,17 @@
-"""Preference optimisation: DPO, cDPO, IPO, hinge, SimPO and KTO in one loop you can read.
+"""Preference optimisation: DPO, cDPO, IPO, hinge and SimPO in one loop you can read.
 
-    torchrun train_dpo.py                                # continues the demo of train_sft.py
-    torchrun train_dpo.py --model out/sft --data pairs.json --output_dir out/dpo
-    torchrun train_dpo.py --model out/sft --data labels.json --loss kto
-    torchrun train_dpo.py --resume --output_dir out/dpo  # go on after a stop or a crash
+    python train_dpo.py                                  # continues the demo of train_sft.py
+    python train_dpo.py --model out/sft --data pairs.json --output_dir out/dpo
+    torchrun --nproc_per_node=8 train_dpo.py --model out/sft --data pairs.json --loss ipo
+    python train_dpo.py --resume --output_dir out/dpo    # go on after a stop or a crash
 
-What differs from train_sft.py: an example is a prompt with a chosen and a rejected answer (with
---loss kto, one answer and whether it was liked); its loss looks at how much likelier than before
-the answers became. "Before" is the reference model: its log-probabilities are computed once, then
-one model is in memory. A prompt is encoded once, both answers continue it. The loss of a step is
-the mean over the pairs of the whole global step, whatever the micro-batches and ranks.
+What differs from train_sft.py: an example is a prompt with a chosen and a rejected answer; its loss
+looks at how much likelier than before the answers became. "Before" is the reference model: its
+log-probabilities are computed once, then one model is in memory. A prompt is encoded once, both
+answers continue it. The loss of a step is the mean over the pairs of the whole global step,
+whatever the micro-batches and ranks. For single answers with a label there is labs/kto.py.
 """
 
-import contextlib
 import hashlib
 import math
 import signal
@@ -35,14 +34,14 @@ import model as modeling
 import train_sft
 from data import ChatTokenizer, Row, common_prefix, conversations, cut
 from model import InputError, check
-from train_sft import Hardware
+from train_sft import Hardware, RunData
 
-# ------------------------------------------------------------------------------------------- config
+# ==== read: config ================================================================================
 
 
 @dataclass
 class Config(train_sft.Config):
-    """Align a checkpoint with preferences: pairs of answers, or single answers with a label."""
+    """Align a checkpoint with preferences: pairs of a chosen and a rejected answer."""
 
     data: list[str] = field(default_factory=list)  # preference files: .json, .jsonl, also .gz
     output_dir: str = "out/dpo"  # where checkpoint, metrics, reference and state go
@@ -54,70 +53,27 @@ class Config(train_sft.Config):
     warmup: float = 0.1  # below 1 a fraction of the steps, else steps
     # what differs from train_sft.py
     reference: str = ""  # checkpoint the answers' likelihood is compared with; empty: --model
-    loss: Literal["sigmoid", "ipo", "hinge", "simpo", "kto"] = "sigmoid"  # sigmoid is DPO
+    loss: Literal["sigmoid", "ipo", "hinge", "simpo"] = "sigmoid"  # sigmoid is DPO
     beta: float = 0.0  # larger: stay closer to the reference; 0: 0.1, simpo 2, per-token sigmoid 5
     label_smoothing: float = 0.0  # of sigmoid: share of pairs that may be the wrong way (cDPO)
     length_normalize: bool = None  # means per token, not sums; not given: for ipo and simpo only
     simpo_gamma: float = 0.5  # margin that SimPO asks for
     nll_weight: float = 0.0  # adds this times the chosen answer's mean nats per token
-    desirable_weight: float = 1.0  # of KTO's liked answers
-    undesirable_weight: float = 1.0  # of KTO's disliked answers
 
 
-# What each paper publishes; what it does not keeps the default.
-RECIPES = {
-    # DeepSeek LLM (arXiv:2401.02954), which also warms up, it does not say how long
-    "deepseek": {"learning_rate": 5e-6, "schedule": "cosine", "batch_size": 512, "epochs": 1},
-    # Steel-LLM (arXiv:2502.06635)
-    "steel-llm": {"beta": 0.1, "learning_rate": 5e-6, "batch_size": 128, "epochs": 3,
-                  "warmup": 0.1},
-    # Tulu 3 8B (arXiv:2411.15124), and the command its authors document in open-instruct
-    "tulu3": {"length_normalize": True, "beta": 5.0, "learning_rate": 5e-7, "schedule": "linear",
-              "warmup": 0.1, "weight_decay": 0.0, "batch_size": 128, "epochs": 1,
-              "max_length": 2048},
-}
-
-
-
-def check_preferences(c: Config) -> None:
-    """Raise InputError for preference flags that make no sense; fill in defaults."""
-    for name in ("beta", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"):
-        value = getattr(c, name)
-        check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
-    check(0 <= c.label_smoothing < 0.5, f"--label_smoothing not in [0, 0.5): {c.label_smoothing}")
-    for name, loss in (("label_smoothing", "sigmoid"), ("simpo_gamma", "simpo"),
-                       ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
-        check(c.loss == loss or getattr(c, name) == getattr(Config, name),
-             f"--{name} goes with --loss {loss}")
-    check(not c.length_normalize or c.loss != "kto", "--length_normalize is not for --loss kto")
-    check(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
-    check(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
-    check(not c.recipe or c.loss == "sigmoid", f"--recipe {c.recipe} is for --loss sigmoid")
-    check(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
-    for folder in (c.model, c.reference or c.model):
-        check(Path(folder).resolve() != Path(c.output_dir).resolve(),
-              "--output_dir must be another "
-              f"folder than {folder}: a resumed run needs the checkpoint that it started from")
-    if c.length_normalize is None:
-        c.length_normalize = c.loss in ("ipo", "simpo")
-    per_token = c.loss == "sigmoid" and c.length_normalize
-    c.beta = c.beta or {"simpo": 2.0}.get(c.loss, 5.0 if per_token else 0.1)
-
-
-# ------------------------------------------------------------------------------- preference pairs
+# ==== read: preference pairs ======================================================================
 
 
 class Preference(NamedTuple):
-    """A prompt with a chosen and a rejected answer, or with one answer and whether it was liked.
+    """A prompt and its answers: the chosen one, then the rejected one.
 
-    Every answer repeats the last token of the prompt, from which its own first one is predicted.
+    An answer begins with the last token of the prompt, from which its own first one is predicted.
     """
 
     prompt: np.ndarray  # [tokens] int32, without its last token
     answers: tuple  # of (ids, spans): the last token of the prompt, the response, its end of turn
     source: int = 0  # index of its file
     where: str = ""  # file and line
-    label: bool | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -130,78 +86,17 @@ class Preference(NamedTuple):
         return sum(self.lengths)
 
     @property
-    def key(self) -> bytes:
-        """What makes two preferences copies of each other: the prompt."""
-        return self.prompt.tobytes() + self.answers[0][0][:1].tobytes()
-
-    @property
     def tokens(self) -> int:
         """Number of tokens the model sees: the prompt counts once."""
         return len(self.prompt) + sum(len(ids) for ids, _ in self.answers)
 
-
-def why_no_pair(row: Row) -> str:
-    """Why a preference pair cannot be used, or nothing."""
-    if not row.messages or len(row.chosen) > 1 or len(row.rejected) > 1:
-        return "histories differ"
-    return "chosen equals rejected" if row.chosen == row.rejected else ""
+    @property
+    def key(self) -> bytes:
+        """What makes two preferences copies of each other: the prompt."""
+        return self.prompt.tobytes() + self.answers[0][0][:1].tobytes()
 
 
-def to_preferences(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
-                   max_length: int, labelled: bool) -> list[Preference]:
-    """Tokenise preference rows, counting what is cut or dropped by reason.
-
-    `labelled` makes of a pair two rows, one liked and one not; else rows with a label are refused.
-    The conversations of a pair are cut at the same points: as in `fit`, the beginning of the prompt
-    goes where it is long, then the end of the answers.
-    """
-    good, out = [], []
-    wanted = "a label and an answer, or chosen" if labelled else "chosen"
-    for row in rows:
-        answered = row.label is not None and row.messages[-1]["role"] == "assistant"
-        check(row.chosen or (labelled and answered), f"{row.where}: expected {wanted} and rejected "
-             "(--loss kto takes labels, train_sft.py rows without preferences)")
-        if row.chosen and (why := why_no_pair(row)):
-            counts[f"dropped: {why}"] += 1
-        else:
-            good.append((row, conversations(row)))
-    plans = [tokenizer.pieces(talk, "last") for _, talks in good for talk in talks]
-    encoded = iter(tokenizer.encode(plans))
-    for row, talks in good:
-        whole = [next(encoded) for _ in talks]  # a template may write on after the end of a turn
-        whole = [(ids[: spans[-1][1]] if spans else ids, spans) for ids, spans in whole]
-        shared = min(common_prefix([ids.tolist() for ids, _ in whole]),
-                     *(spans[0][0] if spans else len(ids) for ids, spans in whole))
-        longest = max(len(ids) for ids, _ in whole)
-        start = max(0, min(shared - max_length // 2, longest - max_length))
-        prompt, long = whole[0][0][start : shared - 1], longest > max_length
-        answers = [cut(ids, spans, shared - 1, start + max_length) for ids, spans in whole]
-        if not all(spans for _, spans in answers):
-            why = "a response lost to truncation" if long else "nothing to supervise"
-            counts[f"dropped: {why}"] += 1
-        elif len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
-            why = "alike once truncated" if long else "chosen equals rejected"
-            counts[f"dropped: {why}"] += 1
-        else:
-            counts["truncated"] += long
-            parts = [(answer,) for answer in answers] if labelled else [tuple(answers)]
-            labels = [True, False] if labelled and row.chosen else [row.label]
-            out += [Preference(prompt, part, source, row.where, label)
-                    for part, label in zip(parts, labels, strict=True)]
-    return out
-
-
-def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int, labelled: bool,
-                     skip_bad_rows: bool | None = None, quiet: bool = True):
-    """(preferences of some files, what was cut or dropped by reason)."""
-
-    def convert(rows: list[Row], source: int, counts: Counter) -> list[Preference]:
-        return to_preferences(rows, source, counts, tokenizer, max_length, labelled)
-
-    return data.convert_files(files, convert, skip_bad_rows, quiet)
-
-
-# ------------------------------------------------------------------------------------------- losses
+# ==== read: losses ================================================================================
 #
 # margin = (pc - rc) - (pr - rr) in nats: p policy, r reference, c chosen, r rejected, each the sum
 # of an answer's log-probabilities, or with --length_normalize their mean. All take and give [B].
@@ -243,27 +138,18 @@ def simpo_loss(margin: Tensor, beta: float, gamma: float) -> Tensor:
     return -F.logsigmoid(beta * margin - gamma)
 
 
-def kto_loss(ratio: Tensor, liked: Tensor, z: float | Tensor, beta: float,
-             desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
-    """KTO (arXiv:2402.01306, eq. 8) of single answers, ratio = p - r of each, z as in `kl_point`.
+def objective(c: Config, policy: Tensor, reference: Tensor,
+              length: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss [B], rewards [B, 2]) of the sums of log-probabilities [B, 2] of (chosen, rejected).
 
-    desirable_weight (1 - s(beta (ratio - z))) if liked, else undesirable_weight
-    (1 - s(beta (z - ratio))). A larger beta saturates earlier: closer to the reference.
+    A reward is beta times what enters the margin; `length` [B, 2] counts tokens.
     """
-    good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - z)))
-    bad = undesirable_weight * (1 - torch.sigmoid(beta * (z - ratio)))
-    return torch.where(liked, good, bad)
+    ratio = policy - reference  # [B, 2]
+    if c.length_normalize:
+        ratio = ratio / length  # [B, 2]
+    chosen, rejected = ratio[:, 0], ratio[:, 1]  # [B]
+    margin = chosen - rejected  # [B]
 
-
-def objective(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked: Tensor,
-              z: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(loss [B], rewards [B, A]) of the sums of log-probabilities [B, A] of answers.
-
-    A is 2 for pairs (chosen, rejected), 1 for KTO. A reward is beta times what enters the margin;
-    `length` [B, A] counts tokens, `liked` [B, A] is True for chosen and liked answers.
-    """
-    ratio = (policy - reference) / (length if c.length_normalize else 1)  # [B, A]
-    margin = ratio[:, 0] - ratio[:, -1]  # [B]
     if c.loss == "sigmoid":
         loss = sigmoid_loss(margin, c.beta, c.label_smoothing)
     elif c.loss == "ipo":
@@ -273,46 +159,27 @@ def objective(c: Config, policy: Tensor, reference: Tensor, length: Tensor, like
     elif c.loss == "simpo":
         loss = simpo_loss(margin, c.beta, c.simpo_gamma)
     else:
-        loss = kto_loss(ratio[:, 0], liked[:, 0], z, c.beta, c.desirable_weight,
-                        c.undesirable_weight)
-    nll = -policy[:, 0] / length[:, 0] * liked[:, 0]  # [B] nats per token of the chosen answer
+        raise ValueError(f"no loss is called {c.loss!r}; `objective` is the place to add one")
+
+    nll = -policy[:, 0] / length[:, 0]  # [B] nats per token of the chosen answer
     return loss + c.nll_weight * nll, c.beta * ratio.detach()
 
 
-def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked: Tensor,
-            z: float = 0.0) -> dict:
-    """The metrics of all preferences of a step, as means; None for a side that is empty."""
-    loss, rewards = objective(c, policy, reference, length, liked, z)
-    out = {"loss": loss.mean().item()}
-    for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
-        for side, mask in (("chosen", liked), ("rejected", ~liked)):
-            out[f"{name}_{side}"] = values[mask].mean().item() if mask.any() else None
-    if None not in out.values():
-        out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
-    if c.nll_weight:
-        out["nll"] = -(policy[:, 0] / length[:, 0] * liked[:, 0]).mean().item()
-    right = rewards[:, 0] > rewards[:, -1]  # [B] strictly: False where policy = reference
-    if c.loss == "kto":  # the right side of the reference point
-        above = rewards[:, 0] - c.beta * z
-        right = torch.where(liked[:, 0], above > 0, above < 0)
-    return {**out, "reward_accuracy": right.double().mean().item()}
-
-
-# -------------------------------------------------------------------- log-probabilities of answers
+# ==== read: log-probabilities of answers ==========================================================
 
 
 class Noise(NamedTuple):
-    """What keys the noise of some preferences: dropout's and NEFTune's."""
+    """What the noise of a micro-batch depends on, in dropout and NEFTune."""
 
     seed: int
-    visits: list[int]  # [B] how often each was seen before
-    indices: list[int]  # [B] which they are
+    visits: list[int]  # [B] how often each preference was seen before
+    indices: list[int]  # [B] its number among the training data
     alpha: float  # NEFTune's
 
 
-def answer_logprobs(model, items: list[Preference], which=slice(None), forward=None,
+def answer_logprobs(model, items: list[Preference], forward=None,
                     noise: Noise | None = None) -> Tensor:
-    """The sum of ln p, in nats, of the answers `which` of each item: [B, A].
+    """The sum of ln p, in nats, of the answers of each preference: [B, 2].
 
     Every prompt is encoded once; its answers continue its keys and values, through which gradients
     flow back into it. `forward` is the model as DDP wraps it. NEFTune's L is the length of prompt
@@ -320,29 +187,37 @@ def answer_logprobs(model, items: list[Preference], which=slice(None), forward=N
     """
     device = model.device
     prompts = data.collate([data.Example(p.prompt, ()) for p in items], device)
-    answers = [data.Example(*answer) for p in items for answer in p.answers[which]]  # [B * A]
-    A, batch = len(answers) // len(items), data.collate(answers, device)
-    row = [k // A for k in range(len(answers))]  # [B * A] the prompt of each answer
-    whole = [prompts.lengths[i] + n for i, n in zip(row, batch.lengths, strict=True)]
-    longest = [max(whole[A * i : A * i + A]) for i in range(len(items))]  # [B]
-    keys, alpha = [None, None], noise.alpha if noise else 0.0
-    if noise:  # prompt and answers are three different examples to it
-        examples = [3 * noise.indices[i] + 1 + k % A for k, i in enumerate(row)]
-        keys = [modeling.noise_keys(noise.seed, noise.visits, [3 * i for i in noise.indices],
-                                    prompts.lengths, device),
-                modeling.noise_keys(noise.seed, [noise.visits[i] for i in row], examples,
-                                    batch.lengths, device)]
-    _, prefix = model.hidden(prompts.ids, prompts.lengths, None, True, keys[0], alpha, longest)
+    answers = data.collate([data.Example(*answer) for p in items for answer in p.answers], device)
+    row = [i for i, p in enumerate(items) for _ in p.answers]  # [2B] the prompt of each answer
+
+    # Prompt and answer together, per answer [2B], and the longer of the two per prompt [B].
+    full = [prompts.lengths[i] + n for i, n in zip(row, answers.lengths, strict=True)]
+    longest = [len(p.prompt) + max(len(ids) for ids, _ in p.answers) for p in items]
+
+    # To the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
+    prompt_noise = answer_noise = None
+    if noise:
+        prompt_ids = [3 * index for index in noise.indices]
+        answer_ids = [prompt_ids[i] + 1 + place for i, p in enumerate(items)
+                      for place in range(len(p.answers))]
+        prompt_noise = modeling.noise_keys(noise.seed, noise.visits, prompt_ids, prompts.lengths,
+                                           device)
+        answer_noise = modeling.noise_keys(noise.seed, [noise.visits[i] for i in row], answer_ids,
+                                           answers.lengths, device)
+    alpha = noise.alpha if noise else 0.0
+
+    _, prefix = model.hidden(prompts.ids, prompts.lengths, keep_kv=True, noise=prompt_noise,
+                             neftune_alpha=alpha, full_lengths=longest)
     prefix = prefix.select(torch.tensor(row, device=device))
-    logp = (forward or model)(batch.ids, batch.lengths, batch.targets, prefix, keys[1], alpha,
-                              whole)  # [N]
-    parts = logp.split([e.targets for e in answers])
-    return torch.stack([part.sum() for part in parts]).view(-1, A)  # [B, A]
+    logp = (forward or model)(answers.ids, answers.lengths, answers.targets, prefix=prefix,
+                              noise=answer_noise, neftune_alpha=alpha, full_lengths=full)  # [N]
+    parts = logp.split([n for p in items for n in p.lengths])
+    return torch.stack([part.sum() for part in parts]).view(len(items), -1)  # [B, 2]
 
 
 @torch.no_grad()
 def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) -> Tensor:
-    """The sums of `answer_logprobs` without noise, of all items [items, 2] on the CPU."""
+    """`answer_logprobs` of all preferences [items, 2], without noise, on the CPU of every rank."""
     model.eval()
     out = torch.zeros(len(items), len(items[0].answers))
     sizes = [p.tokens for p in items]
@@ -350,7 +225,173 @@ def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) 
         with hardware.autocast():
             out[chunk] = answer_logprobs(model, [items[i] for i in chunk]).cpu()
     model.train()
-    return torch.tensor(hardware.sum(*out.flatten().tolist())).view(out.shape)
+    return hardware.sum_tensor(out)
+
+
+# ==== read: one optimizer step ====================================================================
+
+
+def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c: Config,
+                  hardware: Hardware, scaler) -> dict:
+    """Gradients of one optimizer step; returns its metrics.
+
+    loss = mean over the pairs of the global step. `wrapped` is the model as DDP wraps it,
+    `reference` [all pairs, 2] its log-probabilities before training.
+    """
+    indices, visits = zip(*run.step(step, c.batch_size), strict=True)
+    items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
+    length = torch.tensor([p.lengths for p in items]).float()  # [items, 2]
+    sizes = [p.tokens for p in items]
+    mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
+
+    # An idle rank computes one pair with weight 0, since DDP waits for its gradients.
+    weight = 1.0 if mine else 0.0
+    chunks = mine or [[0]]
+    policy = torch.zeros(len(items), 2)
+    for k, chunk in enumerate(chunks, 1):
+        noise = Noise(c.seed, [visits[i] for i in chunk], [indices[i] for i in chunk],
+                      c.neftune_alpha)
+        wrapped.require_backward_grad_sync = k == len(chunks)  # gradients travel once per step
+        with hardware.autocast():
+            logp = answer_logprobs(model, [items[i] for i in chunk], wrapped, noise)  # [B, 2]
+        loss, _ = objective(c, logp, reference[chunk].to(hardware.device),
+                            length[chunk].to(hardware.device))  # [B]
+        loss = weight * loss.sum() / len(items)
+
+        # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
+        scaler.scale(loss * hardware.world).backward()
+        policy[chunk] += weight * logp.detach().cpu()
+
+    metrics = measure(c, hardware.sum_tensor(policy), reference, length)
+    return {**metrics, "tokens": sum(sizes), "target_tokens": int(length.sum())}
+
+
+def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor) -> dict:
+    """The metrics of all pairs of a step, as means, from [items, 2] each."""
+    loss, rewards = objective(c, policy, reference, length)
+    out = {"loss": loss.mean().item()}
+    for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
+        out[f"{name}_chosen"] = values[:, 0].mean().item()
+        out[f"{name}_rejected"] = values[:, 1].mean().item()
+    out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
+    if c.nll_weight:
+        out["nll"] = -(policy[:, 0] / length[:, 0]).mean().item()
+
+    right = rewards[:, 0] > rewards[:, 1]  # [items] strictly: False where policy = reference
+    return {**out, "reward_accuracy": right.double().mean().item()}
+
+
+def validation(model, items: list[Preference], reference: Tensor, c: Config, hardware: Hardware):
+    """Loss, reward accuracy and margin of held-out pairs, and `val_logp_accuracy`.
+
+    That is the share of pairs whose chosen answer is likelier under the policy alone.
+    """
+    policy = all_logprobs(model, items, c, hardware)  # [items, 2]
+    metrics = measure(c, policy, reference, torch.tensor([p.lengths for p in items]).float())
+    metrics["logp_accuracy"] = (policy[:, 0] > policy[:, 1]).double().mean().item()
+    names = ("loss", "reward_accuracy", "reward_margin", "logp_accuracy")
+    return {f"val_{name}": metrics[name] for name in names}
+
+
+# ==== read: the loop ==============================================================================
+
+FIGURE = train_sft.Figure(
+    "rewards.png", "reward", {"reward_chosen": "chosen", "reward_rejected": "rejected",
+                              "reward_margin": "margin", "val_reward_margin": "margin, held out"},
+    {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"})
+
+
+def train(c: Config, tokenizer, run: RunData, references: list[Tensor], start_step: int, model,
+          wrapped, hardware: Hardware) -> tuple[list[dict], int]:
+    """Forward and backward, clip and step, measure, log, save, as in train_sft.py.
+
+    Returns the records of metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
+    """
+    optimizer, scaler, signals, log = train_sft.start_training(c, start_step, run.steps, model,
+                                                               hardware, FIGURE)
+
+    def measured(step: int) -> dict:
+        return train_sft.held_out(c, step, run, tokenizer, model, hardware, lambda: validation(
+            model, run.validation, references[1], c, hardware))
+
+    if not start_step:
+        log.write({"step": 0, "epoch": 0.0, **measured(0)})
+    for step in range(start_step + 1, run.steps + 1):
+        began = time.perf_counter()
+        rate = train_sft.set_learning_rate(optimizer, step, run.steps, c)
+        metrics = backward_step(model, wrapped, run, references[0], step, c, hardware, scaler)
+        norm = train_sft.clip_and_step(model, optimizer, scaler, c, metrics["loss"], run, step)
+        seconds = time.perf_counter() - began
+
+        if step == 1 and hardware.rank == 0:
+            check_first_loss(c, metrics)
+        log.write({"step": step, "epoch": run.epoch(step, c.batch_size), "learning_rate": rate,
+                   "grad_norm": norm, **metrics,
+                   "tokens_per_second": round(metrics["tokens"] / seconds, 1), **measured(step)})
+
+        # A run that is asked to stop finishes its step, saves, and can be resumed.
+        stop = hardware.sum(len(signals))[0]
+        if stop or train_sft.is_due(c.save_every, step, run.steps):
+            train_sft.save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
+        if stop and step < run.steps:
+            return log.close(), 128 + (signals or [signal.SIGTERM])[0]  # or another rank's signal
+    return log.close(), 0
+
+
+def check_first_loss(c: Config, record: dict) -> None:
+    """Warn if the first step's loss is not that of policy = reference: ln 2 for DPO's.
+
+    Then the reference is not where the policy started, or the policy is noisy.
+    """
+    if c.loss == "simpo":  # has no reference
+        return
+    zero = torch.zeros(1, 2)
+    expected = objective(c, zero, zero, torch.ones(1, 2))[0].item()
+    found = record["loss"] - c.nll_weight * record.get("nll", 0.0)
+    if abs(found - expected) > 0.01 * expected:
+        name = f"ln 2 = {expected:.4f}" if c.loss == "sigmoid" else f"{expected:.4f}"
+        print(f"warning: the first step's loss is {found:.4f}, not {name}: the reference is not "
+              "what the policy started from (or dropout or noise is on)")
+
+
+# ==== read: the reference =========================================================================
+
+
+def reference_logprobs(c: Config, groups: dict[str, list[Preference]],
+                       hardware: Hardware) -> tuple[list[Tensor], dict[str, str]]:
+    """The log-probabilities [items, 2] of each named group under the reference, and their hashes.
+
+    They come from the cache in output_dir, else the reference is loaded, used and gone before the
+    policy takes its place.
+    """
+    folder, model, out, hashes = c.reference or c.model, None, [], {}
+    checkpoint = hash_checkpoint(folder)
+    for name, items in groups.items():
+        if not items:
+            out.append(torch.zeros(0, 2))
+            continue
+        key, kind = fingerprint(checkpoint, items), str(hardware.dtype).removeprefix("torch.")
+        hashes[f"the reference of {name} data"] = key
+        path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                out.append(file.get_tensor("logprobs"))
+            continue
+
+        began = time.perf_counter()
+        model = model or modeling.load(folder, torch.float32, hardware.device)
+        values = all_logprobs(model, items, c, hardware)
+        out.append(values)
+
+        # Every rank has looked for the file before it is there, and it is there before a rank
+        # looks for the next.
+        hardware.barrier()
+        if hardware.rank == 0:
+            modeling.write_atomic(path, lambda file, v=values: save_file({"logprobs": v}, file))
+            print(f"log-probabilities of {len(items)} preferences under {folder}: "
+                  f"{time.perf_counter() - began:.1f} s, kept in {path}")
+        hardware.barrier()
+    return out, hashes
 
 
 def hash_checkpoint(folder: str) -> bytes:
@@ -375,199 +416,85 @@ def fingerprint(checkpoint: bytes, items: list[Preference]) -> str:
     return digest.hexdigest()
 
 
-def reference_logprobs(c: Config, groups: list[list[Preference]], hardware: Hardware):
-    """(log-probabilities [items, 2], hash) of each group under the reference.
+# ---- skip on a first reading: from rows to pairs -------------------------------------------------
 
-    They come from the cache in output_dir, else the reference is loaded, used and gone before the
-    policy takes its place. SimPO has no reference: zeros.
+
+def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int,
+                     skip_bad_rows: bool | None = None, quiet: bool = True):
+    """(preferences of some files, what was cut or dropped by reason)."""
+
+    def convert(rows: list[Row], source: int, counts: Counter) -> list[Preference]:
+        for row in rows:
+            check(row.chosen, f"{row.where}: expected chosen and rejected (labels are for "
+                  "labs/kto.py, rows without preferences for train_sft.py)")
+        pairs = usable_pairs(rows, counts)
+        return [p for _, p in fit_answers(pairs, source, counts, tokenizer, max_length)]
+
+    return data.convert_files(files, convert, skip_bad_rows, quiet)
+
+
+def usable_pairs(rows: list[Row], counts: Counter) -> list[Row]:
+    """The rows without the pairs that teach nothing, which are counted by reason."""
+    good = []
+    for row in rows:
+        why = why_no_pair(row) if row.chosen else ""
+        if why:
+            counts[f"dropped: {why}"] += 1
+        else:
+            good.append(row)
+    return good
+
+
+def why_no_pair(row: Row) -> str:
+    """Why a preference pair cannot be used, or nothing."""
+    if not row.messages or len(row.chosen) > 1 or len(row.rejected) > 1:
+        return "histories differ"
+    return "chosen equals rejected" if row.chosen == row.rejected else ""
+
+
+def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
+                max_length: int) -> list[tuple[Row, Preference]]:
+    """(row, its prompt and answers in tokens) of every row that keeps something to learn.
+
+    The conversations of a row, two of a pair, are cut at the same points: as in `data.fit`, the
+    beginning of the prompt goes where it is long, then the end of the answers.
     """
-    folder, model, out = c.reference or c.model, None, []
-    checkpoint = b"" if c.loss == "simpo" else hash_checkpoint(folder)
-    for items in groups:
-        if c.loss == "simpo" or not items:
-            out.append((torch.zeros(len(items), 2), ""))
+    talks = [conversations(row) for row in rows]
+    plans = [tokenizer.pieces(talk, "last") for some in talks for talk in some]
+    encoded, out = iter(tokenizer.encode(plans)), []
+    for row, some in zip(rows, talks, strict=True):
+        # A template may write on after the end of a turn: an answer ends with its last target.
+        whole = []
+        for ids, spans in [next(encoded) for _ in some]:
+            whole.append((ids[: spans[-1][1]] if spans else ids, spans))
+
+        # The prompt is what they share before anything is supervised.
+        shared = common_prefix([ids.tolist() for ids, _ in whole])
+        for ids, spans in whole:
+            shared = min(shared, spans[0][0] if spans else len(ids))
+
+        longest = max(len(ids) for ids, _ in whole)
+        start = max(0, min(shared - max_length // 2, longest - max_length))
+        prompt = whole[0][0][start : shared - 1]
+        answers = [cut(ids, spans, shared - 1, start + max_length) for ids, spans in whole]
+        if why := why_lost(answers, longest > max_length):
+            counts[f"dropped: {why}"] += 1
             continue
-        key, kind = fingerprint(checkpoint, items), str(hardware.dtype).removeprefix("torch.")
-        path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                out.append((file.get_tensor("logprobs"), key))
-            continue
-        began = time.perf_counter()
-        model = model or modeling.load(folder, torch.float32, hardware.device)
-        values = all_logprobs(model, items, c, hardware)
-        hardware.barrier()  # every rank has looked for the file before it is there
-        if hardware.rank == 0:
-            modeling.write_atomic(path, lambda file, v=values: save_file({"logprobs": v}, file))
-            print(f"log-probabilities of {len(items)} preferences under {folder}: "
-                  f"{time.perf_counter() - began:.1f} s, kept in {path}")
-        hardware.barrier()  # it is there before a rank looks for the next
-        out.append((values, key))
+        counts["truncated"] += longest > max_length
+        out.append((row, Preference(prompt, tuple(answers), source, row.where)))
     return out
 
 
-# ---------------------------------------------------------------------------------------- KTO's z
+def why_lost(answers: list[tuple], truncated: bool) -> str:
+    """Why tokenised answers teach nothing, or nothing."""
+    if not all(spans for _, spans in answers):
+        return "a response lost to truncation" if truncated else "nothing to supervise"
+    if len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
+        return "alike once truncated" if truncated else "chosen equals rejected"
+    return ""
 
 
-def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]:
-    """Give every labelled item, as a second answer, that of the next item with another prompt.
-
-    A disliked item takes it from the item before: of pairs, that are split into a liked and a
-    disliked row, both kinds of answers then count. KTO estimates the policy's KL divergence on such
-    mismatches. Others shift the answers within a batch, where neighbours may share a prompt and z
-    depends on how batches were cut.
-    """
-    out = []
-    for i, item in enumerate(items):
-        way = 1 if item.label else -1  # of a pair's rows: on to a liked one, back to a disliked one
-        after = (items[(i + way * k) % len(items)] for k in range(1, len(items)))
-        other = next((p for p in after if p.key != item.key), None)
-        if other is None:
-            raise InputError(f"{item.where}: --loss kto needs at least two prompts, among the "
-                            "training rows and among the validation rows")
-        ids, spans = other.answers[0]
-        ids = ids.copy()
-        ids[0] = item.answers[0][0][0]  # the last token of its new prompt
-        answer = data.cut(ids, spans, 0, max(max_length - len(item.prompt), spans[0][0] + 1))
-        out.append(item._replace(answers=(*item.answers, answer)))
-    return out
-
-
-def report_balance(c: Config, items: list[Preference]) -> None:
-    """Print how many answers are liked, and what KTO's authors advise on their weights."""
-    liked = sum(p.label for p in items)
-    disliked = len(items) - liked
-    weight = c.undesirable_weight * disliked
-    ratio = c.desirable_weight * liked / weight if weight else math.inf
-    print(f"{liked} liked, {disliked} disliked answers; with their weights {ratio:.2f} : 1"
-          + ("" if 1 <= ratio <= 4 / 3 else " (KTO's authors advise 1 to 1.33: set "
-             "--desirable_weight or --undesirable_weight)"))
-
-
-@torch.no_grad()
-def kl_point(model, items, reference: Tensor, mine: list[list[int]], hardware: Hardware) -> float:
-    """z = max(0, mean of p - r over the mismatched answers of the global batch), in nats."""
-    total = 0.0
-    for chunk in mine:
-        with hardware.autocast():
-            policy = answer_logprobs(model, [items[i] for i in chunk], slice(1, 2))
-        total += (policy[:, 0].cpu() - reference[chunk, 1]).sum().item()
-    return max(0.0, hardware.sum(total)[0] / len(items))
-
-
-# ------------------------------------------------------------------------------------- the DPO step
-
-
-def lengths_and_likes(items: list[Preference]) -> tuple[Tensor, Tensor]:
-    """(tokens, whether it is chosen or liked) of every answer that is trained on: [items, A]."""
-    likes = [[True, False] if p.label is None else [p.label] for p in items]
-    lengths = [p.lengths[: len(row)] for p, row in zip(items, likes, strict=True)]
-    return torch.tensor(lengths).float(), torch.tensor(likes)
-
-
-def backward_step(model, wrapped, run, reference: Tensor, step: int, c: Config, hardware: Hardware,
-                  scaler) -> dict:
-    """Gradients of one optimizer step; returns its metrics.
-
-    loss = mean over the preferences of the global step. DDP averages gradients over the ranks,
-    hence the factor `world`. KTO first needs z, from a pass without gradients.
-    """
-    draws = run.step(step, c.batch_size)
-    indices, visits = zip(*draws, strict=True)
-    items, reference = [run.train[i] for i in indices], reference[list(indices)]
-    sizes = [p.tokens for p in items]
-    mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
-    z = kl_point(model, items, reference, mine, hardware) if c.loss == "kto" else 0.0
-    length, liked = lengths_and_likes(items)  # [items, A]
-    A = liked.shape[1]
-    policy, reference = torch.zeros(liked.shape), reference[:, :A]
-    share = 1.0 if mine else 0.0  # fewer pairs than ranks: take part in DDP's sum with nothing
-    for k, chunk in enumerate(mine or [[0]], 1):
-        noise = Noise(c.seed, [visits[i] for i in chunk], [indices[i] for i in chunk],
-                      c.neftune_alpha)
-        known = (x[chunk].to(hardware.device) for x in (reference, length, liked))  # [B, A]
-        synchronize = hardware.world == 1 or k >= len(mine)  # gradients travel once a step
-        with contextlib.nullcontext() if synchronize else wrapped.no_sync():
-            with hardware.autocast():
-                logp = answer_logprobs(model, [items[i] for i in chunk], slice(A), wrapped, noise)
-            loss, _ = objective(c, logp, *known, z)
-            loss = loss.sum() / len(items) * share
-            scaler.scale(loss * hardware.world).backward()
-        policy[chunk] += share * logp.detach().cpu()
-    policy = torch.tensor(hardware.sum(*policy.flatten().tolist())).view(policy.shape)
-    metrics = measure(c, policy, reference, length, liked, z) | ({"kl": z} if A == 1 else {})
-    return {**metrics, "tokens": sum(sizes), "target_tokens": int(length.sum())}
-
-
-def validation(model, items: list[Preference], reference: Tensor, c: Config, hardware: Hardware):
-    """Loss, reward accuracy and margin on held-out preferences, and, where the answers are pairs,
-    the share in which the policy by itself finds the chosen answer the likelier one."""
-    policy = all_logprobs(model, items, c, hardware)  # [items, 2]
-    z = max(0.0, (policy - reference)[:, 1].mean().item()) if c.loss == "kto" else 0.0
-    length, liked = lengths_and_likes(items)  # [items, A]
-    A = liked.shape[1]
-    metrics = measure(c, policy[:, :A], reference[:, :A], length, liked, z)
-    if A == 2:
-        metrics["logp_accuracy"] = (policy[:, 0] > policy[:, 1]).double().mean().item()
-    names = ("loss", "reward_accuracy", "reward_margin", "logp_accuracy")
-    return {f"val_{name}": metrics[name] for name in names if name in metrics}
-
-
-def check_first_loss(c: Config, record: dict) -> None:
-    """Warn if the first step's loss is not that of policy = reference: ln 2 for sigmoid."""
-    if c.loss in ("simpo", "kto"):
-        return
-    zero, liked = torch.zeros(1, 2), torch.tensor([[True, False]])
-    expected = objective(c, zero, zero, torch.ones(1, 2), liked)[0].item()
-    found = record["loss"] - c.nll_weight * record.get("nll", 0.0)
-    if abs(found - expected) > 0.01 * expected:
-        name = f"ln 2 = {expected:.4f}" if c.loss == "sigmoid" else f"{expected:.4f}"
-        print(f"warning: the first step's loss is {found:.4f}, not {name}: the reference is not "
-              "what the policy started from (or dropout or noise is on)")
-
-
-def train(c: Config, tokenizer, run, references, start_step: int, model, wrapped,
-          hardware: Hardware):
-    """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
-    optimizer, scaler, signals, log = train_sft.start_training(c, start_step, run.steps, model,
-                                                               hardware)
-    facts = {"seconds": 0.0, "pairs": 0, "stopped": 0, "before": {}}
-    if run.validation and not start_step:
-        facts["before"] = validation(model, run.validation, references[1], c, hardware)
-    if c.exam_data and not start_step:
-        facts["before"]["exam_accuracy"] = train_sft.exam_accuracy(model, tokenizer, c, hardware)
-    for step in range(start_step + 1, run.steps + 1):
-        began = time.perf_counter()
-        rate = train_sft.set_learning_rate(optimizer, step, run.steps, c)
-        metrics = backward_step(model, wrapped, run, references[0], step - 1, c, hardware, scaler)
-        norm = train_sft.clip_and_step(model, optimizer, scaler, c, metrics["loss"], run, step)
-        seconds = time.perf_counter() - began
-        facts["seconds"] += seconds
-        facts["pairs"] += len(run.step(step - 1, c.batch_size))
-        epoch = min(step * c.batch_size, run.draws) / run.mixer.size
-        record = {"step": step, "epoch": round(epoch, 4), "loss": metrics.pop("loss"),
-                  "learning_rate": rate, "grad_norm": norm, **metrics}
-        record["tokens_per_second"] = round(metrics["tokens"] / seconds, 1)
-        stop, done = hardware.sum(len(signals))[0], step == run.steps
-        if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
-            record |= validation(model, run.validation, references[1], c, hardware)
-        if c.exam_data and (done or (c.exam_every and step % c.exam_every == 0)):
-            record["exam_accuracy"] = train_sft.exam_accuracy(model, tokenizer, c, hardware)
-        if step == 1 and hardware.rank == 0:
-            check_first_loss(c, record)
-        shown = {"loss": "loss", "reward_margin": "margin", "reward_accuracy": "accuracy"}
-        log.write(record, {name: f"{record[key]:.4f}" for key, name in shown.items()
-                           if key in record})
-        if done or stop or (c.save_every and step % c.save_every == 0):
-            train_sft.save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
-        if stop and not done:
-            facts["stopped"] = 128 + (signals or [signal.SIGTERM])[0]
-            break
-    log.bar.close()
-    return log.records, facts
-
-
-# ------------------------------------------------------------------------------------ what happened
+# ---- skip on a first reading: what happened ------------------------------------------------------
 
 
 def mean_of(records: list[dict], key: str) -> float:
@@ -582,59 +509,128 @@ def explain(records: list[dict]) -> None:
     Steps have different pairs, so that sums of log-probabilities do not compare; rewards do, each
     being beta times the change of the same answer's log-probability (SimPO's have no reference).
     """
-    records = [r for r in records if "reward_margin" in r]  # a step of KTO's may lack a side
+    records = [r for r in records if "reward_margin" in r]  # not step 0
     if len(records) < 2:
         return
     n = max(1, len(records) // 10)
-    a, b = ({key: mean_of(part, key) for key in records[-1]} for part in (
-        records[:n], records[-n:]))
+    a = {key: mean_of(records[:n], key) for key in records[-1]}
+    b = {key: mean_of(records[-n:], key) for key in records[-1]}
     up = {key: b[key] - a[key] for key in b}
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
     for key, good, yes, no in (
         ("reward_margin", b["reward_margin"] > max(0, a["reward_margin"]),
          "chosen answers gained on rejected ones, which is what is trained",
          "it should grow above 0: more steps, or a larger --learning_rate?"),
+
         ("reward_accuracy", b["reward_accuracy"] < 0.95,
          "the share in the right order; 0.6 to 0.8 is usual on real preferences",
          "nearly all are in the right order; held-out pairs tell whether that is memory"),
+
         ("reward_chosen", up["reward_chosen"] < 0,
          "the log-probability of chosen answers fell, which is normal: only the difference is "
          "trained (--nll_weight holds it up)",
          "the log-probability of chosen answers rose; often it falls, since only the difference is "
          "trained"),
+
         ("reward_rejected", up["reward_rejected"] < min(up["reward_chosen"], 0),
          "the log-probability of rejected answers fell, and further, as it should",
          "the log-probability of rejected answers should fall, further than that of chosen ones"),
+
         ("length_chosen", b["length_chosen"] > 1.2 * b["length_rejected"],
-         "longer than rejected ones: a margin that grows while generated answers get ever longer "
-         "is no success; try --length_normalize",
-         "not much longer than rejected ones; still, a margin that grows while generated answers "
-         "get ever longer would be no success"),
+         "longer than rejected ones: if generated answers grow longer with the margin, the model "
+         "has learned length, not quality; try --length_normalize",
+         "not much longer than rejected ones; still, if generated answers grow longer with the "
+         "margin, the model has learned length, not quality"),
     ):
         print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
 
 
-def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
+def summary(c: Config, run: RunData, records: list[dict]) -> None:
     """What a person wants to know when a run ends."""
-    folder = Path(c.output_dir)
-    train_sft.draw_figure(folder / "rewards.png", records, {
-        "reward_chosen": "chosen", "reward_rejected": "rejected", "reward_margin": "margin",
-        "val_reward_margin": "margin, held out"}, "reward")
-    if train_sft.report_early_end("train_dpo.py", folder, records, facts, steps):
-        return
-    print(f"{facts['pairs']} preferences in {facts['seconds']:.0f} s, "
-          f"{facts['pairs'] / facts['seconds']:.1f} a second")
+    steps = [record for record in records if record["step"] > 0]
+    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
+    print(f"{run.draws} preferences in {seconds:.0f} s, {run.draws / seconds:.1f} a second")
     explain(records)
+
+    first, last = records[0], records[-1]
     for key, name in (("val_reward_accuracy", "reward accuracy"), ("val_reward_margin", "margin"),
                       ("val_logp_accuracy", "chosen likelier than rejected"),
                       ("exam_accuracy", "exam accuracy")):
-        if key in records[-1]:
-            before = f"{facts['before'][key]:.3f} -> " if key in facts["before"] else ""
-            print(f"held out: {name} {before}{records[-1][key]:.3f}")
-    print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}")
+        if key in last:
+            before = f"{first[key]:.3f} -> " if first["step"] == 0 and key in first else ""
+            print(f"held out: {name} {before}{last[key]:.3f}")
+    print(f"checkpoint in {c.output_dir}; next:\n  python eval.py chat --model {c.output_dir}")
 
 
-# --------------------------------------------------------------------------------------------- main
+# ---- skip on a first reading: recipes, flags and main --------------------------------------------
+
+# The settings each paper reports; anything it leaves out keeps our default.
+RECIPES = {
+    # DeepSeek LLM (arXiv:2401.02954; it also uses warmup, of unstated length)
+    "deepseek": {"learning_rate": 5e-6, "schedule": "cosine", "batch_size": 512, "epochs": 1},
+    # Steel-LLM (arXiv:2502.06635)
+    "steel-llm": {"beta": 0.1, "learning_rate": 5e-6, "batch_size": 128, "epochs": 3,
+                  "warmup": 0.1},
+    # Tulu 3 8B (arXiv:2411.15124), and the command its authors document in open-instruct
+    "tulu3": {"length_normalize": True, "beta": 5.0, "learning_rate": 5e-7, "schedule": "linear",
+              "warmup": 0.1, "weight_decay": 0.0, "batch_size": 128, "epochs": 1,
+              "max_length": 2048},
+}
+
+
+def check_preferences(c: Config) -> None:
+    """Raise InputError for preference flags that make no sense; fill in defaults."""
+    check_common(c, ("beta", "simpo_gamma", "nll_weight"))
+    check(0 <= c.label_smoothing < 0.5, f"--label_smoothing not in [0, 0.5): {c.label_smoothing}")
+    for name, loss in (("label_smoothing", "sigmoid"), ("simpo_gamma", "simpo")):
+        check(c.loss == loss or getattr(c, name) == getattr(Config, name),
+              f"--{name} goes with --loss {loss}")
+    check(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
+    check(not c.recipe or c.loss == "sigmoid", f"--recipe {c.recipe} is for --loss sigmoid")
+
+    if c.length_normalize is None:
+        c.length_normalize = c.loss in ("ipo", "simpo")
+    per_token = c.loss == "sigmoid" and c.length_normalize
+    c.beta = c.beta or {"simpo": 2.0}.get(c.loss, 5.0 if per_token else 0.1)
+
+
+def check_common(c, names: tuple) -> None:
+    """Raise InputError for what makes no sense in labs/kto.py either; `names` are 0 or more."""
+    for name in names:
+        value = getattr(c, name)
+        check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
+    check(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
+    check(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
+    for folder in (c.model, c.reference or c.model):
+        check(Path(folder).resolve() != Path(c.output_dir).resolve(),
+              "--output_dir must be another "
+              f"folder than {folder}: a resumed run needs the checkpoint that it started from")
+
+
+def find_demo(c):
+    """labs/world.py if this is the built-in demo, whose files must be there; else None."""
+    if c.data != ["out/demo/pairs.jsonl"]:
+        return None
+    world = train_sft.import_world()
+    if not all(Path(p).exists() for p in (f"{c.model}/config.json", *c.data)):
+        raise InputError(f"the demo continues from the checkpoint in {c.model}, which is missing; "
+                         "`python train_sft.py` makes it in two minutes")
+    return world
+
+
+def prepare(c, load, hardware: Hardware) -> tuple[ChatTokenizer, RunData, dict]:
+    """(tokenizer, run, facts for run.json), everything before a model is loaded.
+
+    load(files, tokenizer, c, quiet) gives preferences and what was dropped by reason.
+    """
+    quiet = hardware.rank > 0
+    tokenizer = ChatTokenizer(c.model, c.template)
+    config, other = modeling.load_config(c.model), modeling.load_config(c.reference or c.model)
+    tokenizer.check_size(min(config.vocab_size, other.vocab_size))
+    floor = train_sft.try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0
+    c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
+    run, facts = train_sft.prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
+    return tokenizer, run._replace(exam_floor=floor), facts
 
 
 def main() -> None:
@@ -642,48 +638,42 @@ def main() -> None:
     c = train_sft.resolve_config(Config, sys.argv[1:], RECIPES,
                                  lambda: train_sft.import_world().DPO_DEMO)
     check_preferences(c)
-    world = train_sft.import_world() if c.data == ["out/demo/pairs.jsonl"] else None
-    if world and not all(Path(p).exists() for p in (f"{c.model}/config.json", *c.data)):
-        raise InputError(f"the demo continues from the checkpoint in {c.model}, which is missing; "
-                         "`torchrun train_sft.py` makes it in two minutes")
+    find_demo(c)
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
-    quiet = hardware.rank > 0
-    tokenizer = data.ChatTokenizer(c.model, c.template)
-    config, other = (modeling.load_config(f) for f in (c.model, c.reference or c.model))
-    tokenizer.check_size(min(config.vocab_size, other.vocab_size))
-    if c.exam_data:  # an error in it should come now
-        import eval as evaluation
+    tokenizer, run, facts = prepare(c, lambda files, tokenizer, c, quiet: load_preferences(
+        files, tokenizer, c.max_length, c.skip_bad_rows, quiet), hardware)
 
-        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
-                                 quiet=quiet)
-    c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
-    run, facts = train_sft.prepare_data(c, lambda files: load_preferences(
-        files, tokenizer, c.max_length, c.loss == "kto", skip_bad_rows=c.skip_bad_rows,
-        quiet=quiet), quiet)
-    if c.loss == "kto":
-        run = run._replace(train=add_mismatched(run.train, c.max_length),
-                           validation=add_mismatched(run.validation, c.max_length))
-        if not quiet:
-            report_balance(c, run.train)
-    references, keys = zip(*reference_logprobs(c, [run.train, run.validation], hardware),
-                           strict=True)
-    facts["data_hashes"] |= {"the reference of training data": keys[0],
-                             "the reference of validation data": keys[1]}
+    # SimPO has no reference: with zeros in its place its margin is the policy's alone.
+    groups = {"training": run.train, "validation": run.validation}
+    if c.loss == "simpo":
+        references = [torch.zeros(len(items), 2) for items in groups.values()]
+    else:
+        references, hashes = reference_logprobs(c, groups, hardware)
+        facts["data_hashes"] |= hashes
+
+    finish("train_dpo.py", c, tokenizer, run, facts, references, start_step, hardware, train)
+
+
+def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, references: list[Tensor],
+           start_step: int, hardware: Hardware, train) -> None:
+    """The second half of `main`, labs/kto.py's too: load the policy, `train` it, report, exit."""
+    world, rows = find_demo(c), []
     model, wrapped = train_sft.load_trainable(c, hardware)
     train_sft.start_run(c, run.steps, facts, hardware)
-    rows = []
     if hardware.rank == 0:
         train_sft.announce(c, model, tokenizer, run.steps, hardware)
         if world and not start_step:
             rows = [row for _, row in data.read_rows(c.val_data)]
             before = world.try_demo(model, tokenizer, rows)
-    records, result = train(c, tokenizer, run, references, start_step, model, wrapped, hardware)
-    if hardware.rank == 0:
-        summary(c, records, result, run.steps)
-        if rows and not result["stopped"]:
+
+    records, status = train(c, tokenizer, run, references, start_step, model, wrapped, hardware)
+    if hardware.rank == 0 and not train_sft.ended_early(script, c, start_step, run.steps, records,
+                                                        hardware):
+        summary(c, run, records)
+        if rows:
             world.report_preferences(before, world.try_demo(model, tokenizer, rows), rows)
     hardware.leave()
-    sys.exit(result["stopped"])
+    sys.exit(status)
 
 
 if __name__ == "__main__":

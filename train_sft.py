@@ -1,9 +1,9 @@
 """Supervised fine-tuning, and continued pretraining, in one loop you can read.
 
-    torchrun train_sft.py                                # the built-in demo, two minutes on a CPU
-    torchrun train_sft.py --model DIR --data a.json b.jsonl --output_dir out/sft
+    python train_sft.py                                  # the built-in demo, on a CPU
+    python train_sft.py --model DIR --data a.json b.jsonl --output_dir out/sft
     torchrun --nproc_per_node=8 train_sft.py --model DIR --data a.json --recipe llama2
-    torchrun train_sft.py --resume --output_dir out/sft  # go on after a stop or a crash
+    python train_sft.py --resume --output_dir out/sft    # go on after a stop or a crash
 
 The loss of a step is the sum of the negative log-probabilities of the supervised tokens of the
 whole global step, divided by their number: it does not depend on how the step is cut into
@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -35,7 +37,7 @@ import data
 import model as modeling
 from model import InputError, check
 
-# ------------------------------------------------------------------------------------------- config
+# ==== read: config ================================================================================
 
 
 @dataclass
@@ -86,10 +88,624 @@ class Config:
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
 
 
-HARDWARE = {"output_dir", "resume", "micro_tokens", "dtype", "compile", "checkpoint_activations",
-            "log_every", "eval_every", "exam_data", "exam_every", "save_every"}
+# ==== read: one optimizer step ====================================================================
 
-# What each paper publishes; what it does not keeps the default. All AdamW.
+
+class RunData(NamedTuple):
+    """What a run trains and validates on."""
+
+    train: list[data.Example]
+    validation: list[data.Example]
+    mixer: data.Mixer
+    draws: int  # examples of the whole run
+    steps: int  # optimizer steps of the whole run
+    exam_floor: float = 0.0  # share right of always the same letter, under --exam_data
+
+    def step(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """(index of the example, how often it was seen before) of every draw of step 1, 2, ...
+
+        The last step of a run may have fewer draws than `batch_size`.
+        """
+        first = (step - 1) * batch_size
+        return self.mixer.draws(first, min(first + batch_size, self.draws))
+
+    def epoch(self, step: int, batch_size: int) -> float:
+        """Passes over the data after this step."""
+        return round(min(step * batch_size, self.draws) / self.mixer.size, 4)
+
+
+def my_micro_batches(run: RunData, step: int, c: Config,
+                     hardware: "Hardware") -> list[tuple[data.Batch, Tensor]]:
+    """This rank's part of an optimizer step: (batch, noise keys [T]) of each forward pass."""
+    draws = run.step(step, c.batch_size)
+    examples = [run.train[index] for index, _ in draws]
+
+    # Every rank deals the whole step in the same way and takes its own hand.
+    lengths = [len(e.ids) for e in examples]
+    mine = data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]
+
+    # With fewer examples than ranks some rank is idle. DDP waits for its gradients all the same:
+    # it computes one example with weight 0.
+    idle = not mine
+    batches = []
+    for chunk in [[0]] if idle else mine:
+        batch = data.collate([examples[i] for i in chunk], hardware.device)
+        if idle:
+            batch = batch._replace(weights=torch.zeros_like(batch.weights))  # [N]
+        indices, visits = zip(*[draws[i] for i in chunk], strict=True)
+        noise = modeling.noise_keys(c.seed, visits, indices, batch.lengths, hardware.device)  # [T]
+        batches.append((batch, noise))
+    return batches
+
+
+def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware",
+                  scaler) -> tuple[float, dict]:
+    """Gradients of one optimizer step; returns this rank's part of its loss, and token counts.
+
+    loss = -sum_i w_i ln p_i / sum_i w_i in nats, over the supervised tokens i of the whole global
+    step; w_i = 1 unless a message says otherwise. Every rank knows the whole step, so it can divide
+    by the sum of all weights without asking the others.
+    """
+    examples = [run.train[index] for index, _ in run.step(step, c.batch_size)]
+    total = 0.0
+    for e in examples:
+        total += sum(weight * (end - first) for first, end, weight in e.spans)
+
+    loss_sum = 0.0
+    batches = my_micro_batches(run, step, c, hardware)
+    for k, (batch, noise) in enumerate(batches, 1):
+        model.require_backward_grad_sync = k == len(batches)  # DDP: gradients travel once per step
+        with hardware.autocast():
+            logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
+                         neftune_alpha=c.neftune_alpha, equal_weights=True)  # [N]
+        loss = -(batch.weights * logp).sum() / total
+
+        # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
+        scaler.scale(loss * hardware.world).backward()
+        loss_sum += loss.detach()
+
+    counts = {"tokens": sum(len(e.ids) for e in examples),
+              "target_tokens": sum(e.targets for e in examples)}
+    return float(loss_sum), counts
+
+
+def clip_and_step(model, optimizer, scaler, c: Config, loss: float, run: RunData,
+                  step: int) -> float | None:
+    """Clip the gradients and take the optimizer's step; returns their norm before clipping.
+
+    None stands for an fp16 overflow, for which the scaler leaves the step out. Raises InputError,
+    before anything is updated, if the loss or the norm is not finite.
+    """
+    # fp16 gradients were scaled up, so that small ones survive: the limit is meant for true ones.
+    scaler.unscale_(optimizer)
+    limit = c.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+
+    # Under fp16 a norm that is not finite is an overflow, which the scaler deals with.
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        rows = ", ".join(run.train[index].where for index, _ in run.step(step, c.batch_size))
+        raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
+                         f"was updated; lower --learning_rate, or look at its rows: {rows}")
+
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm if math.isfinite(norm) else None
+
+
+# ==== read: the loop ==============================================================================
+
+
+def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
+          hardware: "Hardware") -> tuple[list[dict], int]:
+    """Forward and backward, clip and step, measure, log, save; `wrapped` is the model under DDP.
+
+    Returns the records of metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
+    """
+    optimizer, scaler, signals, log = start_training(c, start_step, run.steps, model, hardware,
+                                                     FIGURE)
+
+    def measured(step: int) -> dict:
+        return held_out(c, step, run, tokenizer, model, hardware, lambda: {
+            "val_loss": validation_loss(model, run.validation, c, hardware)})
+
+    if not start_step:
+        log.write({"step": 0, "epoch": 0.0, **measured(0)})
+    for step in range(start_step + 1, run.steps + 1):
+        began = time.perf_counter()
+        rate = set_learning_rate(optimizer, step, run.steps, c)
+        loss, counts = backward_step(wrapped, run, step, c, hardware, scaler)
+
+        # Each rank has its part of the loss, and perhaps a signal: both must be known to all.
+        loss, stop = hardware.sum(loss, len(signals))
+        norm = clip_and_step(model, optimizer, scaler, c, loss, run, step)
+        seconds = time.perf_counter() - began
+
+        log.write({"step": step, "epoch": run.epoch(step, c.batch_size), "loss": loss,
+                   "learning_rate": rate, "grad_norm": norm, **counts,
+                   "tokens_per_second": round(counts["tokens"] / seconds, 1), **measured(step)})
+
+        # A run that is asked to stop finishes its step, saves, and can be resumed.
+        if stop or is_due(c.save_every, step, run.steps):
+            save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
+        if stop and step < run.steps:
+            return log.close(), 128 + (signals or [signal.SIGTERM])[0]  # or another rank's signal
+    return log.close(), 0
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether `step` is one at which things happen: 0, the last, and `every` so many (0: none)."""
+    return step in (0, steps) or (every > 0 and step % every == 0)
+
+
+def held_out(c: Config, step: int, run: RunData, tokenizer, model, hardware: "Hardware",
+             validate) -> dict:
+    """What is measured after this step on data that is not trained on; often nothing."""
+    measured = {}
+    if run.validation and is_due(c.eval_every, step, run.steps):
+        measured |= validate()
+    if c.exam_data and is_due(c.exam_every, step, run.steps):
+        measured |= exam_metrics(model, tokenizer, run, c, hardware)
+    return measured
+
+
+@torch.no_grad()
+def validation_loss(model, examples: list[data.Example], c: Config, hardware: "Hardware") -> float:
+    """Mean nats per supervised token, as in training but without noise and dropout."""
+    model.eval()
+    loss = weight = 0.0
+    lengths = [len(e.ids) for e in examples]
+    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
+        batch = data.collate([examples[i] for i in chunk], hardware.device)
+        with hardware.autocast():
+            logp = model(batch.ids, batch.lengths, batch.targets)  # [N]
+        loss -= (batch.weights * logp).sum().item()
+        weight += batch.weights.sum().item()
+    model.train()
+    loss, weight = hardware.sum(loss, weight)
+    return loss / weight
+
+
+def exam_metrics(model, tokenizer, run: RunData, c: Config, hardware: "Hardware") -> dict:
+    """The share of the questions of --exam_data answered rightly, its interval, and the floor."""
+    import eval as evaluation  # only where an exam is asked
+
+    model.eval()
+    with hardware.autocast():
+        right, count = evaluation.count_right(
+            model, tokenizer, c.exam_data, micro_tokens=c.micro_tokens, rank=hardware.rank,
+            world=hardware.world)
+    model.train()
+    right, count = hardware.sum(right, count)
+    return {"exam_accuracy": right / count, "exam_interval": evaluation.wilson(right, count),
+            "exam_floor": run.exam_floor}
+
+
+# ==== read: schedule and optimizer ================================================================
+
+
+def learning_rate_at(step: int, steps: int, c: Config) -> float:
+    """Linear warmup to the peak, then down to the floor, or constant; `step` counts from 1."""
+    warmup = round(c.warmup * steps) if c.warmup < 1 else int(c.warmup)
+    if step <= warmup:
+        return c.learning_rate * step / warmup
+
+    # `left` falls from 1 right after the warmup; it would be 0 one step after the last.
+    progress = (step - 1 - warmup) / max(steps - warmup, 1)
+    left = {"constant": 1.0, "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2}[c.schedule]
+    return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * left
+
+
+def set_learning_rate(optimizer, step: int, steps: int, c: Config) -> float:
+    """Give the optimizer the rate of `step`; returns it."""
+    rate = learning_rate_at(step, steps, c)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def make_optimizer(model, c: Config) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) on fp32 weights; norms and biases are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
+                             eps=c.adam_epsilon, fused=model.device.type != "mps")
+
+
+# ==== read: ranks and precision ===================================================================
+
+
+class Hardware(NamedTuple):
+    """What this process runs on."""
+
+    rank: int
+    world: int  # number of ranks
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+
+    def autocast(self):
+        """Matrix products in `dtype`; norms, softmax and sums in fp32; weights stay fp32.
+
+        bf16 has fp32's range. fp16 has not: `make_scaler` says what is done about it.
+        """
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Multiplies fp16's loss by a large factor, so that small gradients do not become 0.
+
+        The factor is taken out again before clipping. It halves whenever a gradient overflows
+        (that step is left out) and doubles after 2,000 steps without one. Off for other types.
+        """
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """A tensor on the CPU summed over the ranks, element by element."""
+        if self.world == 1:
+            return values
+        total = values.to(self.device, torch.float64)
+        dist.all_reduce(total)
+        return total.to("cpu", values.dtype)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each number summed over the ranks."""
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Leave the process group together: gloo aborts if one rank exits first."""
+        self.barrier()
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def setup_hardware(dtype: str) -> Hardware:
+    """Find the device, join the other ranks that torchrun started, choose the precision."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = modeling.best_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Hardware(rank, world, device, modeling.best_dtype(dtype, device))
+
+
+def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
+    """The model with fp32 weights in training mode, and the same as DDP wraps it."""
+    # The optimizer's small steps would be lost in 16-bit weights: autocast makes 16-bit copies.
+    model = modeling.load(c.model, torch.float32, hardware.device).train()
+    if tokenizer and tokenizer.eot_is_new:  # begins as EOS
+        modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
+    model.set_dropout(c.dropout[0], c.dropout[-1])
+
+    # What follows saves memory or time and must not change the result.
+    model.checkpoint_activations = c.checkpoint_activations
+    if c.compile:
+        model.compile_layers()
+    return model, DistributedDataParallel(model) if hardware.world > 1 else model
+
+
+# ---- skip on a first reading: data of a run ------------------------------------------------------
+
+
+def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
+    """Read, tokenise, split and mix the files of --data; and what run.json says of it.
+
+    load(files) gives examples, or preferences, and what was dropped by reason.
+    """
+    train, counts = load(c.data)
+    validation = load(c.val_data)[0] if c.val_data else []
+    if c.val_fraction:
+        train, validation = data.split_validation(train, c.val_fraction, c.seed)
+    if not quiet:
+        print(f"{len(train)} training, {len(validation)} validation examples", *(
+            f"; {reason}: {count}" for reason, count in counts.items()), sep="")
+
+    # An epoch is as many draws as there are examples, whatever the mix.
+    draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * len(train)))
+    pairs = [(e.source, e.targets) for e in train]
+    mixer, mix = data.mix_files(c, c.data, pairs, draws, quiet)
+
+    hashes = {}
+    for path in [*c.data, *c.val_data]:
+        with open(path, "rb") as file:
+            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
+    return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
+
+
+def try_exam(c: Config, tokenizer, config, quiet: bool) -> float:
+    """Read --exam_data, so that an error in it comes before training; returns its floor.
+
+    The floor is the share right of whoever always gives the letter that is right most often.
+    """
+    import eval as evaluation  # only where an exam is asked
+
+    _, sheets = evaluation.training_exam(tokenizer, c.exam_data,
+                                         config.max_position_embeddings, quiet=quiet)
+    letters = Counter(q["answer"] for sheet in sheets for q in sheet.subject.questions)
+    return max(letters.values()) / letters.total()
+
+
+# ---- skip on a first reading: checkpoints and state ----------------------------------------------
+
+STATE = "state/state.safetensors"  # in output_dir
+
+
+def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
+    """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in."""
+    modeling.save(model, folder, model.stored_dtype)
+    tokenizer.save(folder)
+    generation = {"bos_token_id": tokenizer.bos_ids[0]} if tokenizer.bos_ids else {}
+    generation["eos_token_id"] = tokenizer.stop_ids
+    modeling.write_json(folder / "generation_config.json", generation)
+
+
+def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
+    """All a resumed run needs in one file: fp32 weights, both Adam moments, step and scaler."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"weight.{name}"] = p.detach()
+        for key, value in optimizer.state[p].items():
+            tensors[f"{key}.{name}"] = value
+    tensors = {key: value.to("cpu").contiguous() for key, value in tensors.items()}
+    meta = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
+    modeling.write_atomic(path, lambda temporary: save_file(tensors, temporary, meta))
+
+
+def load_state(path: Path, model, optimizer, scaler) -> None:
+    """Put a saved state back bit for bit."""
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(file.get_tensor(f"weight.{name}"))
+            optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+        if saved := json.loads(file.metadata()["scaler"]):
+            scaler.load_state_dict(saved)
+
+
+def start_training(c: Config, start_step: int, steps: int, model, hardware: Hardware,
+                   figure: "Figure") -> tuple:
+    """(optimizer, scaler, signals received, log), as they were if the run is resumed."""
+    optimizer, scaler = make_optimizer(model, c), hardware.make_scaler()
+    if start_step:
+        load_state(Path(c.output_dir) / STATE, model, optimizer, scaler)
+    return optimizer, scaler, watch_signals(), Log(c, start_step, steps, hardware, figure)
+
+
+def watch_signals() -> list[int]:
+    """A list that SIGTERM and Ctrl-C add themselves to, so that the loop can finish its step."""
+    received = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: received.append(number))
+    return received
+
+
+def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
+             hardware: Hardware) -> None:
+    """Checkpoint and state, written by the first rank while the others wait."""
+    if hardware.rank == 0:
+        save_checkpoint(model, tokenizer, Path(c.output_dir))
+        save_state(Path(c.output_dir) / STATE, model, optimizer, scaler, step)
+    hardware.barrier()
+
+
+def find_start_step(c: Config) -> int:
+    """The step to start after, 0 unless resumed; an unfinished run is not silently overwritten."""
+    folder, step = Path(c.output_dir), 0
+    path = folder / STATE
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+    if c.resume:
+        return step
+    if step and step < (steps := modeling.read_json(folder / "run.json")["steps"]):
+        raise InputError(f"{folder} holds a run that stopped at step {step} of {steps}; add "
+                         "--resume to go on, or choose another --output_dir, or delete it")
+    return 0
+
+
+def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
+    """Write run.json; a resumed run must find the data it began with."""
+    path = Path(c.output_dir) / "run.json"
+    if c.resume:
+        before = modeling.read_json(path)["data_hashes"]
+        for name, digest in facts["data_hashes"].items():
+            check(before.get(name) == digest, f"--resume: {name} has changed since the run began")
+    if hardware.rank > 0:
+        return
+    if not c.resume:  # a new run must not resume from an older run's state
+        (path.parent / STATE).unlink(missing_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    modeling.write_json(path, {
+        "config": {**asdict(c), "resume": False}, "steps": steps, "ranks": hardware.world,
+        "device": str(hardware.device), "dtype": str(hardware.dtype), "versions": versions,
+        **facts})
+
+
+# ---- skip on a first reading: logs and figures ---------------------------------------------------
+
+
+def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
+             hardware: Hardware) -> None:
+    """Print what is about to be trained, and every flag that is not empty."""
+    count, config = sum(p.numel() for p in model.parameters()), model.config
+    kind = str(hardware.dtype).removeprefix("torch.")
+    print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
+          f"template {tokenizer.template.name}, {steps} steps of {c.batch_size} examples")
+    print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
+    if c.max_length > config.max_position_embeddings:
+        print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GiB: of the accelerator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Figure(NamedTuple):
+    """What a trainer draws and shows of its metrics."""
+
+    name: str  # of the file
+    unit: str
+    curves: dict[str, str]  # metric: label
+    shown: dict[str, str]  # metric: what the screen calls it
+
+
+FIGURE = Figure("loss.png", "nats per supervised token",
+                {"loss": "training", "val_loss": "validation"},
+                {"loss": "loss", "val_loss": "val_loss", "exam_accuracy": "exam"})
+EXAM = Figure("exam.png", "share right", {"exam_accuracy": "exam"}, {})
+
+
+class Log:
+    """metrics.jsonl, its figures, and a progress bar, or without a terminal a line now and then.
+
+    Only the first rank has records and writes them. That of step 0 holds what was measured before
+    training; a run that measures nothing has none.
+    """
+
+    def __init__(self, c: Config, start_step: int, steps: int, hardware: Hardware, figure: Figure):
+        self.c, self.steps, self.figure = c, steps, figure
+        self.device, self.main = hardware.device, hardware.rank == 0
+        self.path = Path(c.output_dir) / "metrics.jsonl"
+        self.records = self.earlier(start_step) if self.main else []
+        self.bar = tqdm(total=steps, initial=start_step, ncols=80, disable=not self.main or
+                        not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/"
+                        "{total_fmt} [{elapsed}<{remaining}]{desc}")
+
+    def earlier(self, start_step: int) -> list[dict]:
+        """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step else []
+        records = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        records = [record for record in records if record["step"] <= start_step]
+        modeling.write_lines(self.path, (json.dumps(record) + "\n" for record in records))
+        return records
+
+    def write(self, record: dict) -> None:
+        """A step's record to the file and to the screen; the figures anew if one is due."""
+        step, measured = record["step"], record.keys() & {"val_loss", "exam_accuracy"}
+        if not self.main or (step == 0 and not measured):
+            return
+        self.records.append(record)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if measured or is_due(self.c.save_every, step, self.steps):
+            self.draw()
+        if step == 0:
+            return
+
+        # The bar has room for the metrics, a line for more.
+        text = ""
+        for key, name in self.figure.shown.items():
+            text += f"  {name} {record[key]:.4f}" if key in record else ""
+        self.bar.set_description_str(text, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (step % self.c.log_every == 0 or step in (1, self.steps)):
+            print(f"step {step}/{self.steps}{text}  lr {record['learning_rate']:.2e}  tok/s "
+                  f"{record['tokens_per_second']:.0f}  mem {peak_memory(self.device):.1f}G",
+                  flush=True)
+
+    def draw(self) -> None:
+        """Each figure of which there are points: metrics over steps, below them the learning rate.
+
+        Without matplotlib, nothing.
+        """
+        try:
+            from matplotlib.figure import Figure as Canvas
+        except ImportError:
+            return
+        for figure in (self.figure, EXAM):
+            curves = {key: [(r["step"], r[key]) for r in self.records if r.get(key) is not None]
+                      for key in figure.curves}
+            if not any(curves.values()):
+                continue
+            canvas = Canvas(figsize=(8, 6), layout="constrained")
+            top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+            for key, points in curves.items():
+                if points:
+                    top.plot(*zip(*points, strict=True), label=figure.curves[key],
+                             marker="." if len(points) < 50 else "")
+            if figure is EXAM:
+                self.draw_interval(top)
+
+            steps = [r for r in self.records if r["step"] > 0]
+            bottom.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], "tab:gray")
+            top.set_ylabel(figure.unit)
+            top.legend()
+            bottom.set(ylabel="learning rate", xlabel="step")
+            modeling.write_atomic(self.path.with_name(figure.name),
+                                  lambda path, canvas=canvas: canvas.savefig(path, format="png"))
+
+    def draw_interval(self, axes) -> None:
+        """A score means something beside its interval, and beside the best constant answer."""
+        exams = [r for r in self.records if "exam_accuracy" in r]
+        low, high = zip(*[r["exam_interval"] for r in exams], strict=True)
+        axes.fill_between([r["step"] for r in exams], low, high, alpha=0.2, label="95% interval")
+        axes.axhline(exams[0]["exam_floor"], color="gray", linestyle="--", label="floor")
+
+    def close(self) -> list[dict]:
+        """Draw for the last time; returns all records."""
+        self.bar.close()
+        if self.records:
+            self.draw()
+        return self.records
+
+
+def ended_early(script: str, c: Config, start_step: int, steps: int, records: list[dict],
+                hardware: Hardware) -> bool:
+    """Whether the run stopped early, or had nothing left to do; printed, with how to go on."""
+    last = records[-1]["step"]
+    if last < steps:
+        many = f"torchrun --nproc_per_node={hardware.world}"
+        print(f"stopped after step {last} of {steps}; all is saved, go on with\n  "
+              f"{many if hardware.world > 1 else 'python'} {script} --resume --output_dir "
+              f"{c.output_dir}")
+    elif start_step == steps:
+        print(f"the run in {c.output_dir} is complete, all {steps} steps; nothing is left to do")
+    return last < steps or start_step == steps
+
+
+def summary(c: Config, records: list[dict]) -> None:
+    """What a person wants to know when a run ends."""
+    steps = [record for record in records if record["step"] > 0]
+    tokens = sum(r["tokens"] for r in steps)
+    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
+    print(f"{tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} a second")
+    print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per supervised token")
+
+    # Step 0 is there if anything was measured before training.
+    first, last = records[0], records[-1]
+    if "val_loss" in last:
+        before = f"{first['val_loss']:.4f} -> " if first["step"] == 0 else ""
+        print(f"validation loss {before}{last['val_loss']:.4f}")
+    if "exam_accuracy" in last:
+        before = f"{first['exam_accuracy']:.1%} -> " if first["step"] == 0 else ""
+        print(f"exam accuracy {before}{last['exam_accuracy']:.1%}; more with\n  python eval.py "
+              f"exam --model {c.output_dir} --data {c.exam_data} --chat --shots 0")
+    print(f"checkpoint in {c.output_dir}; next:\n  python eval.py chat --model {c.output_dir}\n"
+          f"  python eval.py logprobs --model {c.output_dir} --data {c.data[0]}")
+
+
+# ---- skip on a first reading: recipes ------------------------------------------------------------
+
+# The settings each paper reports; anything it leaves out keeps our default. All use AdamW.
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.95}
 RECIPES = {
     # Llama 2 (arXiv:2307.09288, section 3.1): 27,540 rows, loss on answers only
@@ -118,29 +734,29 @@ RECIPES = {
 RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
 
 
+# ---- skip on a first reading: flags and main -----------------------------------------------------
+
+# Flags that may differ when a run is resumed.
+HARDWARE = {"output_dir", "resume", "micro_tokens", "dtype", "compile", "checkpoint_activations",
+            "log_every", "eval_every", "exam_data", "exam_every", "save_every"}
+
+
 def resolve_config(cls, argv: list[str], recipes: dict, demo):
     """Defaults, then demo()'s values or the resumed run's, then the recipe's, then the flags."""
     given = data.parse_flags(cls, argv)
     base, recipe = {}, given.get("recipe", "")
     if given.get("resume"):
-        path = Path(given.get("output_dir", cls.output_dir)) / "run.json"
-        if not path.is_file():
-            raise InputError(f"--resume: {path} does not exist, so there is no run to go on with")
-        base = json.loads(path.read_text(encoding="utf-8"))["config"]
-        check(set(base) == {f.name for f in fields(cls)},
-             f"--resume: the run in {path} is of another script, or of another version of this one")
-        for name in given:
-            if name not in HARDWARE and base[name] != given[name]:
-                raise InputError(f"--resume: --{name} was {base[name]!r}, not {given[name]!r}; "
-                                "flags that change the result stay as they were")
+        base = resumed_flags(cls, given)
     elif not given.get("model") and not given.get("data"):
         base = demo()
         if "val_fraction" in given:  # instead of the demo's own validation
             base = {**base, "val_data": []}
-    if recipe not in ("", *recipes):
-        raise InputError(f"unknown recipe {recipe!r}; known are {', '.join(recipes)}")
-    if "steps" in given and "epochs" in given:
-        raise InputError("--steps and --epochs exclude each other; give one")
+    known = ", ".join(recipes) or "none"
+    check(recipe in ("", *recipes), f"unknown recipe {recipe!r}; known are {known}")
+    check(not ("steps" in given and "epochs" in given),
+          "--steps and --epochs exclude each other; give one")
+
+    # Above 0, steps win over epochs: where epochs are asked for, the number of steps goes.
     preset = {**base, **recipes.get(recipe, {})}
     if "epochs" in given or ("epochs" in recipes.get(recipe, {}) and "steps" not in given):
         preset["steps"] = 0
@@ -149,7 +765,20 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
     return config
 
 
-def check_config(c) -> None:
+def resumed_flags(cls, given: dict) -> dict:
+    """The flags of the run to go on with; those that change the result must stay as they were."""
+    path = Path(given.get("output_dir", cls.output_dir)) / "run.json"
+    check(path.is_file(), f"--resume: {path} does not exist, so there is no run to go on with")
+    base = modeling.read_json(path)["config"]
+    check(set(base) == {f.name for f in fields(cls)},
+          f"--resume: the run in {path} is of another script, or of another version of this one")
+    for name, value in given.items():
+        check(name in HARDWARE or base[name] == value, f"--resume: --{name} was {base[name]!r}, "
+              f"not {value!r}; flags that change the result stay as they were")
+    return base
+
+
+def check_config(c: Config) -> None:
     """Raise InputError for values and combinations that make no sense."""
     check(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
     check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
@@ -161,473 +790,15 @@ def check_config(c) -> None:
         check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction"):
         check(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), not {getattr(c, name)}")
+
     check(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
     check(c.min_learning_rate <= (c.learning_rate or math.inf),
-         "--min_learning_rate is above --learning_rate")
+          "--min_learning_rate is above --learning_rate")
     check(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
-         f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
+          f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
     check(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
     data.check_mix(c, c.data)
     check(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
-
-
-# --------------------------------------------------------------------------- schedule and optimizer
-
-
-def learning_rate_at(step: int, steps: int, c) -> float:
-    """Linear warmup to the peak, then down to the floor, or constant; `step` counts from 0."""
-    warmup = round(c.warmup * steps) if c.warmup < 1 else int(c.warmup)
-    if step < warmup:
-        return c.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    left = {"constant": 1.0, "linear": 1 - progress,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2}[c.schedule]
-    return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * left
-
-
-def make_optimizer(model, c) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) on fp32 weights; norms and biases are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
-                             eps=c.adam_epsilon, fused=model.device.type != "mps")
-
-
-def set_learning_rate(optimizer, step: int, steps: int, c) -> float:
-    """Give the optimizer the rate of `step`, which counts from 1."""
-    rate = learning_rate_at(step - 1, steps, c)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def clip_and_step(model, optimizer, scaler, c, loss: float, run, step: int) -> float | None:
-    """Clip the gradients and take the optimizer's step; returns their norm before clipping.
-
-    None stands for an fp16 overflow, for which the scaler leaves the step out. Raises InputError,
-    before anything is updated, if loss or norm is not finite.
-    """
-    scaler.unscale_(optimizer)  # fp16 gradients were scaled up, so that small ones survive
-    limit = c.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        rows = ", ".join(run.train[i].where for i, _ in run.step(step - 1, c.batch_size))
-        raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
-                        f"was updated; lower --learning_rate, or look at its rows: {rows}")
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return norm if math.isfinite(norm) else None
-
-
-# ------------------------------------------------------------------------------ ranks and precision
-
-
-class Hardware(NamedTuple):
-    """What this process runs on."""
-
-    rank: int
-    world: int  # number of ranks
-    device: torch.device
-    dtype: torch.dtype  # of matrix products
-
-    def autocast(self):
-        """Matrix products in `dtype`; norms, softmax and sums in fp32; weights stay fp32."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
-
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over the ranks."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def barrier(self) -> None:
-        """Wait for the other ranks."""
-        if self.world > 1:
-            dist.barrier()
-
-    def leave(self) -> None:
-        """Part from the other ranks, all at once: gloo aborts where one is gone before the rest."""
-        self.barrier()
-        if self.world > 1:
-            dist.destroy_process_group()
-
-
-def setup_hardware(dtype: str) -> Hardware:
-    """Find the device, join the other ranks that torchrun started, choose the precision."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = modeling.best_device(local)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Hardware(rank, world, device, modeling.best_dtype(dtype, device))
-
-
-def watch_signals() -> list[int]:
-    """A list that SIGTERM and Ctrl-C add themselves to, so that the loop can finish its step."""
-    received = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: received.append(number))
-    return received
-
-
-def load_trainable(c, hardware: Hardware, tokenizer=None):
-    """The model with fp32 weights in training mode, and the same wrapped for several ranks."""
-    model = modeling.load(c.model, torch.float32, hardware.device).train()
-    if tokenizer and tokenizer.eot_is_new:  # begins as EOS
-        modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
-    model.set_dropout(c.dropout[0], c.dropout[-1])
-    model.checkpoint_activations = c.checkpoint_activations
-    if c.compile:
-        model.compile_layers()
-    return model, DistributedDataParallel(model) if hardware.world > 1 else model
-
-
-# ---------------------------------------------------------------------------- checkpoints and state
-
-
-def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
-    """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in."""
-    modeling.save(model, folder, model.stored_dtype)
-    tokenizer.save(folder)
-    generation = {"bos_token_id": tokenizer.bos_ids[0]} if tokenizer.bos_ids else {}
-    generation["eos_token_id"] = tokenizer.stop_ids
-    modeling.write_json(folder / "generation_config.json", generation)
-
-
-def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
-    """All a resumed run needs in one file: fp32 weights, both Adam moments, step and scaler."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"weight.{name}"] = p.detach()
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    tensors = {key: value.to("cpu").contiguous() for key, value in tensors.items()}
-    meta = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
-    modeling.write_atomic(path, lambda temporary: save_file(tensors, temporary, meta))
-
-
-def load_state(path: Path, model, optimizer, scaler) -> None:
-    """Put a saved state back bit for bit."""
-    with safe_open(path, "pt") as file, torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(file.get_tensor(f"weight.{name}"))
-            optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device)
-                                  for key in ("step", "exp_avg", "exp_avg_sq")}
-        if saved := json.loads(file.metadata()["scaler"]):
-            scaler.load_state_dict(saved)
-
-
-def start_training(c, start_step: int, steps: int, model, hardware: Hardware) -> tuple:
-    """(optimizer, fp16 scaler, signals received, log), as they were if the run is resumed."""
-    optimizer = make_optimizer(model, c)
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    if start_step:
-        load_state(Path(c.output_dir) / "state" / "state.safetensors", model, optimizer, scaler)
-    return optimizer, scaler, watch_signals(), Log(c, start_step, steps, hardware)
-
-
-def save_run(c, tokenizer, model, optimizer, scaler, step: int, hardware: Hardware) -> None:
-    """Checkpoint and state, written by the first rank while the others wait."""
-    folder = Path(c.output_dir)
-    if hardware.rank == 0:
-        save_checkpoint(model, tokenizer, folder)
-        save_state(folder / "state" / "state.safetensors", model, optimizer, scaler, step)
-    hardware.barrier()
-
-
-def find_start_step(c) -> int:
-    """The step to start from, 0 unless resumed; an unfinished run is not silently overwritten."""
-    folder = Path(c.output_dir)
-    path, step = folder / "state" / "state.safetensors", 0
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            step = int(file.metadata()["step"])
-    if c.resume:
-        return step
-    if step and step < (steps := modeling.read_json(folder / "run.json")["steps"]):
-        raise InputError(f"{folder} holds a run that stopped at step {step} of {steps}; add "
-                        f"--resume to go on, or choose another --output_dir, or delete it")
-    return 0
-
-
-def start_run(c, steps: int, facts: dict, hardware: Hardware) -> None:
-    """Write run.json; a resumed run must find the data it began with."""
-    path = Path(c.output_dir) / "run.json"
-    if c.resume:
-        before = modeling.read_json(path)["data_hashes"]
-        for name in facts["data_hashes"]:
-            if before.get(name) != facts["data_hashes"][name]:
-                raise InputError(f"--resume: {name} has changed since the run began")
-    if hardware.rank == 0:
-        if not c.resume:  # the state of an earlier run is none of this one's
-            (path.parent / "state" / "state.safetensors").unlink(missing_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        modeling.write_json(path, {
-            "config": {**asdict(c), "resume": False}, "steps": steps, "ranks": hardware.world,
-            "device": str(hardware.device), "dtype": str(hardware.dtype), "versions": versions,
-            **facts})
-
-
-def announce(c, model, tokenizer: data.ChatTokenizer, steps: int, hardware: Hardware) -> None:
-    """Print what is about to be trained, and every flag that is not empty."""
-    count, config = sum(p.numel() for p in model.parameters()), model.config
-    kind = str(hardware.dtype).removeprefix("torch.")
-    print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
-          f"template {tokenizer.template.name}, {steps} steps of {c.batch_size} examples")
-    print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
-    if c.max_length > config.max_position_embeddings:
-        print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")
-
-
-# --------------------------------------------------------------------------------- logs and figures
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GiB: of the accelerator, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class Log:
-    """metrics.jsonl, and a progress bar, or where there is no terminal a line now and then."""
-
-    def __init__(self, c, start_step: int, steps: int, hardware: Hardware):
-        self.path, self.every = Path(c.output_dir) / "metrics.jsonl", c.log_every
-        self.steps, self.device, self.main = steps, hardware.device, hardware.rank == 0
-        self.records = self.earlier(start_step) if self.main else []
-        self.bar = tqdm(total=steps, initial=start_step, unit=" steps", dynamic_ncols=True,
-                        disable=not self.main or not sys.stderr.isatty())
-
-    def earlier(self, start_step: int) -> list[dict]:
-        """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step else []
-        records = []
-        for line in lines[:start_step]:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        modeling.write_lines(self.path, (json.dumps(r) + "\n" for r in records))
-        return records
-
-    def write(self, record: dict, shown: dict) -> None:
-        """One step's record to the file, and `shown` (name: text) to the screen."""
-        if not self.main:
-            return
-        self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = {**shown, "lr": f"{record['learning_rate']:.2e}",
-                 "tok/s": f"{record['tokens_per_second']:.0f}",
-                 "mem": f"{peak_memory(self.device):.1f}G"}
-        self.bar.set_postfix(shown)
-        self.bar.update()
-        step = record["step"]
-        if self.bar.disable and (step % self.every == 0 or step in (1, self.steps)):
-            text = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"step {step}/{self.steps}  {text}", flush=True)
-
-
-def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: str) -> None:
-    """Metrics over steps and the learning rate below them; without matplotlib, nothing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for key, label in curves.items():
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            marker = "." if len(points) < 50 else ""
-            top.plot(*zip(*points, strict=True), label=label, marker=marker)
-    bottom.plot([r["step"] for r in records], [r["learning_rate"] for r in records], "tab:gray")
-    top.set_ylabel(unit)
-    top.legend()
-    bottom.set(ylabel="learning rate", xlabel="step")
-    modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-# ----------------------------------------------------------------------------------- data of a run
-
-
-class RunData(NamedTuple):
-    """What a run trains and validates on."""
-
-    train: list[data.Example]
-    validation: list[data.Example]
-    mixer: data.Mixer
-    draws: int  # examples of the whole run
-    steps: int
-
-    def step(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """(example, visit) of optimizer step `step`, from 0; the run's last step may be short."""
-        return self.mixer.draws(step * batch_size, min((step + 1) * batch_size, self.draws))
-
-
-def prepare_data(c, load, quiet: bool) -> tuple[RunData, dict]:
-    """Read, tokenise, split and mix the files of --data; and what run.json says of it.
-
-    load(files) gives examples, or preferences, and what was dropped by reason.
-    """
-    train, counts = load(c.data)
-    validation = load(c.val_data)[0] if c.val_data else []
-    if c.val_fraction:
-        train, validation = data.split_validation(train, c.val_fraction, c.seed)
-    if not quiet:
-        print(f"{len(train)} training, {len(validation)} validation examples", *(
-            f"; {reason}: {count}" for reason, count in counts.items()), sep="")
-    draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * len(train)))
-    pairs = [(e.source, e.targets) for e in train]
-    mixer, mix = data.mix_files(c, c.data, pairs, draws, quiet)
-    hashes = {}
-    for path in [*c.data, *c.val_data]:
-        with open(path, "rb") as file:
-            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
-    return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
-
-
-# ------------------------------------------------------------------------------------- the SFT step
-
-
-def backward_step(model, run: RunData, step: int, c: Config, hardware: Hardware, scaler):
-    """Gradients of one optimizer step; returns this rank's share of the loss, and the counts.
-
-    loss = -sum_i w_i ln p_i / sum_i w_i over the supervised tokens i of the global step, w_i = 1
-    unless a message says otherwise. Every rank knows the whole step, so the denominator needs no
-    communication. DDP averages gradients over the ranks, hence the factor `world`.
-    """
-    draws = run.step(step, c.batch_size)
-    examples = [run.train[i] for i, _ in draws]
-    lengths = [len(e.ids) for e in examples]
-    total = sum(weight * (end - first) for e in examples for first, end, weight in e.spans)
-    mine = data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]
-    share = 1.0 if mine else 0.0  # fewer examples than ranks: take part in DDP's sum with nothing
-    loss_sum = 0.0
-    for k, chunk in enumerate(mine or [[0]], 1):
-        batch = data.collate([examples[i] for i in chunk], hardware.device)
-        visits, indices = [draws[i][1] for i in chunk], [draws[i][0] for i in chunk]
-        noise = modeling.noise_keys(c.seed, visits, indices, batch.lengths, hardware.device)
-        synchronize = hardware.world == 1 or k >= len(mine)  # gradients travel once a step
-        with contextlib.nullcontext() if synchronize else model.no_sync():
-            with hardware.autocast():
-                logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
-                             neftune_alpha=c.neftune_alpha, equal_weights=True)  # [N]
-            loss = -(batch.weights * logp).sum() / total * share
-            scaler.scale(loss * hardware.world).backward()
-        loss_sum += loss.detach()
-    targets = sum(e.targets for e in examples)
-    return float(loss_sum), {"tokens": sum(lengths), "target_tokens": targets}
-
-
-@torch.no_grad()
-def validation_loss(model, examples: list[data.Example], c: Config, hardware: Hardware) -> float:
-    """Mean nats per supervised token, as in training but without noise and dropout."""
-    model.eval()
-    loss = weight = 0.0
-    lengths = [len(e.ids) for e in examples]
-    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
-        batch = data.collate([examples[i] for i in chunk], hardware.device)
-        with hardware.autocast():
-            logp = model(batch.ids, batch.lengths, batch.targets)  # [N]
-        loss -= (batch.weights * logp).sum().item()
-        weight += batch.weights.sum().item()
-    model.train()
-    loss, weight = hardware.sum(loss, weight)
-    return loss / weight
-
-
-def exam_accuracy(model, tokenizer, c: Config, hardware: Hardware) -> float:
-    """Share of the questions of --exam_data answered rightly; each rank asks some subjects."""
-    import eval as evaluation
-
-    model.eval()
-    with hardware.autocast():
-        right, count = evaluation.count_right(
-            model, tokenizer, c.exam_data, micro_tokens=c.micro_tokens, rank=hardware.rank,
-            world=hardware.world)
-    model.train()
-    right, count = hardware.sum(right, count)
-    return right / count
-
-
-def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped, hardware: Hardware):
-    """The loop: forward and backward, clip, step, log, save. Returns the log and a few facts."""
-    optimizer, scaler, signals, log = start_training(c, start_step, run.steps, model, hardware)
-    facts = {"seconds": 0.0, "tokens": 0, "stopped": 0}
-    if run.validation and not start_step:
-        facts["val_before"] = validation_loss(model, run.validation, c, hardware)
-    for step in range(start_step + 1, run.steps + 1):
-        began = time.perf_counter()
-        rate = set_learning_rate(optimizer, step, run.steps, c)
-        loss, counts = backward_step(wrapped, run, step - 1, c, hardware, scaler)
-        loss, stop = hardware.sum(loss, len(signals))
-        norm = clip_and_step(model, optimizer, scaler, c, loss, run, step)
-        seconds = time.perf_counter() - began
-        facts["seconds"] += seconds
-        facts["tokens"] += counts["tokens"]
-        epoch = min(step * c.batch_size, run.draws) / run.mixer.size
-        record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "learning_rate": rate,
-                  "grad_norm": norm, **counts}
-        record["tokens_per_second"] = round(counts["tokens"] / seconds, 1)
-        done = step == run.steps
-        if run.validation and (done or (c.eval_every and step % c.eval_every == 0)):
-            record["val_loss"] = validation_loss(model, run.validation, c, hardware)
-        if c.exam_data and (done or (c.exam_every and step % c.exam_every == 0)):
-            record["exam_accuracy"] = exam_accuracy(model, tokenizer, c, hardware)
-        log.write(record, {k: f"{record[k]:.4f}" for k in ("loss", "val_loss", "exam_accuracy")
-                           if k in record})
-        if done or stop or (c.save_every and step % c.save_every == 0):
-            save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
-        if stop and not done:
-            facts["stopped"] = 128 + (signals or [signal.SIGTERM])[0]
-            break
-    log.bar.close()
-    return log.records, facts
-
-
-# --------------------------------------------------------------------------------------------- main
-
-
-def report_early_end(script: str, folder: Path, records: list, facts: dict, steps: int) -> bool:
-    """Whether the run stopped early, or had nothing left to do; printed, with how to go on."""
-    if facts["stopped"]:
-        print(f"stopped after step {records[-1]['step']} of {steps}; all is saved, go on with\n"
-              f"  torchrun {script} --resume --output_dir {folder}")
-    elif not facts["seconds"]:
-        print(f"the run in {folder} is complete, all {steps} steps; nothing is left to do")
-    return bool(facts["stopped"]) or not facts["seconds"]
-
-
-def summary(c: Config, records: list[dict], facts: dict, steps: int) -> None:
-    """What a person wants to know when a run ends."""
-    folder = Path(c.output_dir)
-    curves = {"loss": "training", "val_loss": "validation"}
-    draw_figure(folder / "loss.png", records, curves, "nats per supervised token")
-    if report_early_end("train_sft.py", folder, records, facts, steps):
-        return
-    speed = facts["tokens"] / facts["seconds"]
-    print(f"{facts['tokens']} tokens in {facts['seconds']:.0f} s, {speed:.0f} a second")
-    print(f"loss {records[0]['loss']:.4f} -> {records[-1]['loss']:.4f} nats per supervised token")
-    if "val_loss" in records[-1]:
-        before = f"{facts['val_before']:.4f} -> " if "val_before" in facts else ""
-        print(f"validation loss {before}{records[-1]['val_loss']:.4f}")
-    if "exam_accuracy" in records[-1]:
-        print(f"exam accuracy {records[-1]['exam_accuracy']:.1%}; more with\n  python eval.py exam "
-              f"--model {folder} --data {c.exam_data} --chat --shots 0")
-        draw_figure(folder / "exam.png", records, {"exam_accuracy": "exam"}, "share right")
-    print(f"checkpoint in {folder}; next:\n  python eval.py chat --model {folder}\n"
-          f"  python eval.py logprobs --model {folder} --data {c.data[0]}")
 
 
 def import_world():
@@ -644,38 +815,38 @@ def main() -> None:
     """Read the flags, prepare, train, report."""
     c = resolve_config(Config, sys.argv[1:], RECIPES, lambda: import_world().SFT_DEMO)
     start_step, hardware = find_start_step(c), setup_hardware(c.dtype)
+    quiet = hardware.rank > 0
     world = import_world() if c.model == "out/demo/base" else None
     if world:
-        if hardware.rank == 0:
+        if not quiet:
             world.make_demo(Path(c.model).parent)
             world.make_demo_model(Path(c.model))
         hardware.barrier()
-    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot)
-    # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
-    config = modeling.load_config(c.model)
-    c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
-    tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
-    quiet = hardware.rank > 0
-    if c.exam_data:  # an error in it should come now
-        import eval as evaluation
 
-        evaluation.training_exam(tokenizer, c.exam_data, config.max_position_embeddings,
-                                 quiet=quiet)
+    # All that can be wrong with the input is found before the model is loaded.
+    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot)
+    config = modeling.load_config(c.model)
+    tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
+    floor = try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0
+    # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
+    c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
     run, facts = prepare_data(c, lambda files: data.load_examples(
         files, tokenizer, c.train_on, c.max_length, skip_bad_rows=c.skip_bad_rows,
         quiet=quiet), quiet)
+    run = run._replace(exam_floor=floor)
+
     model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
-    if hardware.rank == 0:
+    if not quiet:
         announce(c, model, tokenizer, run.steps, hardware)
         before = world.demo_exam(model, tokenizer) if world and not start_step else "?"
-    records, facts = train(c, tokenizer, run, start_step, model, wrapped, hardware)
-    if hardware.rank == 0:
-        summary(c, records, facts, run.steps)
-        if world and not facts["stopped"]:
+    records, status = train(c, tokenizer, run, start_step, model, wrapped, hardware)
+    if not quiet and not ended_early("train_sft.py", c, start_step, run.steps, records, hardware):
+        summary(c, records)
+        if world:
             world.report_demo(before, world.demo_exam(model, tokenizer), model, tokenizer)
     hardware.leave()
-    sys.exit(facts["stopped"])
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def pairs(vocabulary: int) -> list[train_dpo.Preference]:
     path, tokenizer = SHARED / "data/dpo_zh_demo.json", SHARED / "models/minimind-tokenizer"
     if path.exists():
         chat = data.ChatTokenizer(tokenizer)
-        return train_dpo.load_preferences([str(path)], chat, 2048, False)[0]
+        return train_dpo.load_preferences([str(path)], chat, 2048)[0]
     rng, out = random.Random(0), []
     for _ in range(300):
         lengths = [min(int(rng.lognormvariate(4.8, 0.8)) + 2, 900) for _ in range(3)]
@@ -166,7 +166,7 @@ class OursDPO:
         """One optimizer step; returns the loss."""
         run = train_sft.RunData(items, [], InOrder, len(items), 1)
         scaler = torch.amp.GradScaler(self.device, enabled=False)
-        metrics = train_dpo.backward_step(self.model, self.model, run, reference, 0, self.config,
+        metrics = train_dpo.backward_step(self.model, self.model, run, reference, 1, self.config,
                                           self.hardware, scaler)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 
 import data
+import model as modeling
 import train_sft
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -111,21 +116,32 @@ def launcher(work, name, *flags, ranks=1, script=train_sft):
     if ranks > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0",
                   "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return [*start, script.__file__, "--output_dir", str(work / name), *map(str, flags)]
+    run = ["-m", script.__name__] if script.__name__.startswith("labs.") else [script.__file__]
+    return [*start, *run, "--output_dir", str(work / name), *map(str, flags)]
+
+
+def environment():
+    """The variables of a run in another process, which finds the project from any folder."""
+    return {**os.environ, "PYTHONPATH": str(REPO)}
 
 
 def train(work, name, *flags, ranks=1, status=0, script=train_sft):
-    """Run it, in this process unless it has several ranks; returns its metrics and its output."""
+    """Run it, in this process unless it has several ranks; returns its steps and its output."""
     if ranks > 1:
         done = subprocess.run(launcher(work, name, *flags, ranks=ranks, script=script),
-                              capture_output=True, text=True, cwd=work)
+                              capture_output=True, text=True, cwd=work, env=environment())
         code, text = done.returncode, done.stdout + done.stderr
     else:
-        code, text = run_here(launcher(work, name, *flags, script=script)[1:], script)
+        argv = [script.__file__, "--output_dir", str(work / name), *map(str, flags)]
+        code, text = run_here(argv, script)
     assert code == status, text
-    path = work / name / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return records, text
+    return steps(work / name), text
+
+
+def steps(folder):
+    """The records of metrics.jsonl, without what was measured before the first step."""
+    path = folder / "metrics.jsonl"
+    return [r for r in read(path) if r["step"] > 0] if path.exists() else []
 
 
 def run_here(argv, script=train_sft):
@@ -150,3 +166,125 @@ def curve(records):
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
+
+
+# --------------------------------------------------------------- preferences, and a plain DPO loop
+
+
+def some_words(rng, n):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, n)))
+
+
+def write_pairs(path, count, seed=0):
+    """Pairs whose prompts and answers are of very different lengths, some with several turns."""
+    rng, rows = random.Random(seed), []
+    for i in range(count):
+        history = [user(some_words(rng, 5)), assistant(some_words(rng, 5))] if i % 3 == 0 else []
+        question = user(f"{i} {some_words(rng, 2 + 7 * i % 25)}")
+        rows.append({"prompt": [*history, question], "chosen": some_words(rng, 3 + i % 12) + " yes",
+                     "rejected": some_words(rng, 12) + " no"})
+    return jsonl(path, *rows)
+
+
+def perturbed(source, target):
+    """Write a copy of a checkpoint whose weights are a little different."""
+    shutil.copytree(source, target)
+    generator, model = torch.Generator().manual_seed(1), modeling.load(source)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
+    modeling.save(model, target)
+
+
+def assert_same_run(one, two):
+    """Metrics, but for the speed, and weights of two output folders are equal bit for bit."""
+    lines = [[r | {"tokens_per_second": 0} for r in read(f / "metrics.jsonl")] for f in (one, two)]
+    assert lines[0] == lines[1]
+    found = weights(two)
+    assert all(torch.equal(value, found[name]) for name, value in weights(one).items())
+
+
+def stop_after(monkeypatch, step):
+    """SIGTERM reaches this process when the run logs `step`."""
+    write = train_sft.Log.write
+
+    def patched(log, record):
+        write(log, record)
+        if record["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_sft.Log, "write", patched)
+
+
+def padded_logprobs(model, rows):
+    """(sums of ln p, tokens) [len(rows)] of (ids, first, end) by one pass over a padded batch."""
+    length = max(len(ids) for ids, _, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (tokens, first, end) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        mask[i, : len(tokens)] = 1
+        labels[i, first:end] = ids[i, first:end]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    return -nll.sum(1), (labels != -100).sum(1)
+
+
+def whole_rows(path, folder):
+    """(ids, first, end) of every answer of a file after its prompt, the last turn supervised."""
+    tokenizer = data.ChatTokenizer(folder)
+    examples, _ = data.load_examples([str(path)], tokenizer, "last", keep_all=True)
+    return [(e.ids.tolist(), *e.spans[0][:2]) for e in examples]
+
+
+PLAIN = ["--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1, "--schedule", "constant",
+         "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 150]
+
+
+def compare_with_plain_loop(records, theirs, frozen, rows, loss_of, ours):
+    """Train a transformers model beside a live reference and compare it with a run of ours.
+
+    loss_of(policy, reference, tokens) [rows] each -> loss, and metrics that the run must show.
+    """
+    theirs.train()
+    # SmolLM2 pads with the token that ends a turn; transformers then drops that row's gradient
+    theirs.model.embed_tokens.padding_idx = None
+    decay = [p for p in theirs.parameters() if p.dim() >= 2]
+    others = [p for p in theirs.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for record in records:
+        with torch.no_grad():
+            r, _ = padded_logprobs(frozen, rows)
+        p, n = padded_logprobs(theirs, rows)
+        loss, metrics = loss_of(p, r, n)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-8)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for name, value in metrics.items():
+            assert record[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-4), name
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = dict(theirs.named_parameters())
+    for name, p in modeling.load(ours).named_parameters():
+        # Adam scales each gradient by its own size: where it is near rounding, a part of a step
+        # (1e-3) may differ; a key's bias shifts all scores alike, its gradient is only rounding
+        off = (p - wanted[name]).abs()
+        if "k_proj.bias" not in name:
+            assert off.mean() < 1e-6 and off.max() < 4e-4, name
+
+
+def trl_loss(kind, rows, policy, reference, folder, **flags):
+    """The loss that TRL's trainer of this kind (DPO, KTO) computes for some rows at once."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), beta=0.2, max_length=None, report_to=[], use_cpu=True, bf16=False,
+        per_device_train_batch_size=len(rows), **flags)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        load(policy), load(reference), args=config, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(reference))
+    (batch,) = trainer.get_train_dataloader()
+    with torch.no_grad():
+        return trainer.compute_loss(trainer.model.eval(), batch).item()

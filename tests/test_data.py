@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 import data
 import train_dpo
 from data import Example, InputError, Mixer, mixing_rates
+from labs import kto
 
 DROPPED = "dropped: nothing to supervise"
 
@@ -545,7 +546,8 @@ LONG_PAIRS = {
 def preferences(path, tokenizer, *rows, max_length=2048, labelled=False, **options):
     """(preferences, counts) of a file with these rows."""
     path = jsonl(path / "pairs.jsonl", *rows)
-    return train_dpo.load_preferences([path], tokenizer, max_length, labelled, **options)
+    load = kto.load_labelled if labelled else train_dpo.load_preferences
+    return load([path], tokenizer, max_length, **options)
 
 
 @pytest.mark.parametrize("name", LONG_PAIRS)
@@ -553,7 +555,7 @@ def test_pair_of_each_form_is_one_prompt_and_two_answers_with_their_end_of_turn(
     name, tmp_path, letters
 ):
     (item,), counts = preferences(tmp_path, letters, LONG_PAIRS[name])
-    assert item.lengths == [3, 3] and not counts and item.label is None
+    assert item.lengths == [3, 3] and not counts
     for (ids, spans), answer in zip(item.answers, (YO, NO), strict=True):
         whole = item.prompt.tolist() + ids.tolist()
         rendered, marks = render(letters, [*TURNS, answer])
@@ -610,7 +612,7 @@ def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
 
 @pytest.mark.parametrize("labelled,row,said", [
     (False, {"prompt": "a", "completion": "b"}, "expected chosen and rejected"),
-    (False, {"prompt": "a", "completion": "b", "label": True}, "--loss kto takes labels"),
+    (False, {"prompt": "a", "completion": "b", "label": True}, "labels are for labs/kto.py"),
     (False, {"text": "a"}, "expected chosen and rejected"),
     (True, {"prompt": "a", "completion": "b"}, "expected a label and an answer, or chosen"),
     (True, {"messages": [HI], "label": True}, "expected a label and an answer"),
@@ -1070,10 +1072,11 @@ def test_real_conversations_have_the_ids_of_transformers():
 def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(name):
     path = str(SHARED / "data" / f"{name}.json")
     tokenizer = data.ChatTokenizer(SHARED / "models" / "minimind-tokenizer")
-    items, counts = train_dpo.load_preferences([path], tokenizer, 10**6, name.startswith("kto"))
+    load = kto.load_labelled if name.startswith("kto") else train_dpo.load_preferences
+    items, counts = load([path], tokenizer, 10**6)
     wholes, _ = data.load_examples([path], tokenizer, max_length=10**6, keep_all=True)
     found = [item.prompt.tolist() + ids.tolist() for item in items for ids, _ in item.answers]
     assert found == [e.ids[: e.spans[-1][1]].tolist() for e in wholes] and not counts
-    items, counts = train_dpo.load_preferences([path], tokenizer, 256, name.startswith("kto"))
+    items, counts = load([path], tokenizer, 256)
     assert len(items) + counts["dropped: alike once truncated"] == 300
     assert all(len(p.prompt) + len(ids) <= 256 and spans for p in items for ids, spans in p.answers)

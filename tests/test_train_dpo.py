@@ -6,12 +6,9 @@ import functools
 import io
 import json
 import math
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -22,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import curve, weights
+from conftest import PLAIN, assert_same_run, curve, jsonl, perturbed, read, whole_rows, write_pairs
 from safetensors.torch import load_file, save_file
 
 import data
@@ -31,45 +28,6 @@ import train_dpo
 import train_sft
 from labs import world
 from train_dpo import Preference
-
-
-def some_words(rng, n):
-    return " ".join(rng.choice(conftest.WORDS) for _ in range(rng.randint(1, n)))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_pairs(path, count, seed=0):
-    """Pairs whose prompts and answers are of very different lengths, some with several turns."""
-    rng, rows = random.Random(seed), []
-    for i in range(count):
-        history = [{"role": "user", "content": some_words(rng, 5)},
-                   {"role": "assistant", "content": some_words(rng, 5)}] if i % 3 == 0 else []
-        question = {"role": "user", "content": f"{i} {some_words(rng, 2 + 7 * i % 25)}"}
-        rows.append({"prompt": [*history, question], "chosen": some_words(rng, 3 + i % 12) + " yes",
-                     "rejected": some_words(rng, 12) + " no"})
-    return write_rows(path, rows)
-
-
-def write_labels(path, count, seed=0):
-    """Answers with a label, two to every prompt; two of three are liked."""
-    rng = random.Random(seed)
-    questions = [f"{i} {some_words(rng, 12)}" for i in range(count // 2)]
-    return write_rows(path, [{"prompt": questions[i // 2], "completion": some_words(rng, 15),
-                              "label": i % 3 > 0} for i in range(count)])
-
-
-def perturbed(source, target):
-    """Write a copy of a checkpoint whose weights are a little different."""
-    shutil.copytree(source, target)
-    generator, model = torch.Generator().manual_seed(1), modeling.load(source)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.02 * torch.randn(p.shape, generator=generator)
-    modeling.save(model, target)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +39,6 @@ def work(tmp_path_factory):
     write_pairs(folder / "pairs.jsonl", 16)
     write_pairs(folder / "more.jsonl", 4, seed=1)
     write_pairs(folder / "val.jsonl", 5, seed=2)
-    write_labels(folder / "labels.jsonl", 12)
     return folder
 
 
@@ -95,15 +52,6 @@ run = functools.partial(conftest.train, script=train_dpo)
 
 def inputs(work, *files):
     return ["--model", work / "base", "--data", *(work / f for f in files or ["pairs.jsonl"])]
-
-
-def assert_same_run(one, two):
-    """Metrics, but for the speed, and weights of two output folders are equal bit for bit."""
-    lines = [[json.loads(line) | {"tokens_per_second": 0}
-              for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
-    assert lines[0] == lines[1]
-    found = weights(two)
-    assert all(torch.equal(value, found[name]) for name, value in weights(one).items())
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +92,7 @@ def objective(vector, flags):
         rc = rr = torch.zeros_like(pc)
     policy = torch.stack((pc, pr))[None].requires_grad_()  # [1, 2]
     loss, _ = train_dpo.objective(settle(**flags), policy, torch.stack((rc, rr))[None],
-                                  torch.stack((nc, nr))[None], torch.tensor([[True, False]]))
+                                  torch.stack((nc, nr))[None])
     loss.sum().backward()
     return loss.item(), policy.grad[0].tolist()
 
@@ -187,28 +135,19 @@ def test_dpo_gradient_pulls_the_two_answers_apart_with_equal_force(smoothing, sl
     assert found == pytest.approx([slope, -slope], abs=1e-9)
 
 
-@pytest.mark.parametrize("z,liked,loss", [(0.0, True, 0.4750208125), (0.0, False, 0.4750208125),
-                                          (2.0, True, 0.5249791875), (2.0, False, 0.4255574832)])
-@pytest.mark.parametrize("weight", [1.0, 1.5])
-def test_kto_loss_has_its_published_values_and_its_gradient_moves_towards_the_label(
-        z, liked, loss, weight):
-    c = settle(loss="kto", **{"desirable_weight" if liked else "undesirable_weight": weight})
-    policy = torch.tensor([[-10.0 if liked else -12.0]], requires_grad=True)
-    found, rewards = train_dpo.objective(c, policy, torch.tensor([[-11.0]]), torch.ones(1, 1),
-                                         torch.tensor([[liked]]), z)
-    found.sum().backward()
-    assert found.item() == pytest.approx(weight * loss, abs=1e-6)
-    assert rewards.item() == pytest.approx(0.1 if liked else -0.1)
-    wanted = (-1 if liked else 1) * 0.1 * weight * loss * (1 - loss)  # s' = s (1 - s)
-    assert policy.grad.item() == pytest.approx(wanted, abs=1e-7)
-
-
 def test_dpo_loss_is_ln_2_and_accuracy_0_when_policy_is_reference():
-    logp, liked = torch.tensor([[-3.0, -4.0], [-9.0, -2.0]]), torch.tensor([[True, False]] * 2)
-    found = train_dpo.measure(settle(), logp, logp.clone(), torch.ones(2, 2), liked)
+    logp = torch.tensor([[-3.0, -4.0], [-9.0, -2.0]])
+    found = train_dpo.measure(settle(), logp, logp.clone(), torch.ones(2, 2))
     assert found["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert (found["reward_accuracy"], found["reward_margin"]) == (0.0, 0.0)
     assert (found["logp_chosen"], found["logp_rejected"]) == (-6.0, -3.0)
+
+
+def test_loss_that_nobody_wrote_raises_instead_of_training_another():
+    c = settle()
+    c.loss = "mine"
+    with pytest.raises(ValueError, match="no loss is called 'mine'"):
+        train_dpo.objective(c, *torch.zeros(2, 1, 2), torch.ones(1, 2))
 
 
 def test_recipes_hold_the_published_values():
@@ -288,65 +227,6 @@ def test_noise_of_a_preference_is_scaled_by_the_length_of_prompt_and_answer(work
 # --------------------------------------------------------------------- a plain transformers loop
 
 
-def padded_logprobs(model, rows):
-    """(sums of ln p, tokens) [len(rows)] of (ids, first, end) by one pass over a padded batch."""
-    length = max(len(ids) for ids, _, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (tokens, first, end) in enumerate(rows):
-        ids[i, : len(tokens)] = torch.tensor(tokens)
-        mask[i, : len(tokens)] = 1
-        labels[i, first:end] = ids[i, first:end]
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
-    return -nll.sum(1), (labels != -100).sum(1)
-
-
-def whole_rows(path, folder):
-    """(ids, first, end) of every answer of a file after its prompt, the last turn supervised."""
-    tokenizer = data.ChatTokenizer(folder)
-    examples, _ = data.load_examples([str(path)], tokenizer, "last", keep_all=True)
-    return [(e.ids.tolist(), *e.spans[0][:2]) for e in examples]
-
-
-def compare(records, theirs, frozen, rows, loss_of, ours):
-    """Train a transformers model beside a live reference and compare it with a run of ours.
-
-    loss_of(policy, reference, tokens) [rows] each -> loss, and metrics that the run must show.
-    """
-    theirs.train()
-    # SmolLM2 pads with the token that ends a turn; transformers then drops that row's gradient
-    theirs.model.embed_tokens.padding_idx = None
-    decay = [p for p in theirs.parameters() if p.dim() >= 2]
-    others = [p for p in theirs.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for record in records:
-        with torch.no_grad():
-            r, _ = padded_logprobs(frozen, rows)
-        p, n = padded_logprobs(theirs, rows)
-        loss, metrics = loss_of(p, r, n)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-8)
-        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-        for name, value in metrics.items():
-            assert record[name] == pytest.approx(value.item(), rel=1e-5, abs=1e-4), name
-        optimizer.step()
-        optimizer.zero_grad()
-    wanted = dict(theirs.named_parameters())
-    for name, p in modeling.load(ours).named_parameters():
-        # Adam scales each gradient by its own size: where it is near rounding, a part of a step
-        # (1e-3) may differ; a key's bias shifts all scores alike, its gradient is only rounding
-        off = (p - wanted[name]).abs()
-        if "k_proj.bias" not in name:
-            assert off.mean() < 1e-6 and off.max() < 4e-4, name
-
-
-PLAIN = ["--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1, "--schedule", "constant",
-         "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 150]
-
-
 def apart(x):
     return x[:, 0] - x[:, 1]
 
@@ -368,8 +248,8 @@ def test_three_steps_equal_a_plain_transformers_loop_with_a_live_reference(tmp_p
     pairs = write_pairs(tmp_path / "pairs.jsonl", 6)
     records, _ = run(tmp_path, "out", "--model", tmp_path / "base", "--data", pairs, *PLAIN,
                      "--batch_size", 6)
-    compare(records, theirs, copy.deepcopy(theirs), whole_rows(pairs, tmp_path / "base"),
-            written_out, tmp_path / "out")
+    conftest.compare_with_plain_loop(records, theirs, copy.deepcopy(theirs), whole_rows(
+        pairs, tmp_path / "base"), written_out, tmp_path / "out")
 
 
 OTHERS = {
@@ -396,39 +276,9 @@ def test_three_steps_of_the_other_losses_equal_a_plain_transformers_loop(work, t
     records, _ = run(tmp_path, "out", "--model", work / "base", "--data", pairs, *PLAIN,
                      "--batch_size", 6, *flags)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    compare(records, load(work / "base"), load(work / "other"), whole_rows(pairs, work / "base"),
-            lambda *rows: (loss(*(x.view(-1, 2) for x in rows)).mean(), {}), tmp_path / "out")
-
-
-@pytest.mark.parametrize("policy,against", [("base", "other"), ("other", "base")])
-def test_three_steps_of_kto_equal_a_plain_transformers_loop_with_z_from_mismatched_pairs(
-        work, tmp_path, policy, against):
-    """The mean log-ratio is below 0 the one way round, so that z is 0, and above it the other."""
-    labels = write_labels(tmp_path / "labels.jsonl", 8)
-    records, _ = run(tmp_path, "out", "--model", work / policy, "--reference", work / against,
-                     "--data", labels, *PLAIN, "--batch_size", 8, "--loss", "kto",
-                     "--desirable_weight", 0.5, "--undesirable_weight", 1.5, "--nll_weight", 0.1)
-    liked = torch.tensor([json.loads(line)["label"] for line in labels.read_text().splitlines()])
-    rows = whole_rows(labels, work / "base")
-    for i in range(8):  # rows 2k and 2k+1 have one prompt: 2k+2 comes after them, 2k-1 before
-        ids, first, end = rows[(i // 2 * 2 + (2 if liked[i] else -1)) % 8]
-        prompt, start = rows[i][0], rows[i][1]
-        rows.append((prompt[:start] + ids[first:end], start, start + end - first))
-
-    def loss_of(p, r, n):
-        z = (p - r)[8:].mean().clamp(min=0).detach()
-        ratio = (p - r)[:8]
-        loss = torch.where(liked, 0.5 * torch.sigmoid(0.1 * (z - ratio)),
-                           1.5 * torch.sigmoid(0.1 * (ratio - z)))
-        nll = -(p / n)[:8] * liked  # of liked answers only
-        return (loss + 0.1 * nll).mean(), {
-            "kl": z, "nll": nll.mean(), "reward_chosen": 0.1 * ratio[liked].mean(),
-            "logp_rejected": p[:8][~liked].mean(), "reward_accuracy":
-            ((ratio > z) == liked).float().mean(), "length_rejected": n[:8][~liked].float().mean()}
-
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    compare(records, load(work / policy), load(work / against), rows, loss_of, tmp_path / "out")
-    assert (records[0]["kl"] > 0) == (policy == "other")
+    conftest.compare_with_plain_loop(
+        records, load(work / "base"), load(work / "other"), whole_rows(pairs, work / "base"),
+        lambda *rows: (loss(*(x.view(-1, 2) for x in rows)).mean(), {}), tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------- TRL's losses
@@ -445,118 +295,21 @@ def llama(tmp_path_factory):
 
 
 TRL = {"sigmoid": [], "hinge": ["--loss", "hinge"], "ipo": ["--loss", "ipo"],
-       "sigmoid_norm": ["--length_normalize"], "kto": ["--loss", "kto"]}
+       "sigmoid_norm": ["--length_normalize"]}
 
 
 @pytest.mark.parametrize("name", TRL)
 def test_loss_equals_that_of_trl(llama, tmp_path, name):
-    """Not so cDPO: TRL's sigmoid has label_smoothing as a flag and does not look at it.
-
-    TRL mismatches KTO's answers with the row before in the batch, we with the next or the last one:
-    of two rows both take the other.
-    """
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    rows = [json.loads(line) for line in write_pairs(tmp_path / "a.jsonl", 6).open()]
-    rows = [{"prompt": row["prompt"], **{side: [{"role": "assistant", "content": row[side]}]
-             for side in ("chosen", "rejected")}} for row in rows]
-    if name == "kto":
-        rows = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-                for row, side in zip(rows[:2], ["chosen", "rejected"], strict=True)]
+    """Not so cDPO: TRL's sigmoid has label_smoothing as a flag and does not look at it."""
+    rows = [{"prompt": row["prompt"], **{side: [conftest.assistant(row[side])]
+             for side in ("chosen", "rejected")}}
+            for row in read(Path(write_pairs(tmp_path / "a.jsonl", 6)))]
+    theirs = conftest.trl_loss("DPO", rows, llama / "policy", llama / "base", tmp_path / "trl",
+                               loss_type=name, label_smoothing=0.1)
     records, _ = run(tmp_path, "out", "--model", llama / "policy", "--reference", llama / "base",
-                     "--data", write_rows(tmp_path / "rows.jsonl", rows), "--steps", 1,
-                     "--batch_size", len(rows), "--beta", 0.2, *TRL[name])
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    common = {"output_dir": str(tmp_path / "trl"), "beta": 0.2, "max_length": None,
-              "report_to": [], "use_cpu": True, "bf16": False,
-              "per_device_train_batch_size": len(rows)}
-    if name == "kto":
-        trainer, config = trl.KTOTrainer, trl.KTOConfig(**common)
-    else:
-        trainer, config = trl.DPOTrainer, trl.DPOConfig(
-            **common, loss_type=name, label_smoothing=0.1)
-    trainer = trainer(load(llama / "policy"), load(llama / "base"), args=config,
-                      train_dataset=datasets.Dataset.from_list(rows),
-                      processing_class=transformers.AutoTokenizer.from_pretrained(llama / "base"))
-    (batch,) = trainer.get_train_dataloader()
-    with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model.eval(), batch)
-    assert records[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert name != "kto" or records[0]["kl"] > 0.1
-
-
-# ------------------------------------------------------------------------------------------- KTO
-
-
-@pytest.fixture(scope="module")
-def kto(work):
-    """A run with labels; the policy starts away from the reference, so that z is above 0."""
-    flags = ["--loss", "kto", "--reference", work / "other", "--beta", 0.3]
-    return run(work, "kto", *inputs(work, "labels.jsonl"), *BASIC, *flags), flags
-
-
-@pytest.mark.parametrize("micro_tokens", [1, 64])
-def test_kto_reference_point_is_that_of_the_global_batch_whatever_the_micro_batches(
-        work, kto, micro_tokens):
-    (before, _), flags = kto
-    records, _ = run(work, f"kto{micro_tokens}", *inputs(work, "labels.jsonl"), *BASIC, *flags,
-                     "--micro_tokens", micro_tokens)
-    assert max(r["kl"] for r in before) > 0.5
-    assert [r["kl"] for r in records] == pytest.approx([r["kl"] for r in before], abs=1e-4)
-    assert curve(records) == pytest.approx(curve(before), abs=1e-5)
-
-
-def test_kto_validation_takes_its_reference_point_from_its_own_mismatched_answers(work):
-    """The same answers are trained on, once and without moving the weights."""
-    (record,), _ = run(work, "still", "--model", work / "other", "--reference", work / "base",
-                       "--data", work / "labels.jsonl", "--val_data", work / "labels.jsonl",
-                       "--loss", "kto", "--batch_size", 12, "--steps", 1, "--learning_rate", 1e-12)
-    assert record["kl"] > 0.01
-    for name in ("loss", "reward_accuracy", "reward_margin"):
-        assert record[f"val_{name}"] == pytest.approx(record[name], abs=1e-5)
-
-
-def test_kto_on_two_ranks_equals_one_rank_even_with_a_single_answer_in_a_step(work):
-    """5 answers, then 1: the second rank has nothing to do, and the step has but one side."""
-    flags = ["--model", work / "other", "--reference", work / "base", "--data",
-             work / "labels.jsonl", "--epochs", 0.5, "--batch_size", 5, "--loss", "kto",
-             "--learning_rate", 1e-3]
-    one, text = run(work, "kto_one", *flags)
-    two, _ = run(work, "kto_two", *flags, ranks=2)
-    for key in ("loss", "kl", "grad_norm"):
-        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4, abs=1e-5)
-    assert len(one) == 2 and one[0]["kl"] > 0.01 and "reward_margin" in one[0]
-    assert (one[1]["reward_chosen"] is None) != (one[1]["reward_rejected"] is None)
-    assert "what they mean" not in text and "nan" not in text  # one step has no before and after
-
-
-def test_kto_mismatches_an_answer_with_a_prompt_that_is_not_its_own(work):
-    tokenizer = data.ChatTokenizer(work / "base")
-    items, _ = train_dpo.load_preferences([str(work / "labels.jsonl")], tokenizer, 128, True)
-    assert len({p.key for p in items}) == 6 and len(items) == 12
-    for item, mismatched in zip(items, train_dpo.add_mismatched(items, 128), strict=True):
-        (ids, _), (other, spans) = mismatched.answers
-        assert np.array_equal(ids, item.answers[0][0]) and other[0] == ids[0]
-        partners = [p for p in items if np.array_equal(p.answers[0][0][1:], other[1:])]
-        assert partners and all(p.key != item.key for p in partners)
-        assert spans == partners[0].answers[0][1]
-    short = train_dpo.add_mismatched(items, 80)
-    assert max(len(p.prompt) + len(ids) for p in short for ids, _ in p.answers[1:]) == 80
-
-
-@pytest.mark.parametrize("side", ["--data", "--val_data"])
-def test_kto_with_one_prompt_only_is_refused(work, side):
-    rows = [{"prompt": "a", "completion": text, "label": text > "c"} for text in "bcd"]
-    flags = [*inputs(work, "labels.jsonl"), side, write_rows(work / "one.jsonl", rows)]
-    _, text = run(work, "bad", *flags, "--loss", "kto", status=2)
-    assert "one.jsonl line 1: --loss kto needs at least two prompts" in text
-    assert "Traceback" not in text and not (work / "bad").exists()
-
-
-def test_kto_reports_the_balance_of_labels_and_the_weights_its_authors_advise(work, kto):
-    assert "8 liked, 4 disliked answers; with their weights 2.00 : 1 (KTO" in kto[0][1]
-    _, text = run(work, "weighed", *inputs(work, "labels.jsonl"), "--loss", "kto", "--steps", 1,
-                  "--desirable_weight", 0.6, "--undesirable_weight", 1.2)
-    assert "with their weights 1.00 : 1\n" in text
+                     "--data", jsonl(tmp_path / "rows.jsonl", *rows), "--steps", 1,
+                     "--batch_size", 6, "--beta", 0.2, *TRL[name])
+    assert records[0]["loss"] == pytest.approx(theirs, rel=1e-5)
 
 
 # ------------------------------------------------------------------ what must not change the curve
@@ -586,48 +339,35 @@ def test_curve_does_not_depend_on_the_number_of_ranks(work, reference):
     assert curve(alone) == curve(reference[0])  # validation does not touch training
 
 
-def stop_after(monkeypatch, step):
-    """SIGTERM reaches this process when the run logs `step`."""
-    write = train_sft.Log.write
-
-    def patched(log, record, shown):
-        write(log, record, shown)
-        if record["step"] == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(train_sft.Log, "write", patched)
-
-
-@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 def test_resumed_run_equals_uninterrupted_run_bitwise_even_without_its_reference_cache(
-        work, reference, kto, monkeypatch, loss):
-    whole, flags, rows = ("reference", [], "pairs.jsonl") if loss == "sigmoid" else (
-        "kto", kto[1], "labels.jsonl")
+        work, reference, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, 2)  # read in the middle of step 3, which is finished
-        _, text = run(work, f"stop_{loss}", *inputs(work, rows), *BASIC, *flags, status=143)
-    assert f"--resume --output_dir {work / f'stop_{loss}'}" in text
-    _, text = run(work, f"stop_{loss}", *inputs(work, rows), status=2)
+        conftest.stop_after(patch, 2)  # read in the middle of step 3, which is finished
+        _, text = run(work, "stopped", *inputs(work), *BASIC, status=143)
+    assert f"--resume --output_dir {work / 'stopped'}" in text
+    _, text = run(work, "stopped", *inputs(work), status=2)
     assert "--resume" in text and text.count("\n") == 1  # not overwritten by mistake
-    shutil.copytree(work / f"stop_{loss}", work / f"bare_{loss}")
-    shutil.rmtree(work / f"bare_{loss}" / "reference")
-    for name, computed in ((f"stop_{loss}", 0), (f"bare_{loss}", 1)):
+    shutil.copytree(work / "stopped", work / "bare")
+    shutil.rmtree(work / "bare" / "reference")
+    for name, computed in (("stopped", 0), ("bare", 1)):
         _, text = run(work, name, "--resume")
         assert text.count("log-probabilities of") == computed
-        assert_same_run(work / whole, work / name)
+        assert_same_run(work / "reference", work / name)
 
 
-def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
-    flags = [*inputs(work), *BASIC, "--save_every", 1]
-    process = subprocess.Popen(command(work, "killed", *flags), cwd=work,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def kill(work, name, *flags, at):
+    """Start a run in a process of its own and kill it once it has printed `at`."""
+    process = subprocess.Popen(command(work, name, *flags), cwd=work, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
-        if line.startswith("step 2"):
-            time.sleep(random.Random(0).random() / 50)  # in a step or in the middle of saving
+        if line.startswith(at):
             break
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.communicate()
+
+
+def test_killed_run_resumes_bitwise(work, reference):
+    kill(work, "killed", *inputs(work), *BASIC, "--save_every", 1, at="step 2")
     run(work, "killed", "--resume")
     assert_same_run(work / "reference", work / "killed")
 
@@ -636,7 +376,7 @@ def test_run_whose_reference_has_changed_is_not_resumed(work, monkeypatch):
     shutil.copytree(work / "base", work / "moving")
     flags = ["--model", work / "moving", "--data", work / "pairs.jsonl", "--steps", 4]
     with monkeypatch.context() as patch:
-        stop_after(patch, 1)
+        conftest.stop_after(patch, 1)
         run(work, "moved", *flags, status=143)
     shutil.copyfile(work / "other/model.safetensors", work / "moving/model.safetensors")
     _, text = run(work, "moved", "--resume", status=2)
@@ -720,15 +460,15 @@ STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "target
 VAL = {"val_loss", "val_reward_accuracy", "val_reward_margin", "val_logp_accuracy"}
 
 
-def test_metrics_hold_what_the_readme_explains(work, reference, kto):
+def test_metrics_hold_what_the_readme_explains(work, reference):
     assert all(set(record) == STEP for record in reference[0])
-    assert all(set(record) == STEP | {"kl"} for record in kto[0][0])
     flags = ["--val_data", work / "val.jsonl", "--eval_every", 3, "--nll_weight", 0.1]
     records, _ = run(work, "keys", *inputs(work), *BASIC, *flags)
     assert [set(r) - STEP - {"nll"} for r in records] == [set(), set(), VAL, VAL]
+    assert set(read(work / "keys/metrics.jsonl")[0]) == {"step", "epoch"} | VAL  # before training
     tokenizer = data.ChatTokenizer(work / "base")
-    items, _ = train_dpo.load_preferences([str(work / "pairs.jsonl")], tokenizer, 2048, False)
-    drawn = train_sft.RunData(items, [], data.Mixer([16], np.ones(1), 0), 24, 4).step(0, 6)
+    items, _ = train_dpo.load_preferences([str(work / "pairs.jsonl")], tokenizer, 2048)
+    drawn = train_sft.RunData(items, [], data.Mixer([16], np.ones(1), 0), 24, 4).step(1, 6)
     first = [items[i] for i, _ in drawn]
     wanted = np.mean([p.lengths[0] for p in first])
     assert reference[0][0]["length_chosen"] == pytest.approx(wanted, abs=1e-5)
@@ -745,7 +485,7 @@ def test_validation_before_and_after_equals_a_plain_transformers_pass(work):
     for folder in ("held", "base"):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(work / folder)
         with torch.no_grad():
-            sums.append(padded_logprobs(theirs, rows)[0].view(-1, 2))
+            sums.append(conftest.padded_logprobs(theirs, rows)[0].view(-1, 2))
     loss, metrics = written_out(*sums, torch.ones(10))
     likelier = (sums[0][:, 0] > sums[0][:, 1]).float().mean().item()
     assert records[-1]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -818,7 +558,7 @@ def test_mixer_serves_preferences_too(work):
 def test_dropped_pairs_are_counted_by_reason_on_screen_and_in_run_json(work):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "b"},
             {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": 3}]
-    flags = ["--model", work / "base", "--data", write_rows(work / "three.jsonl", rows)]
+    flags = ["--model", work / "base", "--data", jsonl(work / "three.jsonl", *rows)]
     _, text = run(work, "bad", *flags, status=2)
     assert "three.jsonl line 3" in text and text.count("\n") == 1
     _, text = run(work, "counted", *flags, "--steps", 1, "--skip_bad_rows")
@@ -834,18 +574,18 @@ def test_dropped_pairs_are_counted_by_reason_on_screen_and_in_run_json(work):
     (["--loss", "dpo"], "--loss"), (["--beta", "-1"], "--beta must be 0 or more"),
     (["--loss", "ipo", "--label_smoothing", 0.1], "--label_smoothing goes with --loss sigmoid"),
     (["--label_smoothing", 0.5], "in [0, 0.5)"), (["--train_on", "all"], "--train_on"),
-    (["--loss", "kto", "--length_normalize"], "not for --loss kto"),
     (["--simpo_gamma", 1], "goes with --loss simpo"),
-    (["--loss", "simpo", "--desirable_weight", 2], "goes with --loss kto"),
     (["--loss", "simpo", "--reference", "x"], "takes no --reference"),
     (["--max_length", 3], "--max_length must be at least 4"), (["--recipe", "lima"], "known are"),
     (["--reference", "absent"], "absent"), (["--reference", "SMALL"], "config.json only 10"),
     (["--bet", 1], "did you mean --beta?"),
-    (["--data", "LABELS"], "--loss kto takes labels"), (["--data", "PLAIN"], "PLAIN line 1"),
-    (["--data", "PLAIN", "--loss", "kto"], "PLAIN line 1: expected a label"),
+    (["--loss", "kto"], "--loss"), (["--data", "LABELS"], "labels are for labs/kto.py"),
+    (["--data", "PLAIN"], "PLAIN line 1"),
     (["--resume"], "no run to go on with")])
 def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
-    write_rows(work / "plain.jsonl", [{"prompt": "a", "completion": "b"}])
+    row = {"prompt": "a", "completion": "b"}
+    jsonl(work / "plain.jsonl", row)
+    jsonl(work / "labels.jsonl", {**row, "label": True})
     config = json.loads((work / "base/config.json").read_text())
     modeling.write_json(work / "small/config.json", {**config, "vocab_size": 10})
     files = {"LABELS": work / "labels.jsonl", "PLAIN": work / "plain.jsonl",
@@ -873,7 +613,7 @@ def test_demo_without_the_checkpoint_of_sft_says_how_to_make_it(tmp_path, monkey
         Path("out/demo").mkdir(parents=True, exist_ok=True)
         Path("out/demo", name).touch()
         status, text = conftest.run_here(["train_dpo.py"], train_dpo)
-        assert status == 2 and text.count("\n") == 1 and "`torchrun train_sft.py`" in text
+        assert status == 2 and text.count("\n") == 1 and "`python train_sft.py`" in text
         assert not (tmp_path / "out/dpo").exists()
 
 
@@ -905,13 +645,11 @@ def test_demo_shows_a_question_that_was_answered_rudely_before(capsys):
 
 
 @pytest.mark.skipif(not (conftest.SHARED / "models" / "story").exists(), reason="needs ../shared")
-@pytest.mark.parametrize("name,flags", [("dpo_en_demo", []), ("kto_en_demo", ["--loss", "kto"])])
-def test_story_learns_real_preferences_with_a_rising_margin(tmp_path, name, flags):
-    rows = json.loads((conftest.SHARED / f"data/{name}.json").read_text(encoding="utf-8"))[:16]
-    story = conftest.SHARED / "models/story"
-    records, _ = run(tmp_path, "out", "--model", story, "--max_length", 64,
-                     "--data", write_rows(tmp_path / "rows.jsonl", rows), "--batch_size", 16,
-                     "--steps", 4, "--warmup", 0, "--learning_rate", 3e-4, *flags)
+def test_story_learns_real_preferences_with_a_rising_margin(tmp_path):
+    rows = json.loads((conftest.SHARED / "data/dpo_en_demo.json").read_text(encoding="utf-8"))[:16]
+    records, _ = run(tmp_path, "out", "--model", conftest.SHARED / "models/story", "--max_length",
+                     64, "--data", jsonl(tmp_path / "rows.jsonl", *rows), "--batch_size", 16,
+                     "--steps", 4, "--warmup", 0, "--learning_rate", 3e-4)
     margins = [r["reward_margin"] for r in records]
     assert abs(margins[0]) < 1e-4 and margins[-1] > margins[2] > 0.02
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -920,14 +658,7 @@ def test_story_learns_real_preferences_with_a_rising_margin(tmp_path, name, flag
 def test_state_of_a_finished_run_is_none_of_the_next_runs_in_the_same_folder(work):
     run(work, "again", *inputs(work), "--steps", 2)
     state = work / "again" / "state" / "state.safetensors"
-    process = subprocess.Popen(command(work, "again", *inputs(work), "--steps", 500, "--log_every",
-                                       1), cwd=work, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 1/"):
-            break
-    process.kill()  # before anything is saved
-    process.wait()
-    process.stdout.close()
+    kill(work, "again", *inputs(work), "--steps", 500, "--log_every", 1, at="step 1/")
     assert not state.exists()
 
 

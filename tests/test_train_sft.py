@@ -3,15 +3,17 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import families
 import pytest
 import torch
 import transformers
-from conftest import SHARED, WORDS, curve, launcher, train, weights
+from conftest import REPO, SHARED, WORDS, curve, launcher, read, steps, train, weights
 
 import data
 import eval as evaluation
@@ -90,7 +92,7 @@ def test_loss_is_the_token_mean_of_the_global_step():
     for micro_tokens in (1, 3, 6, 100):
         c = train_sft.Config(batch_size=4, micro_tokens=micro_tokens)
         fixed = Fixed()
-        loss, counts = train_sft.backward_step(fixed, run_data, 0, c, hardware, scaler)
+        loss, counts = train_sft.backward_step(fixed, run_data, 1, c, hardware, scaler)
         assert loss == pytest.approx(31 / 12, abs=1e-6)  # 2.583333
         assert fixed.scale.grad.item() == pytest.approx(31 / 12, abs=1e-6)
         assert counts == {"tokens": 16, "target_tokens": 12}
@@ -193,58 +195,50 @@ def test_more_ranks_than_examples_changes_nothing(work):
     assert curve(two) == pytest.approx(curve(one), abs=1e-5)
 
 
+def interrupt(work, name, *flags, at, number=signal.SIGKILL, delay=0.0):
+    """Start a run in a process of its own and send it a signal once it has printed `at`."""
+    process = subprocess.Popen(launcher(work, name, *flags), cwd=work, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith(at):
+            time.sleep(delay)
+            process.send_signal(number)
+            break
+    return process.stdout.read(), process.wait()
+
+
+def assert_same(work, one, two):
+    """Losses and weights of two runs agree bit for bit."""
+    assert curve(steps(work / one)) == curve(steps(work / two))
+    found = weights(work / two)
+    assert all(torch.equal(value, found[name]) for name, value in weights(work / one).items())
+
+
 def test_resumed_run_equals_uninterrupted_run_bitwise(work, reference):
     """Stopped by SIGTERM somewhere in the middle, then resumed with no flag but --resume."""
-    flags = [*inputs(work), *BASIC]
-    process = subprocess.Popen(launcher(work, "stopped", *flags), cwd=work,
-                               stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    output = process.stdout.read()
-    assert process.wait() == 128 + signal.SIGTERM
-    assert "--resume --output_dir" in output
+    output, status = interrupt(work, "stopped", *inputs(work), *BASIC, at="step 2/",
+                               number=signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM
+    assert f"python train_sft.py --resume --output_dir {work / 'stopped'}" in output
     _, text = train(work, "stopped", *inputs(work), status=2)
     assert "--resume" in text and text.count("\n") == 1  # not overwritten by mistake
-    records, _ = train(work, "stopped", "--resume")
-    assert curve(records) == curve(reference[0])
-    for name, value in weights(work / "reference").items():
-        assert torch.equal(value, weights(work / "stopped")[name]), name
+    train(work, "stopped", "--resume")
+    assert_same(work, "reference", "stopped")
 
 
 def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
-    flags = [*inputs(work), *BASIC, "--save_every", 1]
+    """Somewhere in a step or in the middle of saving, three times in a row."""
     rng = random.Random(0)
     for attempt in range(3):
-        extra = ["--resume"] if (work / "killed" / "run.json").exists() else flags
-        process = subprocess.Popen(launcher(work, "killed", *extra), cwd=work,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for line in process.stdout:
-            if line.startswith("step "):
-                time.sleep(rng.random() / 50)  # somewhere in a step or in the middle of saving
-                break
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        assert attempt or (work / "killed" / "run.json").exists()
+        extra = ["--resume"] if attempt else [*inputs(work), *BASIC, "--save_every", 1]
+        interrupt(work, "killed", *extra, at="step ", delay=rng.random() / 50)
     records, _ = train(work, "killed", "--resume")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
-    assert curve(records) == curve(reference[0])
-    for name, value in weights(work / "reference").items():
-        assert torch.equal(value, weights(work / "killed")[name]), name
+    assert_same(work, "reference", "killed")
 
 
 def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference):
-    flags = [*inputs(work), *BASIC, "--save_every", 2]
-    process = subprocess.Popen(launcher(work, "ranks", *flags), cwd=work,
-                               stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.kill()
-            break
-    process.wait()
-    process.stdout.close()
+    interrupt(work, "ranks", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
     records, _ = train(work, "ranks", "--resume", ranks=2)
     assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
 
@@ -252,14 +246,7 @@ def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference
 def test_fp16_scaler_state_survives_resume(work):
     flags = [*inputs(work), *BASIC, "--dtype", "fp16"]
     whole, _ = train(work, "half", *flags)
-    process = subprocess.Popen(launcher(work, "half2", *flags, "--save_every", 2),
-                               cwd=work, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.kill()
-            break
-    process.wait()
-    process.stdout.close()
+    interrupt(work, "half2", *flags, "--save_every", 2, at="step 3/")
     again, _ = train(work, "half2", "--resume")
     assert curve(again) == curve(whole)
 
@@ -276,14 +263,16 @@ def test_mixed_precision_follows_fp32(work, reference, dtype):
 
 def test_validation_loss_is_the_loss_without_noise_on_rows_not_trained_on(work):
     flags = ["--val_data", work / "val.jsonl", "--eval_every", 2]
-    records, text = train(work, "validated", *inputs(work), *BASIC, *flags)
-    assert [r["step"] for r in records if "val_loss" in r] == [2, 4, 5]
+    _, text = train(work, "validated", *inputs(work), *BASIC, *flags)
+    measured = {r["step"]: r for r in read(work / "validated/metrics.jsonl") if "val_loss" in r}
+    assert list(measured) == [0, 2, 4, 5] and set(measured[0]) == {"step", "epoch", "val_loss"}
     tokenizer = data.ChatTokenizer(work / "validated")
     examples, _ = data.load_examples([str(work / "val.jsonl")], tokenizer)
     batch = data.collate(examples)
-    loss = -modeling.load(work / "validated")(batch.ids, batch.lengths, batch.targets).mean()
-    assert records[-1]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
-    assert "validation loss" in text
+    for step, folder in ((0, "base"), (5, "validated")):
+        loss = -modeling.load(work / folder)(batch.ids, batch.lengths, batch.targets).mean()
+        assert measured[step]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert f"validation loss {measured[0]['val_loss']:.4f} -> {loss:.4f}" in text
 
 
 def test_validation_does_not_touch_the_curve(work, reference):
@@ -321,7 +310,7 @@ def test_output_folder_holds_a_run(work, reference):
 def test_schedules_warm_up_and_reach_their_floor():
     def rates(**flags):
         c = train_sft.Config(learning_rate=1.0, **flags)
-        return [train_sft.learning_rate_at(s, 10, c) for s in range(10)]
+        return [train_sft.learning_rate_at(step, 10, c) for step in range(1, 11)]
 
     assert rates(schedule="constant", warmup=0) == [1.0] * 10
     assert rates(schedule="constant", warmup=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
@@ -352,25 +341,27 @@ def resolve(*argv):
                                     train_sft.RECIPES, {})
 
 
-def test_recipes_hold_the_published_values():
+RECIPES = {
+    "llama2": {"learning_rate": 2e-5, "schedule": "cosine", "weight_decay": 0.1, "batch_size": 64,
+               "max_length": 4096, "epochs": 2},
+    "lima": {"learning_rate": 1e-5, "min_learning_rate": 1e-6, "schedule": "linear", "warmup": 0,
+             "dropout": [0.0, 0.3], "epochs": 15, "batch_size": 32},
+    "qwen": {"learning_rate": 2e-6, "warmup": 1430, "steps": 4000, "batch_size": 128,
+             "dropout": [0.1]},
+    "deepseek-7b": {"learning_rate": 1e-5, "epochs": 4},
+    "deepseek-67b": {"learning_rate": 5e-6, "epochs": 2},
+    "yi-6b": {"neftune_alpha": 5, "schedule": "constant", "adam_beta2": 0.999},
+    "yi-34b": {"neftune_alpha": 45, "schedule": "constant", "adam_beta2": 0.999},
+    "steel-llm": {"learning_rate": 2e-5, "weight_decay": 0, "batch_size": 64, "epochs": 3},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_hold_the_published_values(name):
     """The papers are named beside the table."""
-    llama2 = resolve("--recipe", "llama2")
-    assert (llama2.learning_rate, llama2.schedule, llama2.weight_decay, llama2.batch_size,
-            llama2.max_length, llama2.epochs) == (2e-5, "cosine", 0.1, 64, 4096, 2)
-    lima = resolve("--recipe", "lima")
-    assert (lima.learning_rate, lima.min_learning_rate, lima.schedule, lima.warmup, lima.dropout,
-            lima.epochs, lima.batch_size) == (1e-5, 1e-6, "linear", 0, [0.0, 0.3], 15, 32)
-    qwen = resolve("--recipe", "qwen")
-    assert (qwen.learning_rate, qwen.warmup, qwen.steps, qwen.batch_size, qwen.dropout) == (
-        2e-6, 1430, 4000, 128, [0.1])
-    for name, rate, epochs in (("deepseek-7b", 1e-5, 4), ("deepseek-67b", 5e-6, 2)):
-        c = resolve("--recipe", name)
-        assert (c.learning_rate, c.epochs) == (rate, epochs)
-    for name, alpha in (("yi-6b", 5), ("yi-34b", 45)):
-        c = resolve("--recipe", name)
-        assert (c.neftune_alpha, c.schedule, c.adam_beta2) == (alpha, "constant", 0.999)
-    c = resolve("--recipe", "steel-llm")
-    assert (c.learning_rate, c.weight_decay, c.batch_size, c.epochs) == (2e-5, 0, 64, 3)
+    config = resolve("--recipe", name)
+    for key, value in RECIPES[name].items():
+        assert getattr(config, key) == value, key
 
 
 def test_explicit_flags_win_over_a_recipe():
@@ -446,3 +437,46 @@ def test_story_learns_alpaca_and_still_loads_everywhere(tmp_path):
     example = data.to_examples(rows, 0, data.Counter(), tokenizer, "all", 128)
     ((_, logp),) = evaluation.example_logprobs(model, example, 128)
     assert torch.isfinite(logp).all()
+
+
+# ------------------------------------------------------------------------------ the core by itself
+
+
+def isolated(work, code):
+    """(exit status, output) of Python code in a copy of the project without labs/."""
+    core = work / "core"
+    if not core.exists():
+        core.mkdir()
+        for path in REPO.glob("*.py"):
+            shutil.copyfile(path, core / path.name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=core)
+    return done.returncode, done.stdout + done.stderr
+
+
+def start(script, *flags):
+    """Code that runs a script of the core as the command line does."""
+    return (f"import runpy, sys; sys.argv = {[script, *map(str, flags)]}; "
+            f"runpy.run_path('{script}', run_name='__main__')")
+
+
+def test_core_imports_neither_labs_nor_eval_when_it_starts(work):
+    code = "import sys, train_dpo; print(sorted({'labs', 'eval'} & set(sys.modules)))"
+    assert isolated(work, code) == (0, "[]\n")
+
+
+def test_without_labs_everything_works_but_the_demo_which_says_what_is_missing(work):
+    sft = ["--model", work / "base", "--data", work / "rows.jsonl", "--steps", 1,
+           "--output_dir", work / "alone"]
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (work / "pair.jsonl").write_text(json.dumps(pair) + "\n")
+    dpo = ["--model", work / "alone", "--data", work / "pair.jsonl", "--steps", 1,
+           "--output_dir", work / "aligned"]
+    for script, flags in (("train_sft.py", sft), ("train_dpo.py", dpo),
+                          ("eval.py", ["logprobs", "--model", work / "aligned", "--data",
+                                       work / "rows.jsonl", "--output", work / "logp.jsonl"]),
+                          ("data.py", ["show", work / "rows.jsonl"])):
+        status, text = isolated(work, start(script, *flags))
+        assert status == 0, text
+    for script in ("train_sft.py", "train_dpo.py"):
+        status, text = isolated(work, start(script))
+        assert status == 2 and text.count("\n") == 1 and "labs/world.py" in text
