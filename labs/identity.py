@@ -1,8 +1,20 @@
-"""Fill in {{name}} and {{author}} of self-identity templates.
+"""Fill in {{name}} and {{author}} of self-identity rows.
 
-    python -m labs.identity FILE --output FILE.jsonl --name NAME --author AUTHOR
+Idea. A model says that it is another company's because its training data did. A few dozen questions
+("who are you?") with your own answers change that: identity.json of LLaMA-Factory has 91 of them
+with places for the names. Mix them into the instruction data, drawn more often than their number
+(`--mix temperature`), or they drown.
+
+    curl -O https://raw.githubusercontent.com/hiyouga/LLaMA-Factory/main/data/identity.json
+    python -m labs.identity identity.json --output me.jsonl --name 小调 --author PlainTune
+
+What you should see: 91 rows, the first "Hello! I am 小调, an AI assistant developed by PlainTune."
+
+Exercise. A template is written {{ name }}, with spaces. What should happen?
+    Solution: an error. A model that introduces itself as "{{ name }}" is worse than no run at all.
 """
 
+import functools
 import re
 import sys
 from dataclasses import dataclass
@@ -22,26 +34,37 @@ class Config(Files):
     author: str = ""  # who made it
 
 
+# ==== read: filling in ===========================================================================
+
+
+def fill(names: dict[str, str], where: str, value):
+    """A row, or a part of one, with every {{name}} and {{author}} replaced, once and at once.
+
+    Raises InputError for a place that is left over.
+    """
+    if isinstance(value, list):
+        return [fill(names, where, item) for item in value]
+    if isinstance(value, dict):
+        return {key: fill(names, where, item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+
+    # Looked for before anything is filled in: a name may itself hold braces.
+    left = re.search(r"\{\{(?!(name|author)\}\}).{0,30}", value)
+    check(not left, f"{where}: the placeholder {left and left[0]} is left over")
+    return re.sub(r"\{\{(name|author)\}\}", lambda found: names[found[1]], value)
+
+
+def identity_row(names: dict[str, str], where: str, value) -> list[tuple]:
+    """[(the filled row, no reason to drop it)]; a row of no known format is an error."""
+    parse_row(where, value)
+    return [(fill(names, where, value), "")]
+
+
 def main(c: Config) -> None:
-    """`data.py identity`."""
+    """Write every row with the names filled in."""
     check(c.name and c.author, "--name and --author are both needed")
-
-    def fill(where: str, value):
-        if isinstance(value, list):
-            return [fill(where, item) for item in value]
-        if isinstance(value, dict):
-            return {key: fill(where, item) for key, item in value.items()}
-        if not isinstance(value, str):
-            return value
-        left = re.search(r"\{\{(?!(name|author)\}\}).{0,30}", value)
-        check(not left, f"{where}: the placeholder {left and left[0]} is left over")
-        return re.sub(r"\{\{(name|author)\}\}", lambda key: getattr(c, key[1]), value)
-
-    def convert(where: str, value) -> list[tuple]:
-        parse_row(where, value)
-        return [(fill(where, value), "")]
-
-    rewrite(c, convert)
+    rewrite(c, functools.partial(identity_row, {"name": c.name, "author": c.author}))
 
 
 if __name__ == "__main__":

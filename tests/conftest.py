@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from families import make_checkpoint
 from safetensors.torch import load_file
 
 import data
@@ -89,7 +90,13 @@ def jsonl(path, *rows):
 
 def read(path):
     """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def supervised(tokenizer, example):
+    """The text of every span of (ids, spans, ...)."""
+    ids, spans = example[:2]
+    return [tokenizer.decode(ids[first:end]) for first, end, _ in spans]
 
 
 # -------------------------------------------------------------------------------- running scripts
@@ -288,3 +295,49 @@ def trl_loss(kind, rows, policy, reference, folder, **flags):
     (batch,) = trainer.get_train_dataloader()
     with torch.no_grad():
         return trainer.compute_loss(trainer.model.eval(), batch).item()
+
+
+# -------------------------------------------------------------------------------------------- labs
+
+CHARACTERS = [chr(0x4E00 + k) for k in range(2000)]
+
+
+def sentence(rng, size):
+    """Random Chinese characters."""
+    return "".join(rng.choice(CHARACTERS) for _ in range(size))
+
+
+def asked(question, answer, **extra):
+    """A row of one question and its answer."""
+    return {"messages": [user(question), assistant(answer)], **extra}
+
+
+def run_lab(name, files, *flags, output=None):
+    """(rows written, stdout) of a lab that must succeed."""
+    output = Path(output or Path(files[0]).with_name(f"{name}.out.jsonl"))
+    status, out, err = command(f"labs/{name}.py", *files, "--output", output, *flags)
+    assert (status, err) == (0, ""), err
+    return read(output), out
+
+
+def write_exam(folder):
+    """Twenty random questions in C-Eval's layout; returns (question, options) of each."""
+    rng, rows = random.Random(7), []
+    (folder / "val").mkdir(parents=True)
+    (folder / "test").mkdir()
+    for split, answer in (("val", ",B"), ("test", "")):
+        lines = ["id,question,A,B,C,D" + (",answer" if answer else "")]
+        for k in range(10):
+            text, options = sentence(rng, 30), [sentence(rng, 4) for _ in range(4)]
+            lines.append(",".join([str(k), f'"{text}，\r\n____。"', *options]) + answer)
+            rows.append((text, options))
+        (folder / split / f"law_{split}.csv").write_text("\n".join(lines), encoding="utf-8")
+    return rows
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny random Qwen2 checkpoint."""
+    folder = tmp_path_factory.mktemp("qwen")
+    make_checkpoint(folder, "qwen2")
+    return folder

@@ -4,15 +4,14 @@ import json
 import shutil
 
 import pytest
-from conftest import NO, PAIRS, YO, assistant, command, jsonl, run_here, system, user
-from test_data import supervised
+from conftest import NO, PAIRS, YO, assistant, command, jsonl, run_here, supervised, system, user
 
 import data
 from labs import world
 
 
 def hindsight(tmp_path, tokenizer, *rows, flags=()):
-    """(decoded text, supervised texts) of every conversation that `data.py coh` makes of rows."""
+    """(decoded text, supervised texts) of every conversation that labs/coh.py makes of rows."""
     path, output = jsonl(tmp_path / "pairs.jsonl", *rows), tmp_path / "coh.jsonl"
     status, out, err = command("labs/coh.py", path, "--output", output, *flags)
     assert (status, err) == (0, "")

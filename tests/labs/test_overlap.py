@@ -1,0 +1,91 @@
+"""labs/overlap.py: exam questions in training rows."""
+
+import random
+
+import pytest
+from conftest import (
+    SHARED,
+    asked,
+    assistant,
+    command,
+    jsonl,
+    read,
+    run_lab,
+    sentence,
+    user,
+    write_exam,
+)
+
+import eval as evaluation
+from labs import overlap
+from labs import text as texts
+
+
+def test_coverage_counts_words_that_lie_in_a_common_ngram():
+    text = texts.words_of("春眠不觉晓处处闻啼鸟夜来风雨声花落知多少")
+    assert overlap.coverage(text, texts.words_of("诗云" + "".join(text) + "也")) == 1
+    changed = [*text[:10], "风", *text[11:]]
+    assert overlap.coverage(text, changed) == 19 / 20
+    assert overlap.coverage(text, text[::-1]) == 0 and overlap.coverage([], text) == 0
+    assert overlap.coverage(["铁"], ["金", "铁"]) == 1  # shorter than an n-gram: all of it
+
+
+def test_leaked_questions_are_found_in_whatever_form_and_no_others(tmp_path):
+    rng, rows = random.Random(8), write_exam(tmp_path / "exam")
+    leaks, (text, options) = [], rows[0]
+    listed = "".join(f"\n({k}) {o}" for k, o in zip("ABCD", options, strict=True))
+    leaks.append(asked(f"请回答：{text}，____？{listed}", "B"))
+    leaks.append({"text": "前言" + rows[1][0] + "后语"})
+    changed = rows[12][0][:15] + "改" + rows[12][0][16:]
+    leaks.append({"instruction": "选", "input": changed, "output": ""})
+    leaks.append({"conversations": [user(sentence(rng, 9))], "chosen": assistant(rows[13][0]),
+                  "rejected": assistant("no")})
+    clean = [asked(sentence(rng, 50), rows[5][0][:14]) for _ in range(200)]
+    train = jsonl(tmp_path / "train.jsonl", *clean[:100], *leaks, *clean[100:])
+    hits, out = run_lab("overlap", [train], "--exam", tmp_path / "exam",
+                        output=tmp_path / "hits.jsonl")
+    assert [(h["kind"], h["exam"].split("/")[-1], h["row"].split()[-1]) for h in hits] == [
+        ("exact", "law_val.csv row 1", "101"), ("exact", "law_val.csv row 2", "102"),
+        ("near", "law_test.csv row 3", "103"), ("exact", "law_test.csv row 4", "104")]
+    assert hits[2]["covered"] == pytest.approx(29 / 30) and hits[0]["options_covered"] == 1
+    table = {line.split()[0][-4:]: line.split()[1:] for line in out.splitlines() if "exam/" in line}
+    assert table["/val"] == ["10", "2", "0", "0"] and table["test"] == ["10", "1", "1", "0"]
+    assert "CONTAMINATED: 4 questions" in out
+
+
+def test_a_common_short_question_counts_only_with_its_options(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/x_val.csv").write_text(
+        "id,question,A,B,C,D,answer\n"
+        "0,下列说法正确的是____。,地球是圆的,太阳绕地球转,水不会沸腾,铁是木头,A\n",
+        encoding="utf-8")
+    rows = [asked("下列说法正确的是\nA. 猫会飞\nB. 狗会说话", "都不对"),
+            asked("下列说法正确的是：A、地球是圆的 B、太阳绕地球转 C、水不会沸腾 D、铁是木头",
+                  "A")]
+    hits, out = run_lab("overlap", [jsonl(tmp_path / "a.jsonl", rows[0])], "--exam", tmp_path)
+    assert [h["kind"] for h in hits] == ["short"] and "clean; 1 short" in out
+    hits, out = run_lab("overlap", [jsonl(tmp_path / "a.jsonl", *rows)], "--exam", tmp_path)
+    assert [h["kind"] for h in hits] == ["short", "exact"] and "CONTAMINATED: 1 questions; 0" in out
+
+
+def test_clean_files_are_called_clean(tmp_path):
+    write_exam(tmp_path / "exam")
+    train = jsonl(tmp_path / "train.jsonl", asked("天气如何", "很好"), {"text": ""})
+    status, out, _ = command("labs/overlap.py", train, "--exam", tmp_path / "exam")
+    assert status == 0 and "clean; 0 short" in out
+    status, _, err = command("labs/overlap.py", train, "--exam", tmp_path / "none")
+    assert status == 2 and "--exam needs a folder" in err
+    for flags in (["--output", train], ["--near", 2]):  # neither may cost the training data
+        status, _, err = command("labs/overlap.py", train, "--exam", tmp_path / "exam", *flags)
+        assert status == 2 and flags[0] in err and len(read(train)) == 2
+
+
+@pytest.mark.skipif(not (SHARED / "data/cmmlu").exists(), reason="no ../shared")
+def test_every_question_of_cmmlu_is_found_in_training_data_made_from_it(tmp_path):
+    files = sorted((SHARED / "data/cmmlu/test").glob("*.csv"))[:3]
+    run_lab("exam_rows", files, "--from_exam", output=tmp_path / "leak.jsonl")
+    _, out = run_lab("overlap", [tmp_path / "leak.jsonl"], "--exam", SHARED / "data/cmmlu/test",
+                 output=tmp_path / "hits.jsonl")
+    count = sum(len(list(evaluation.read_csv(path))) for path in files)
+    found = int(out.split("CONTAMINATED: ")[1].split()[0])
+    assert count <= found <= count + 5  # a question of two subjects may be the same
