@@ -51,7 +51,7 @@ class Config(Files):
 
 def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
     """[(a question as a conversation, why it is dropped)] in one of Steel-LLM's formats."""
-    q = parse_question(where, value)
+    q = parse_choices(where, value)
     why, choice = q["explanation"], q["question"] + "\n"
     for letter, option in q["options"].items():
         choice += f"{letter}. {option}\n"
@@ -73,7 +73,7 @@ KEYS = {"q_main": "question", "std_ans": "answer", "answer_detail": "explanation
 PARTS = ("question", "answer", "explanation", "q_type", *"abcde")
 
 
-def parse_question(where: str, value) -> dict:
+def parse_choices(where: str, value) -> dict:
     """A question with C-Eval's keys or with Wanjuan's; its options, {letter: text}, not empty."""
     row = value if isinstance(value, dict) else {}
     row = {KEYS.get(key.lower(), key.lower()): cell or "" for key, cell in row.items()}
@@ -88,7 +88,7 @@ def parse_question(where: str, value) -> dict:
     return {**q, "options": options}
 
 
-def read_questions(path: Path) -> Iterator[tuple[str, object]]:
+def read_any(path: Path) -> Iterator[tuple[str, object]]:
     """(where, value) of every row of a file, an exam's .csv included."""
     return read_csv(path) if path.suffix == ".csv" else read_values(path)
 
@@ -97,7 +97,7 @@ def main(c: Config) -> None:
     """Write a conversation per question."""
     check(c.from_exam or not any(path.endswith(".csv") for path in c.files),
           "training on the .csv files of an exam contaminates it; --from_exam does so all the same")
-    rewrite(c, functools.partial(exam_row, c.style), read_questions)
+    rewrite(c, functools.partial(exam_row, c.style), read_any)
 
 
 if __name__ == "__main__":

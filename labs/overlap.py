@@ -103,7 +103,7 @@ def find_questions(questions: list[tuple], index: dict, near: float, row: Row) -
 # ---- skip on a first reading: the command -------------------------------------------------------
 
 
-def read_exam(paths: list[Path]) -> tuple[list[tuple], dict]:
+def index_exam(paths: list[Path]) -> tuple[list[tuple], dict]:
     """(questions, index) of some files, as `find_questions` takes them."""
     questions, index = [], {}
     for path in paths:
@@ -145,7 +145,7 @@ def main(c: Config) -> None:
     if c.output:
         check_output(c.output, *c.files)
 
-    questions, index = read_exam(paths)
+    questions, index = index_exam(paths)
     find = functools.partial(find_questions, questions, index, c.near)
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(find_in_item, find), rows))
