@@ -75,6 +75,7 @@ PARTS = ("question", "answer", "explanation", "q_type", *"abcde")
 
 def parse_choices(where: str, value) -> dict:
     """A question with C-Eval's keys or with Wanjuan's; its options, {letter: text}, not empty."""
+    check(not isinstance(value, Exception), f"{where}: {value}")
     row = value if isinstance(value, dict) else {}
     row = {KEYS.get(key.lower(), key.lower()): cell or "" for key, cell in row.items()}
     q = {key: row.get(key, "") for key in PARTS}

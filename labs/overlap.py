@@ -34,7 +34,7 @@ import numpy as np
 
 import data
 from data import Row, print_table, read_rows
-from eval import read_csv
+from eval import LETTERS, read_questions
 from labs.text import (
     NGRAM,
     Files,
@@ -103,18 +103,16 @@ def find_questions(questions: list[tuple], index: dict, near: float, row: Row) -
 # ---- skip on a first reading: the command -------------------------------------------------------
 
 
-def index_exam(paths: list[Path]) -> tuple[list[tuple], dict]:
-    """(questions, index) of some files, as `find_questions` takes them."""
+def index_exam(paths: list[Path], skip_bad_rows: bool) -> tuple[list[tuple], dict]:
+    """(questions, index) of an exam's files, as `find_questions` takes them."""
     questions, index = [], {}
     for path in paths:
-        for where, row in read_csv(path):
-            options = [words_of(row[letter]) for letter in "ABCDE" if row.get(letter)]
-            check(row["question"] and len(options) > 1,
-                  f"{where}: expected a question and options, found {row!r:.80}")
-            asked = words_of(row["question"])
+        for q in read_questions(path, ["question", *LETTERS], skip_bad_rows):
+            asked = words_of(q["question"])
             for gram in ngrams(asked).tolist():
                 index.setdefault(gram, []).append(len(questions))
-            questions.append((where, row["question"], asked, options))
+            options = [words_of(q[letter]) for letter in LETTERS]
+            questions.append((q["where"], q["question"], asked, options))
     return questions, index
 
 
@@ -145,7 +143,7 @@ def main(c: Config) -> None:
     if c.output:
         check_output(c.output, *c.files)
 
-    questions, index = index_exam(paths)
+    questions, index = index_exam(paths, c.skip_bad_rows)
     find = functools.partial(find_questions, questions, index, c.near)
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(find_in_item, find), rows))
