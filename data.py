@@ -8,7 +8,6 @@ mixer, micro-batches; then `show`, and the flags of all scripts.
 
 import argparse
 import difflib
-import functools
 import gzip
 import hashlib
 import inspect
@@ -21,7 +20,6 @@ import sys
 import tempfile
 import typing
 import zlib
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,41 +32,42 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
+import model as modeling
 from model import InputError, check, write_atomic, write_json
 
 # ==== read: rows of every format ==================================================================
 
 # What the keys of a row and of a message mean. To read one more format, add its keys here.
-# A key that is in no line carries nothing that is trained; read_rows names it once per file.
-KEYS = {  # meaning: (keys of a row, keys of a message)
-    "messages": ("messages conversations conversation", ""),
-    "system": ("system system_prompt", ""),
-    "history": ("history", ""),
-    "question": ("instruction prompt question query", ""),
-    "input": ("input context", ""),  # stands below the question, or is the question
-    "answer": ("output response completion answer target", ""),
-    "chosen": ("chosen chosen_response", ""),
-    "rejected": ("rejected rejected_response", ""),
-    "label": ("label kto_tag", ""),
-    "text": ("text", ""),
-    "tools": ("tools functions", ""),
-    "role": ("", "role from"),
-    "content": ("", "content value"),
-    "reasoning_content": ("", "reasoning_content reasoning thinking"),
-    "tool_calls": ("", "tool_calls function_call"),
-    "tool_call_id": ("", "tool_call_id"),
-    "name": ("", "name"),
-    "train": ("", "train loss"),
-    "weight": ("", "weight"),
+# A key that stands in no line carries nothing that is trained; read_rows names it once per file.
+KEYS = (  # meaning, how its value is read (a role: texts of that role), keys of a row, of a message
+    ("messages", "user", "messages conversations conversation", ""),
+    ("system", "system", "system system_prompt", ""),
+    ("history", "user", "history", ""),
+    ("question", "user", "instruction prompt question query", ""),
+    ("input", "user", "input context", ""),  # stands below the question, or is the question
+    ("answer", "assistant", "output response completion answer target", ""),
+    ("chosen", "assistant", "chosen chosen_response", ""),
+    ("rejected", "assistant", "rejected rejected_response", ""),
+    ("label", "truth", "label kto_tag", ""),
+    ("text", "text", "text", ""),
+    ("tools", "functions", "tools functions", ""),
+    ("role", "text", "", "role from"),
+    ("content", "content", "", "content value"),
+    ("reasoning_content", "text", "", "reasoning_content reasoning thinking"),
+    ("tool_calls", "functions", "", "tool_calls function_call"),
+    ("tool_call_id", "text", "", "tool_call_id"),
+    ("name", "text", "", "name"),
+    ("train", "truth", "", "train loss"),
+    ("weight", "number", "", "weight"),
     # what would change the prompt or the loss, and is not read
-    "refused": ("image images video videos audio audios objects documents reasoning "
-                "reasoning_content thinking rationale tool_calls function_call train loss weight "
-                "loss_mask loss_weight loss_scale mask completion_mask input_ids labels",
-                "image images video videos audio audios documents loss_mask loss_weight "
-                "loss_scale mask"),
-}
-ROW_KEYS = {key: meaning for meaning, (keys, _) in KEYS.items() for key in keys.split()}
-MESSAGE_KEYS = {key: meaning for meaning, (_, keys) in KEYS.items() for key in keys.split()}
+    ("refused", "", "image images video videos audio audios objects documents reasoning "
+     "reasoning_content thinking rationale tool_calls function_call train loss weight loss_mask "
+     "loss_weight loss_scale mask completion_mask input_ids labels",
+     "image images video videos audio audios documents loss_mask loss_weight loss_scale mask"),
+)
+ROW_KEYS = {key: (meaning, kind) for meaning, kind, keys, _ in KEYS for key in keys.split()}
+MESSAGE_KEYS = {key: (meaning, kind) for meaning, kind, _, keys in KEYS for key in keys.split()}
+MAY_BE_EMPTY = ("question", "input", "answer", "text", "content")  # elsewhere "" is absent
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
@@ -94,7 +93,7 @@ class Part(NamedTuple):
     """What a row or a message says of one meaning."""
 
     key: str  # under which it stands
-    value: object
+    value: object  # a list of messages where KEYS names a role
 
 
 def parse_row(where: str, row, ask: bool = False) -> Row:
@@ -107,73 +106,73 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
     row = {"messages": row} if isinstance(row, list) else row
     check(isinstance(row, dict), f"{where}: expected an object, found {row!r:.80}")
     parts = parts_of(where, row, ROW_KEYS)
-    asked = parts.keys() & {"messages", "question", "input"}
-    tools, label = parts.get("tools"), parts.get("label")
-    tools = functions(where, *tools) if tools and tools.value else None
-    label = None if label is None else truth(where, *label)
+    values = {meaning: part.value for meaning, part in parts.items()}
+    label, tools = values.get("label"), values.get("tools")
 
     # A preference pair: two answers, or two conversations.
     if "chosen" in parts or "rejected" in parts:
         check(label is None, f"{where}: 'label' beside chosen and rejected")
-        return Row(where, *read_pair(where, parts), tools=tools)
-
-    # Raw text: nothing beside it asks a question.
-    if not asked:
-        text = parts.get("text")
-        if text is None and "answer" in parts and parts["answer"].key == "completion":
-            text = parts["answer"]
-        check(text, f"{where}: expected messages, a question and an answer, chosen and rejected, "
-              f"or text; found the keys {', '.join(row) or '(none)'}")
-        check(label is None and tools is None, f"{where}: {text.key!r} takes no label or tools")
-        return Row(where, [], text=as_text(where, *text))
+        messages, chosen, rejected = read_pair(where, parts)
+        return Row(where, messages, chosen=chosen, rejected=rejected, tools=tools)
 
     # A conversation; with a label, an unpaired preference.
-    messages = read_conversation(where, parts)
-    if "messages" not in parts and "answer" not in parts and not ask:
-        null = [key for key in row if ROW_KEYS.get(key) == "answer"]
-        names = ", ".join(null) + " (null)" if null else KEYS["answer"][0].replace(" ", ", ")
-        raise InputError(f"{where}: expected an answer under {names}")
-    return Row(where, messages, label=label, tools=tools)
+    if parts.keys() & {"messages", "question", "input"}:
+        answers = [key for key, (meaning, _) in ROW_KEYS.items() if meaning == "answer"]
+        null = [f"{key} (null)" for key in answers if key in row]
+        check(ask or parts.keys() & {"messages", "answer"},
+              f"{where}: expected an answer under {', '.join(null or answers)}")
+        return Row(where, read_conversation(where, parts), label=label, tools=tools)
+
+    # Raw text: nothing beside it asks a question. A completion alone is one, too.
+    if "text" not in values and "completion" in row:
+        values["text"] = as_text(where, "completion", row["completion"])
+    check("text" in values, f"{where}: expected messages, a question and an answer, chosen and "
+          f"rejected, or text; found the keys {', '.join(row) or '(none)'}")
+    check(label is None and not tools, f"{where}: 'label' and 'tools' go with answers only")
+    return Row(where, [], text=values["text"])
 
 
 def parts_of(where: str, row: dict, table: dict) -> dict[str, Part]:
-    """{meaning: Part} of a row or a message; null is absent."""
-    parts = {}
+    """{meaning: Part} of a row or a message, read as KEYS says; null is absent."""
+    found = {}
     for key, value in row.items():
-        meaning = table.get(key.lower())
-        if meaning is None or value is None:
+        meaning, kind = table.get(key.lower(), ("", ""))
+        if not meaning or value in (None, [], {}) or (value == "" and meaning not in MAY_BE_EMPTY):
             continue
-        check(meaning != "refused" or not value, f"{where}: {key!r} would change what is trained, "
-              "and is not read: remove the key, or the row")
+        check(meaning != "refused", f"{where}: {key!r} would change what is trained, and is not "
+              "read: remove the key, or the row")
 
-        # Of two keys that mean the same, one may be empty, or they must agree.
-        known = parts.get(meaning)
-        check(known is None or known.value == value or not (known.value and value),
-              f"{where}: {key!r} and {known and known.key!r} both give the {meaning}")
-        if known is None or value:
-            parts[meaning] = Part(key, value)
+        # Of two keys that mean the same, one may be empty; else they must agree.
+        known, before, _ = found.get(meaning, ("", "", ""))
+        check("" in (value, before) or value == before,
+              f"{where}: {key!r} and {known!r} both give the {meaning}")
+        if meaning not in found or before == "":
+            found[meaning] = key, value, kind
+
+    parts = {}
+    for meaning, (key, value, kind) in found.items():
+        value = (READERS[kind](where, key, value) if kind in READERS else
+                 as_messages(where, key, value, role=kind))
+        parts[meaning] = Part(key, value)
     return parts
 
 
 def read_question(where: str, parts: dict[str, Part]) -> list[dict]:
-    """What comes before an answer: system text, history or messages, question with input."""
-    messages = []
-    for meaning, role in (("system", "system"), ("history", "user"), ("messages", "user")):
-        if meaning in parts and (parts[meaning].value or meaning == "messages"):
-            further = as_messages(where, *parts[meaning], role)
-            messages = further if further[: len(messages)] == messages else messages + further
-    if "messages" in parts:
-        return messages
+    """What comes before an answer: system text, history or messages, question with its input."""
+    values = {meaning: part.value for meaning, part in parts.items()}
+    system, messages = values.get("system", []), values.get("messages")
+    if messages:
+        check_beside(where, parts, {"history", "question", "input"}, messages)
+        return messages if messages[:1] == system else system + messages
 
     # Alpaca's `input` and dolly's `context` stand below the question; either may be empty.
-    asked = [parts[meaning] for meaning in ("question", "input") if meaning in parts]
-    filled = [part for part in asked if part.value != ""] or asked[:1]
-    if len(filled) == 2:
-        texts = [as_text(where, *part) for part in filled]
-        return [*messages, {"role": "user", "content": "\n".join(texts)}]
-    for part in filled:
-        messages += as_messages(where, *part, "user")
-    return messages
+    question, below = values.get("question", []), values.get("input", [])
+    if not question or question[-1]["content"] == "":
+        question = below or question
+    elif below and below[-1]["content"]:
+        joined = question[-1]["content"] + "\n" + below[-1]["content"]
+        question = [*question[:-1], {**question[-1], "content": joined}]
+    return system + values.get("history", []) + question
 
 
 def read_conversation(where: str, parts: dict[str, Part]) -> list[dict]:
@@ -181,58 +180,55 @@ def read_conversation(where: str, parts: dict[str, Part]) -> list[dict]:
     messages = read_question(where, parts)
     answered = "messages" in parts and messages[-1]["role"] == "assistant"
     if "answer" in parts and not answered:
-        messages += as_messages(where, *parts["answer"], "assistant")
-
-    # Messages that hold the answer are all there is: a prompt beside them must not come again.
-    beside = {"question", "input", "answer"} if "messages" in parts else set()
-    check_beside(where, parts, beside | {"text"}, messages)
+        messages = messages + parts["answer"].value
+    check_beside(where, parts, {"answer", "text"}, messages)
     return messages
 
 
-def read_pair(where: str, parts: dict[str, Part]) -> tuple:
-    """(messages, None, chosen, rejected) of a preference pair."""
-    messages, sides = read_question(where, parts), []
+def read_pair(where: str, parts: dict[str, Part]) -> tuple[list, list, list]:
+    """(messages, chosen, rejected) of a preference pair; the messages are what both begin with."""
+    messages = read_question(where, parts)
 
-    # ms-swift writes `rejected_response` beside an ordinary answer, or messages with one.
-    first = parts.get("chosen", parts.get("answer"))
+    # ms-swift writes `rejected_response` beside an ordinary answer, or beside messages with one.
+    first, second = parts.get("chosen", parts.get("answer")), parts.get("rejected")
     if first is None and messages and messages[-1]["role"] == "assistant":
         first = Part("messages", messages[-1:])
-    for part in (first, parts.get("rejected")):
-        check(part and part.value, f"{where}: expected both chosen and rejected, neither empty")
-        sides.append(as_messages(where, *part, "assistant"))
-        check(sides[-1][-1]["role"] == "assistant",
-              f"{where}: {part.key!r} must end with an answer of the assistant")
-    whole = [side[0]["role"] in ("system", "user") for side in sides]
-    check(whole[0] == whole[1], f"{where}: one of chosen and rejected is a whole conversation, "
-          "the other an answer")
+    check(first and second, f"{where}: expected both chosen and rejected, neither empty")
+    for key, side in (first, second):
+        check(side[-1]["role"] == "assistant", f"{where}: {key!r} must end with an answer")
+    whole, other = (side[0]["role"] in ("system", "user") for _, side in (first, second))
+    check(whole == other, f"{where}: one of chosen and rejected is a whole conversation, the other "
+          "an answer")
 
-    # Whole conversations win over a prompt beside them, which can differ by a space.
-    if whole[0]:
-        messages = messages[:1] if messages and messages[0]["role"] == "system" else []
-        messages = [] if sides[0][:1] == messages or sides[0][0]["role"] == "system" else messages
+    # Whole conversations win over a prompt beside them, which may differ by a space.
+    beside = {"answer", "text"}
+    if whole:
+        beside |= {"system", "history", "messages", "input"}
+        said = first.value[0]["role"] == "system"
+        messages = [m for m in messages[:1] if m["role"] == "system" and not said]
     elif messages and messages[-1]["role"] == "assistant":
-        check(messages.pop() in sides[0] + sides[1], f"{where}: the messages before chosen and "
-              "rejected end with an answer of their own")
-    shared = common_prefix([side[:-1] for side in sides])
-    messages += sides[0][:shared]
-    chosen, rejected = sides[0][shared:], sides[1][shared:]
-    asked = any(m["role"] != "system" for m in messages)
-    check(asked or whole[0], f"{where}: expected a prompt beside chosen and rejected")
+        check(messages[-1] in first.value + second.value, f"{where}: the messages before chosen "
+              "and rejected end with an answer of their own")
+        messages = messages[:-1]
 
-    beside = {"system", "history", "messages", "input", "answer", "text"}
-    beside = beside if whole[0] else {"answer", "text"}
+    shared = common_prefix([first.value[:-1], second.value[:-1]])
+    messages = messages + first.value[:shared]
+    chosen, rejected = first.value[shared:], second.value[shared:]
+    asked = any(m["role"] != "system" for m in messages)
+    check(asked or whole, f"{where}: expected a prompt beside chosen and rejected")
     check_beside(where, parts, beside, messages + chosen)
-    return messages, None, chosen, rejected
+    return messages, chosen, rejected
 
 
 def check_beside(where: str, parts: dict[str, Part], beside: set, messages: list[dict]) -> None:
     """Refuse what stands beside a conversation unless it repeats it, whole or in part."""
     texts = [" ".join(m["content"].split()) for m in messages]
-    for part in (parts[meaning] for meaning in beside & parts.keys()):
-        for m in as_messages(where, *part, "user") if part.value else []:
+    for meaning in beside & parts.keys():
+        key, value = parts[meaning]
+        for m in value if meaning != "text" else [{"content": value}]:
             words = " ".join(m["content"].split())
             repeated = words in " ".join(texts) or all(text in words for text in texts)
-            check(repeated, f"{where}: {part.key!r} says what the conversation beside it does not: "
+            check(repeated, f"{where}: {key!r} says what the conversation beside it does not: "
                   "remove one of the two")
 
 
@@ -241,15 +237,17 @@ def as_messages(where: str, key: str, value, role: str) -> list[dict]:
     if isinstance(value, str):
         return dialogue(as_text(where, key, value)) or [{"role": role, "content": value}]
     turns = [value] if isinstance(value, dict) else value
-    check(isinstance(turns, list) and turns,
-          f"{where}: expected a text or messages under {key!r}, found {value!r:.60}")
+    check(isinstance(turns, list), f"{where}: expected a text or messages under {key!r}, found "
+          f"{value!r:.60}")
     messages = []
     for turn in turns:
         # history's [question, answer], Firefly's {human, assistant}
         if isinstance(turn, list):
             check(len(turn) == 2, f"{where}: expected [question, answer] pairs under {key!r}")
-            turn = dict(zip(("user", "assistant"), turn, strict=True))
-        if isinstance(turn, dict) and turn and turn.keys() <= ROLES.keys():
+            turn = {"user": turn[0], "assistant": turn[1]}
+        check(isinstance(turn, dict), f"{where}: expected messages under {key!r}, found "
+              f"{turn!r:.60}")
+        if turn and turn.keys() <= ROLES.keys():
             messages += [{"role": ROLES[name], "content": as_text(where, key, text)}
                          for name, text in turn.items() if text is not None]
         else:
@@ -257,48 +255,18 @@ def as_messages(where: str, key: str, value, role: str) -> list[dict]:
     return messages
 
 
-def read_message(where: str, key: str, message) -> dict:
+def read_message(where: str, key: str, message: dict) -> dict:
     """A message in OpenAI's or ShareGPT's keys, as `parse_row` describes it."""
-    check(isinstance(message, dict), f"{where}: expected messages under {key!r}, found "
-          f"{message!r:.60}")
     parts = parts_of(where, message, MESSAGE_KEYS)
     said = {meaning: part.value for meaning, part in parts.items()}
-    name = str(said.pop("role", None)).lower()
+    name = said.pop("role", "").lower()
     check(name in ROLES, f"{where}: expected a 'role' such as system, user, assistant or tool "
           f"under {key!r}, found {message!r:.60}")
-
-    # A call is kept as a call: LLaMA-Factory's role function_call, OpenAI's tool_calls.
-    content = said.pop("content", None)
-    if name == "function_call":
-        said["tool_calls"], content = content, ""
-    calls = said.pop("tool_calls", None)
-    if calls:
-        said["tool_calls"] = functions(where, "tool_calls", calls)
-    if content is None and calls:
-        content = ""
-    for meaning in said.keys() & {"reasoning_content", "tool_call_id", "name"}:
-        as_text(where, *parts[meaning])
-
-    # What the loss makes of it
-    if "train" in said:
-        said["train"] = truth(where, *parts["train"])
-    weight = said.get("weight", 1.0)
-    check(type(weight) in (int, float) and 0 <= weight < math.inf,
-          f"{where}: expected a number from 0 on under 'weight', found {weight!r:.40}")
-    return {"role": ROLES[name], "content": join_content(where, content), **said}
-
-
-def join_content(where: str, content) -> str:
-    """The text of a message, which may come in parts {type: text, text}."""
-    if not isinstance(content, list):
-        return as_text(where, "content", content)
-    texts = []
-    for part in content:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        check(isinstance(part, dict) and part.get("type", "text") == "text",
-              f"{where}: expected texts as parts of 'content', found {part!r:.60}")
-        texts.append(as_text(where, "content", part.get("text")))
-    return "".join(texts)
+    check("content" in said or "tool_calls" in said,
+          f"{where}: expected a text under 'content' of {key!r}, found {message!r:.60}")
+    if name == "function_call":  # LLaMA-Factory: the content is the call
+        said["tool_calls"] = functions(where, key, said.pop("content", ""))
+    return {"role": ROLES[name], "content": "", **said}
 
 
 def dialogue(text: str) -> list[dict]:
@@ -312,23 +280,46 @@ def dialogue(text: str) -> list[dict]:
     return messages[:-1] if asks else messages
 
 
+def join_parts(where: str, key: str, value) -> str:
+    """The text of a message, which may come in parts {type: text, text}."""
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, dict) and part.get("type", "text") == "text":
+            part = part.get("text")
+        texts.append(as_text(where, key, part))
+    return "".join(texts)
+
+
 def functions(where: str, key: str, value) -> list[dict]:
     """Tools or calls as [{type, function}]; rows have that, its inner part, or JSON text of it."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        value = None
-    items = value if isinstance(value, list) else [value]
+        pass  # said below
     out = []
-    for item in items:
+    for item in value if isinstance(value, list) else [value]:
         check(isinstance(item, dict) and ("function" in item or "name" in item),
               f"{where}: expected functions with a name under {key!r}, found {value!r:.60}")
         out.append(item if "function" in item else {"type": "function", "function": item})
     return out
 
 
+def truth(where: str, key: str, value) -> bool:
+    """True, false, 1 or 0; exports of tables write 1.0 for 1."""
+    check(isinstance(value, bool | int | float) and value in (0, 1),
+          f"{where}: expected true or false under {key!r}, found {value!r:.40}")
+    return bool(value)
+
+
+def number(where: str, key: str, value) -> float:
+    """A weight."""
+    check(type(value) in (int, float) and 0 <= value < math.inf,
+          f"{where}: expected a number from 0 on under {key!r}, found {value!r:.40}")
+    return value
+
+
 def as_text(where: str, key: str, value) -> str:
-    """`value`, which must be a text."""
+    """A text."""
     check(is_text(value), f"{where}: expected a text under {key!r}, found {value!r:.60}")
     return value
 
@@ -338,11 +329,8 @@ def is_text(value) -> bool:
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def truth(where: str, key: str, value) -> bool:
-    """`value`, which must be true, false, 1 or 0; exports of tables write 1.0 for 1."""
-    check(isinstance(value, bool | int | float) and value in (0, 1),
-          f"{where}: expected true or false under {key!r}, found {value!r:.40}")
-    return bool(value)
+READERS = {"text": as_text, "content": join_parts, "truth": truth, "number": number,
+           "functions": functions}
 
 
 def common_prefix(lists: list[list]) -> int:
@@ -361,7 +349,7 @@ def unused_keys(row) -> set[str]:
     for key, value in row.items() if isinstance(row, dict) else ():
         if value is not None and key.lower() not in ROW_KEYS:
             unused.add(key)
-        elif isinstance(value, list) and ROW_KEYS[key.lower()] != "tools":
+        elif isinstance(value, list) and ROW_KEYS[key.lower()][0] != "tools":
             messages = messages + value
     for message in messages:
         if isinstance(message, dict):
@@ -691,7 +679,7 @@ class ChatTokenizer:
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
 
 
-# ------------------------------------------------------------------------------- files to examples
+# ==== read: files to examples =====================================================================
 
 
 class Example(NamedTuple):
@@ -774,6 +762,15 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     return examples
 
 
+def has_empty_answer(row: Row) -> bool:
+    """Does the assistant say nothing in one of its turns, not even a call or a thought?"""
+    for m in [*row.messages, *(row.chosen or []), *(row.rejected or [])]:
+        silent = not (m["content"].strip() or m.get("tool_calls") or m.get("reasoning_content"))
+        if m["role"] == "assistant" and silent:
+            return True
+    return False
+
+
 def convert_files(files: list[str], convert, skip_bad_rows: bool | None = None,
                   quiet: bool = True) -> tuple[list, Counter]:
     """Read some files and convert their rows; also returns how many were cut or dropped, by reason.
@@ -789,6 +786,7 @@ def convert_files(files: list[str], convert, skip_bad_rows: bool | None = None,
             good = [row for _, row in some if row]
             items += convert(good, source, counts)
             counts["dropped: bad row"] += len(some) - len(good)
+            counts["empty answers"] += sum(map(has_empty_answer, good))
         check(len(items) > before, f"{path}: no row to train on")
     return items, +counts
 
@@ -813,10 +811,19 @@ def split_validation(examples: list[Example], fraction: float, seed: int):
     keys = [hashlib.sha256(salt + e.key).digest() for e in examples]
     distinct = sorted(set(keys))
     held = set(distinct[: max(1, round(fraction * len(distinct)))])
-    sides = [], []
+    training, validation = [], []
     for e, key in zip(examples, keys, strict=True):
-        sides[key in held].append(e)
-    return sides
+        (validation if key in held else training).append(e)
+    return training, validation
+
+
+def overlap_count(training: list, validation: list) -> int:
+    """How many validation examples are copies of training ones; of preferences, have their prompt.
+
+    What was trained on is no test: a run says this number before it starts.
+    """
+    known = {e.key for e in training}
+    return sum(e.key in known for e in validation)
 
 
 def source_names(files: list[str]) -> list[str]:
@@ -825,7 +832,7 @@ def source_names(files: list[str]) -> list[str]:
     return [s if stems.count(s) == 1 else f"{s}#{i}" for i, s in enumerate(stems, 1)]
 
 
-# ---------------------------------------------------------------------------------------- the mixer
+# ==== read: the mixer =============================================================================
 
 
 def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int = 0,
@@ -858,7 +865,7 @@ class Mixer:
         self.quotas = np.floor(exact).astype(int)
         missing = self.size - self.quotas.sum()
         self.quotas[np.argsort(self.quotas - exact, kind="stable")[:missing]] += 1
-        self.epoch = functools.lru_cache(maxsize=1)(self.epoch)  # steps of an epoch share it
+        self.cached = -1, None  # the latest epoch and its draws: its steps share them
 
     def source(self, m: int, first: int, count: int) -> np.ndarray:
         """Draws first..first+count-1 of source m: [count, 2] of (example, visits before)."""
@@ -871,9 +878,11 @@ class Mixer:
 
     def epoch(self, number: int) -> np.ndarray:
         """All draws of an epoch: [size, 2] of (example, visits before)."""
-        draws = [self.source(m, number * q, q) for m, q in enumerate(self.quotas.tolist())]
-        shuffle = np.random.default_rng([self.seed, 0, number]).permutation(self.size)
-        return np.concatenate(draws)[shuffle]
+        if self.cached[0] != number:
+            draws = [self.source(m, number * q, q) for m, q in enumerate(self.quotas.tolist())]
+            shuffle = np.random.default_rng([self.seed, 0, number]).permutation(self.size)
+            self.cached = number, np.concatenate(draws)[shuffle]
+        return self.cached[1]
 
     def draws(self, first: int, end: int) -> list[tuple[int, int]]:
         """(example, visits before) of draws first..end-1, counted from the start of training."""
@@ -922,40 +931,55 @@ def mix_files(c, files: list[str], examples: list[tuple], draws: int, quiet: boo
     return mixer, mix
 
 
-# ------------------------------------------------------------------------------------ micro-batches
+# ==== read: micro-batches =========================================================================
+
+
+def cut_at(limit: int, order: list[int], lengths: list[int]) -> list[list[int]]:
+    """Examples in that order, cut into chunks of at most `limit` tokens; a longer one is alone."""
+    chunks, size = [], limit + 1
+    for i in order:
+        if size + lengths[i] > limit:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(i)
+        size += lengths[i]
+    return chunks
 
 
 def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
     """Cut a step into micro-batches of at most `micro_tokens` tokens: lists of indices per rank.
 
-    Sorted by length, so that little is padded inside attention; as even as their number allows;
-    the number a multiple of the ranks if there are enough examples; dealt so that tokens balance.
+    Sorted by length, so that like lengths meet in attention; as even as their number allows; their
+    number a multiple of the ranks if there are enough examples; dealt so that tokens balance.
     Every rank computes the same without asking. A longer example is a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    count = -(-len(cut_at(micro_tokens, order, lengths)) // ranks) * ranks
 
-    def chunks(limit: int) -> list[list[int]]:
-        out, size = [], limit + 1
-        for i in order:
-            if size + lengths[i] > limit:
-                out.append([])
-                size = 0
-            out[-1].append(i)
-            size += lengths[i]
-        return out
+    # Halve the range that holds the smallest limit that needs at most `count` chunks: it makes
+    # them even, where `micro_tokens` would leave a small rest.
+    low, high = 1, micro_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut_at(middle, order, lengths)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    parts = cut_at(low, order, lengths)
 
-    count = -(-len(chunks(micro_tokens)) // ranks) * ranks
-    limits = range(1, micro_tokens)  # the smallest that gives at most `count` chunks
-    parts = chunks(1 + bisect_left(limits, True, key=lambda limit: len(chunks(limit)) <= count))
-    while len(parts) < min(ranks, len(lengths)):  # equal lengths can leave a rank idle: halve one
+    # Equal lengths can leave a rank idle: halve the chunk with most examples.
+    while len(parts) < min(ranks, len(lengths)):
         longest = max(parts, key=len)
         parts.remove(longest)
         parts += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+
+    # Deal the largest first, each to the rank that has least.
+    sizes = {part[0]: sum(lengths[i] for i in part) for part in parts}
     dealt, load = [[] for _ in range(ranks)], [0] * ranks
-    for chunk in sorted(parts, key=lambda c: -sum(lengths[i] for i in c)):
+    for part in sorted(parts, key=lambda part: -sizes[part[0]]):
         rank = load.index(min(load))
-        dealt[rank].append(chunk)
-        load[rank] += sum(lengths[i] for i in chunk)
+        dealt[rank].append(part)
+        load[rank] += sizes[part[0]]
     return dealt
 
 
@@ -980,6 +1004,9 @@ def collate(examples: list[Example], device="cpu") -> Batch:
     return Batch(ids.to(device), lengths, targets.to(device), weights.to(device))
 
 
+# ---- skip on a first reading: show ---------------------------------------------------------------
+
+
 @dataclass
 class Show:
     """Show what a trainer sees of some files: tokens, what is supervised, lengths, shares."""
@@ -988,6 +1015,7 @@ class Show:
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
     model: str = ""  # checkpoint whose tokenizer and template to use; empty: bytes and ChatML
     rows: int = 3  # rows of each file to print
+    tokens: bool = False  # print one example as a table instead: id, text, supervised, ln p
     template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
@@ -1000,7 +1028,58 @@ class Show:
     seed: int = 0  # of the order
 
 
-# ---------------------------------------------------------------------------------------- data show
+def check_show(c: Show) -> None:
+    """Raise InputError for flags of `show` that make no sense."""
+    least = {"rows": 0, "max_length": 2, "steps": 0, "batch_size": 1, "cap": 0, "seed": 0}
+    for name, smallest in least.items():
+        value = getattr(c, name)
+        check(value >= smallest, f"--{name} must be at least {smallest}, not {value}")
+    check_mix(c, c.files)
+
+
+def show(c: Show) -> None:
+    """`data.py show`: some examples whole, then lengths, shares, and what is dropped and why."""
+    check_show(c)
+    with tempfile.TemporaryDirectory() as folder:
+        if not c.model:
+            byte_tokenizer(Path(folder))
+            print("no --model: tokens are bytes, the template is ChatML")
+        tokenizer = ChatTokenizer(c.model or folder, c.template)
+    first, sizes, counts = read_to_show(c, tokenizer)
+    for side, e in first:
+        print(f"--- {e.where}{side}: {len(e.ids)} tokens, {e.targets} supervised")
+        if c.tokens:
+            print_tokens(e, tokenizer, c.model)
+            return
+        print(marked(e, tokenizer, sys.stdout.isatty()))
+    end = tokenizer.decode([tokenizer.stop_id])
+    print(f"--- template {tokenizer.template.name}; a turn ends with {end}")
+    print_sizes(c.files, sizes, counts)
+    if c.steps:
+        print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
+        pairs = [(m, supervised) for m, _, supervised in sizes if supervised]
+        mix_files(c, c.files, pairs, c.steps * c.batch_size)
+
+
+def read_to_show(c: Show, tokenizer: ChatTokenizer) -> tuple[list, list, Counter]:
+    """(side, example) of the first rows, (source, tokens, supervised) of all examples, counts."""
+    first, rows_left = [], [max(c.rows, c.tokens)] * len(c.files)
+
+    def tokenize(rows: list[Row], source: int, counts: Counter) -> list[Example]:
+        return to_examples(rows, source, counts, tokenizer, c.train_on, c.max_length, keep_all=True)
+
+    def convert(rows: list[Row], source: int, counts: Counter) -> list[tuple]:
+        for row in rows[: rows_left[source]]:
+            rows_left[source] -= 1
+            sides = [", chosen", ", rejected"] if row.chosen else [""]
+            if row.label is not None:
+                sides = [", liked" if row.label else ", disliked"]
+            first.extend(zip(itertools.cycle(sides), tokenize([row], source, Counter()),
+                             strict=False))
+        return [(source, len(e.ids), e.targets) for e in tokenize(rows, source, counts)]
+
+    sizes, counts = convert_files(c.files, convert, c.skip_bad_rows, quiet=False)
+    return first, sizes, counts
 
 
 def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
@@ -1015,12 +1094,41 @@ def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
     return out + tokenizer.decode(example.ids[position:])
 
 
-def check_show(c: Show) -> None:
-    """Raise InputError for flags of `show` that make no sense."""
-    least = {"rows": 0, "max_length": 2, "steps": 0, "batch_size": 1, "cap": 0, "seed": 0}
-    for name, smallest in least.items():
-        value = getattr(c, name)
-        check(value >= smallest, f"--{name} must be at least {smallest}, not {value}")
+def print_tokens(example: Example, tokenizer: ChatTokenizer, folder: str) -> None:
+    """An example as a table, a line per token; ln p if the folder holds a model's weights."""
+    batch = collate([example._replace(spans=((1, len(example.ids), 1.0),))])
+    logps = [""] * len(example.ids)
+    if folder and any(Path(folder).glob("*.safetensors")):
+        model = modeling.load(folder, torch.float32, "cpu")
+        with torch.no_grad():  # nothing predicts the first token
+            found = model(batch.ids, batch.lengths, batch.targets).tolist()
+        logps[1:] = [f"{logp:.3f}" for logp in found]
+
+    weights = [0.0] * len(example.ids)
+    for first, end, weight in example.spans:
+        weights[first:end] = [weight] * (end - first)
+    table = [("id", "text", "supervised", "ln p" if any(logps) else "")]
+    for token, weight, logp in zip(example.ids.tolist(), weights, logps, strict=True):
+        table.append((token, repr(tokenizer.decode([token])), f"{weight:g}", logp))
+    print_table(table)
+
+
+def print_sizes(files: list[str], sizes: list[tuple], counts: Counter) -> None:
+    """Shares and lengths of examples as (source, tokens, supervised tokens), and what was lost."""
+    source, lengths, targets = np.array(sizes).T
+    pairs = [(m, supervised) for m, _, supervised in sizes]
+    table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
+    for m, (name, row) in enumerate(shares(pairs, source_names(files)).items()):
+        tokens = lengths[source == m]
+        table.append((name, *row.values(), round(np.median(tokens)), tokens.max()))
+    print_table(table)
+    percentiles = (1, 5, 25, 50, 75, 95, 99, 100)
+    print(f"supervised: {targets.sum() / lengths.sum():.1%} of the tokens\n"
+          "tokens of an example, by percentiles:",
+          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in percentiles))
+    counts["nothing to supervise"] = int((targets == 0).sum())
+    for reason, count in (+counts).items():
+        print(f"{reason}: {count}")
 
 
 def byte_tokenizer(folder: Path) -> None:
@@ -1033,52 +1141,6 @@ def byte_tokenizer(folder: Path) -> None:
     write_atomic(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     config = {"eos_token": "<|im_end|>", "chat_template": jinja(TEMPLATES["chatml"], "", "")}
     write_json(folder / "tokenizer_config.json", config)
-
-
-def show(c: Show) -> None:
-    """`data.py show`: the first rows whole; of the others a few numbers stay in memory."""
-    check_show(c)
-    check_mix(c, c.files)
-    with tempfile.TemporaryDirectory() as folder:
-        if not c.model:
-            byte_tokenizer(Path(folder))
-            print("no --model: tokens are bytes, the template is ChatML")
-        tokenizer = ChatTokenizer(c.model or folder, c.template)
-
-    def tokenize(rows: list, counts: Counter) -> list[Example]:
-        return to_examples(rows, 0, counts, tokenizer, c.train_on, c.max_length, keep_all=True)
-
-    examples, counts = [], Counter()  # of an example: (source, tokens, supervised tokens)
-    for m, path in enumerate(c.files):
-        rows = read_rows([path], c.skip_bad_rows)
-        first = list(itertools.islice(rows, c.rows))
-        for e in tokenize([row for _, row in first if row], Counter()):
-            print(f"--- {e.where}: {len(e.ids)} tokens, {e.targets} supervised")
-            print(marked(e, tokenizer, sys.stdout.isatty()))
-        before, rows = len(examples), itertools.chain(first, rows)
-        while some := list(itertools.islice(rows, 2000)):  # work for every thread, little memory
-            good = [row for _, row in some if row]
-            counts["dropped: bad row"] += len(some) - len(good)
-            examples += [(m, len(e.ids), e.targets) for e in tokenize(good, counts)]
-        check(len(examples) > before, f"{path}: no row to train on")
-    end = tokenizer.decode([tokenizer.stop_id])
-    print(f"--- template {tokenizer.template.name}; a turn ends with {end}")
-    source, lengths, targets = np.array(examples).T
-    pairs = [(m, supervised) for m, _, supervised in examples]
-    table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
-    for m, (name, row) in enumerate(shares(pairs, source_names(c.files)).items()):
-        tokens = lengths[source == m]
-        table.append((name, *row.values(), round(np.median(tokens)), tokens.max()))
-    print_table(table)
-    print(f"supervised: {targets.sum() / lengths.sum():.1%} of the tokens\n"
-          "tokens of an example, by percentiles:",
-          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
-    counts["nothing to supervise"] = int((targets == 0).sum())
-    for reason, count in (+counts).items():
-        print(f"{reason}: {count}")
-    if c.steps:
-        print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
-        mix_files(c, c.files, [pair for pair in pairs if pair[1]], c.steps * c.batch_size)
 
 
 # ---- skip on a first reading: files of rows ------------------------------------------------------
@@ -1145,7 +1207,8 @@ def why_not_read(error: Exception) -> str:
     return f"not JSON: {getattr(error, 'msg', error)}"
 
 
-# ---- plumbing
+# ---- skip on a first reading: flags and errors on the command line -------------------------------
+
 
 def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
     """What argv says of the fields of dataclass `cls`; a field's comment is its help."""
@@ -1153,6 +1216,8 @@ def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
     def fail(message: str):
         raise InputError(f"{message}; --help lists the flags")
 
+    # A help text is the comment behind its field, read from the source: so a flag is described in
+    # one place, where who reads the code meets it too, and the two cannot drift apart.
     source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])  # base classes first
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False)
@@ -1188,13 +1253,24 @@ def run_command(commands: dict, usage: str) -> None:
 
 @contextmanager
 def one_line_errors():
-    """End with one line and exit status 2 on an InputError."""
+    """End with one line and status 2 on an InputError, with 130 on Ctrl-C; quietly after `head`."""
+    name = Path(sys.argv[0]).name
     try:
         yield
+        sys.stdout.flush()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as of any program that Ctrl-C ends
+    except BrokenPipeError:
+        # Who reads our output has gone (`show FILE | head`). What is still buffered goes nowhere,
+        # or Python would complain when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE
 
 
 def print_table(rows: list) -> None:
