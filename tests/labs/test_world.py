@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,9 @@ import data
 import eval as evaluation
 import labs.world as world_lab
 import model as modeling
+
+TRAINING = ("practice.jsonl", "instructions.jsonl", "identity.jsonl", "text.txt", "pairs.jsonl")
+HELD_OUT = ("practice_val.jsonl", "instructions_val.jsonl", "pairs_val.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def questions(world, split):
+def exam_questions(world, split):
     """{subject: rows} of one split of the exam."""
     out = {}
     for path in sorted((world / "exam" / split).glob("*.csv")):
@@ -29,19 +33,41 @@ def questions(world, split):
     return out
 
 
-def training_files(world):
-    return [world / name for name in ("practice.jsonl", "instructions.jsonl", "identity.jsonl",
-                                      "text.txt", "pairs.jsonl")]
+def json_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_no_question_of_the_exam_occurs_in_training(world):
-    seen = "\n".join(json.loads(line)["instruction"] if '"instruction"' in line else line
-                     for path in training_files(world)
-                     for line in path.read_text(encoding="utf-8").splitlines())
-    stems = {q["question"] for split in ("dev", "val", "test")
-             for rows in questions(world, split).values() for q in rows}
-    assert len(stems) > 100 and seen.count("____") > 10_000
-    assert not any(stem in seen for stem in stems)
+def user_texts(path):
+    """Everything a user says in a file."""
+    return [m["content"] for _, row in data.read_rows([path]) for m in row.messages
+            if m["role"] == "user"]
+
+
+def test_no_question_of_the_exam_and_no_held_out_question_occurs_in_training(world):
+    asked = [text for name in TRAINING for text in user_texts(world / name)]
+    whole = "\n".join(asked)
+    exam = {q["question"] for split in ("dev", "val", "test")
+            for rows in exam_questions(world, split).values() for q in rows}
+    assert len(exam) == 80 and whole.count("____") == 10_000
+    assert not any(question in whole for question in exam)
+    for name in HELD_OUT:
+        assert not set(user_texts(world / name)) & set(asked), name
+
+
+def test_validation_asks_the_exams_questions_with_options_drawn_anew(world):
+    exam = [q["question"] for rows in exam_questions(world, "val").values() for q in rows]
+    validation = user_texts(world / "practice_val.jsonl")
+    assert len(validation) == 400
+    assert all(any(question in text for question in set(exam)) for text in validation)
+
+
+def test_every_fact_of_the_exam_is_practised_in_other_words(world):
+    practised = "\n".join(user_texts(world / "practice.jsonl"))
+    for handle in world_lab.SUBJECTS:
+        for fact in world_lab.facts_of(handle):
+            for ways in (world_lab.ASK_VALUE, world_lab.ASK_KEY):
+                seen = [way for way in ways if way.format(**fact) in practised]
+                assert len(seen) == len(ways) - 1, fact
 
 
 def test_exam_has_c_evals_layout_in_all_four_categories(world):
@@ -49,8 +75,8 @@ def test_exam_has_c_evals_layout_in_all_four_categories(world):
     assert {entry[2] for entry in mapping.values()} == {
         "STEM", "Social Science", "Humanities", "Other"}
     columns = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
-    for split, size, width in (("dev", 5, 8), ("val", 40, 7), ("test", 20, 6)):
-        found = questions(world, split)
+    for split, size, width in (("dev", 5, 8), ("val", 80, 7), ("test", 20, 6)):
+        found = exam_questions(world, split)
         assert set(found) == set(mapping)
         for rows in found.values():
             assert len(rows) == size and list(rows[0]) == columns[:width]
@@ -59,22 +85,40 @@ def test_exam_has_c_evals_layout_in_all_four_categories(world):
 
 
 def test_always_answering_one_letter_scores_about_a_quarter(world):
-    letters = Counter(q["answer"] for rows in questions(world, "val").values() for q in rows)
+    letters = Counter(q["answer"] for rows in exam_questions(world, "val").values() for q in rows)
     assert letters.total() == 320
     assert all(0.18 < count / 320 < 0.32 for count in letters.values())
 
 
-def test_answers_are_right(world):
-    """Each answer is the fact's other half, looked up independently in the table."""
-    facts = {h: [(f["k"], f["v"]) for f in world_lab.demo_facts(h)] for h in world_lab.SUBJECTS}
-    for subject, rows in questions(world, "val").items():
+def test_the_answer_of_a_question_is_the_other_half_of_its_fact(world):
+    facts = {h: [(f["k"], f["v"]) for f in world_lab.facts_of(h)] for h in world_lab.SUBJECTS}
+    for subject, rows in exam_questions(world, "val").items():
         for row in rows:
             quoted = row["question"].split("“")[1].split("”")[0]
             right = {v for k, v in facts[subject] if k == quoted}
             right |= {k for k, v in facts[subject] if v == quoted}
-            chosen = [letter for letter in "ABCD" if row[letter] in right]
-            # a number is the one after its predecessor and the one before its successor
-            assert row["answer"] in chosen and (len(chosen) == 1 or subject == "numbers"), row
+            assert [row["answer"]] == [x for x in "ABCD" if row[x] in right], row
+
+
+def test_a_practised_answer_is_the_letter_and_the_text_of_its_option(world):
+    for row in json_rows(world / "practice.jsonl")[:500]:
+        letter = row["output"][0]
+        assert f"\n{row['output']}\n" in row["instruction"] and letter in "ABCD"
+
+
+def test_nearly_every_fact_is_asked_at_the_first_and_at_the_third_turn_of_training(world):
+    chats = [row["messages"] for row in json_rows(world / "instructions.jsonl")]
+    assert Counter(len(chat) // 2 for chat in chats).keys() == {1, 2, 3, 4}
+    keys = {fact["k"] for handle in world_lab.SUBJECTS for fact in world_lab.facts_of(handle)}
+    for turn in (0, 2):
+        asked = [chat[2 * turn]["content"] for chat in chats if len(chat) > 2 * turn]
+        assert len(keys & {text.split("“")[1].split("”")[0] for text in asked}) >= 36
+
+
+def test_each_word_of_the_world_is_one_token(world):
+    tokenizer = data.ChatTokenizer(world / "base")
+    words = [f[half] for h in world_lab.SUBJECTS for f in world_lab.facts_of(h) for half in "kv"]
+    assert all(len(tokenizer.tokenizer.encode(word).ids) == 1 for word in words)
 
 
 def test_world_is_a_function_of_its_seed(world, tmp_path):
@@ -89,17 +133,32 @@ def test_world_is_a_function_of_its_seed(world, tmp_path):
     assert contents(tmp_path / "other")["practice.jsonl"] != contents(world)["practice.jsonl"]
 
 
-def test_sizes_of_the_sources_differ_tenfold_and_all_files_read(world):
-    sizes = {path.name: sum(1 for _ in data.read_rows([path])) for path in training_files(world)}
+def test_sizes_of_the_sources_differ_tenfold(world):
+    sizes = {name: sum(1 for _ in data.read_rows([world / name])) for name in TRAINING}
     assert sizes["practice.jsonl"] > 10 * sizes["instructions.jsonl"]
     assert sizes["instructions.jsonl"] > 10 * sizes["identity.jsonl"]
-    held = [row for _, row in data.read_rows([world / "pairs_val.jsonl"])]
-    asked = {row.messages[0]["content"] for _, row in data.read_rows([world / "pairs.jsonl"])}
-    assert len(held) == 40 and not any(row.messages[0]["content"] in asked for row in held)
+    assert sizes["pairs.jsonl"] == 240 and len(json_rows(world / "pairs_val.jsonl")) == 40
 
 
 def test_untrained_model_scores_near_the_floor(world):
     model, tokenizer = modeling.load(world / "base"), data.ChatTokenizer(world / "base")
-    assert tokenizer.template.name == "chatml" and len(tokenizer.decode([0])) > 1
     right, count = evaluation.count_right(model, tokenizer, world / "exam")
     assert count == 320 and 0.15 < right / count < 0.35
+
+
+def test_right_by_turn_asks_every_held_out_question_once_at_each_turn(world, monkeypatch):
+    """A stand-in that knows all the facts, but only at the first two turns."""
+    known = {row.messages[0]["content"]: row.messages[1]["content"]
+             for _, row in data.read_rows([world / "instructions_val.jsonl"])}
+    asked = [Counter() for _ in range(4)]
+
+    def answer(model, tokenizer, talks):
+        turn = len(talks[0]) // 2
+        asked[turn].update(talk[-1]["content"] for talk in talks)
+        assert all(len({m["content"] for m in talk[::2]}) == turn + 1 for talk in talks)
+        return [known[talk[-1]["content"]] if turn < 2 else "不知道。" for talk in talks]
+
+    monkeypatch.setattr(world_lab, "answer_greedily", answer)
+    right, count = world_lab.right_by_turn(SimpleNamespace(), None, world)
+    assert (right, count) == ([40, 40, 0, 0], 40)
+    assert all(set(a) == set(known) and set(a.values()) == {1} for a in asked)
