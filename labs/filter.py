@@ -2,14 +2,11 @@
 
 Idea. Few good rows teach more than many mixed ones. LIMA (arXiv:2305.11206) keeps 1,000 rows by
 rules that fit in ten lines; Steel-LLM (arXiv:2502.06635) reports C-Eval 38.57 after training on
-its Chinese rows only, 32.35 after all rows. A row is dropped for the first test that it fails, and
-every reason is counted: a filter that nobody looks at drops the wrong rows.
+its Chinese rows only, 32.35 after all. A row is dropped for the first test that it fails.
 
-Near duplicates: `labs.text` gives a row a signature of 64 numbers, each of which two rows share
-with probability J, the overlap of their 5-grams. The numbers are cut into 16 bands of 4; only rows
-that agree in a whole band are compared. A pair is missed with
-
-    P(missed) = (1 - J^4)^16,    0.0002 at J = 0.8, 0.36 at J = 0.5.
+Near duplicates: `labs.text` gives a row a signature of 64 numbers; two rows share each of them with
+probability J, the overlap of their 5-grams. Only rows that agree in one of 16 bands of 4 numbers
+are compared. A pair is missed with probability (1 - J^4)^16: 0.0002 at J = 0.8, 0.36 at J = 0.5.
 
     python -m labs.filter out/demo/instructions.jsonl --output out/demo/few.jsonl --duplicates near
 
@@ -68,10 +65,9 @@ def lima_reason(value: dict, answers: list[str], chars: int) -> str:
     score = value.get("score")
     if not 1200 <= chars <= 4096:
         return "LIMA: length"
-    if any(map(FIRST_PERSON.search, answers)):
-        return "LIMA: first person"
-    if any(map(OTHER_ANSWERS.search, answers)):
-        return "LIMA: other answers"
+    for name, pattern in (("first person", FIRST_PERSON), ("other answers", OTHER_ANSWERS)):
+        if any(map(pattern.search, answers)):
+            return f"LIMA: {name}"
     if isinstance(score, int | float) and score < 10:
         return "LIMA: score"
     return ""
@@ -115,19 +111,14 @@ FINAL_ANSWERS = (
 )
 
 
-def without_reasoning(text: str) -> str:
-    """What stands after a <think> block; nothing if the block never ends."""
-    rest = text.rpartition("</think>")[2]
-    return rest.partition("<think>")[0]
-
-
 def final_answer(text: str) -> str:
     """The last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all.
 
-    Reasoning in a <think> block does not count. An option is its letter, and a number is the same
-    however it is written.
+    Reasoning does not count; an option is its letter; a number is the same however it is written.
     """
-    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", without_reasoning(text))  # 1,234 **x** $x$
+    # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
     matches = [found for pattern in FINAL_ANSWERS if (found := re.findall(pattern, text))]
     answer = matches[0][-1] if matches else text
 
@@ -145,23 +136,19 @@ BAND = 4  # neighbouring numbers of a signature that two rows must share to be c
 
 
 def near_duplicates(signatures: np.ndarray, near: float) -> np.ndarray:
-    """True for rows [R] that agree with an earlier one in `near` of the signature [R, MINHASHES].
-
-    Rows that are alike in a whole band share a bucket. A row is compared with the first and with
-    the latest earlier row of each of its buckets.
-    """
+    """True for rows [R] that agree with an earlier one in `near` of their signatures [R, 64]."""
     duplicate = np.zeros(len(signatures), dtype=bool)
     for place in range(0, MINHASHES, BAND):
         band = signatures[:, place : place + BAND]  # [R, BAND]
         bucket = np.unique(band, axis=0, return_inverse=True)[1].ravel()  # [R]
 
-        # Sorted by bucket (and in a bucket by row), the rows of a bucket are neighbours.
+        # Rows with equal bands share a bucket: sorted, they are neighbours. A row is compared with
+        # the first row of its bucket and with the one before it.
         order = np.argsort(bucket, kind="stable")
         bucket = bucket[order]
         later = np.flatnonzero(bucket[1:] == bucket[:-1]) + 1  # all of a bucket but its first row
-        first = np.searchsorted(bucket, bucket[later])  # the first row of the bucket of each
-        for earlier in (first, later - 1):
-            a, b = signatures[order[earlier]], signatures[order[later]]  # [pairs, MINHASHES]
+        for earlier in (np.searchsorted(bucket, bucket[later]), later - 1):
+            a, b = signatures[order[earlier]], signatures[order[later]]  # [pairs, 64]
             duplicate[order[later]] |= (a == b).mean(1) >= near
     return duplicate
 
@@ -169,15 +156,17 @@ def near_duplicates(signatures: np.ndarray, near: float) -> np.ndarray:
 # ---- skip on a first reading: the command -------------------------------------------------------
 
 
-def judge(c: Config, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
-    """(reason, hash, signature for --duplicates near) of a (value, row), in one of many processes.
+def parse_both(where: str, value) -> tuple[dict, Row]:
+    """(the keys of a row, what data.py makes of it): a filter looks at both."""
+    row = data.parse_row(where, value)
+    return value if isinstance(value, dict) else {}, row
 
-    The hash is of the whole row: equal for exact duplicates.
-    """
-    value, row = item
-    if row is None:
+
+def judge(c: Config, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
+    """(reason, hash, signature for --duplicates near) of a row, in one of many processes."""
+    if item[1] is None:
         return "bad row", 0, None
-    signature = None
+    (value, row), signature = item[1], None
     if c.duplicates == "near":
         text = "\n".join(texts_of(row))
         signature = texts.signature(words_of(text) or list(text))  # emoji alone: each is a word
@@ -186,41 +175,48 @@ def judge(c: Config, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
 
 def drop_by_perplexity(c: Config, reasons: list[str]) -> None:
     """Give a reason to rows whose answers have too low or too high a perplexity under --model."""
-    tokenizer, numbers, examples = ChatTokenizer(c.model, c.template), [], []
+    tokenizer, examples = ChatTokenizer(c.model, c.template), {}
     for number, (_, row) in enumerate(read_rows(c.files, c.skip_bad_rows, quiet=True)):
         if not reasons[number]:
-            numbers.append(number)
-            examples.append(texts.example_of(row, tokenizer, max_length=c.max_length))
+            examples[number] = texts.example_of(row, tokenizer, max_length=c.max_length)
 
-    model = evaluation.open_model(c, tokenizer)
-    for k, logp in evaluation.example_logprobs(model, examples, c.micro_tokens):
+    model, numbers = evaluation.open_model(c, tokenizer), list(examples)
+    for k, logp in evaluation.example_logprobs(model, list(examples.values()), c.micro_tokens):
         inside = c.min_perplexity <= math.exp(-logp.mean()) <= c.max_perplexity  # False for NaN
         reasons[numbers[k]] = "" if inside else "perplexity"
 
 
-def drop_duplicates(c: Config, hashes: list, signatures: list, reasons: list[str]) -> None:
+def drop_duplicates(c: Config, judged: list[tuple], reasons: list[str]) -> None:
     """Give a reason to the later copies of a row, among the rows that passed all else."""
     kept = [i for i, reason in enumerate(reasons) if not reason]
     near = [False] * len(kept)
     if kept and c.duplicates == "near":
-        near = near_duplicates(np.stack([signatures[i] for i in kept]), c.near)
+        near = near_duplicates(np.stack([judged[i][2] for i in kept]), c.near)
 
     seen = set()
     for i, is_near in zip(kept, near, strict=True):
-        if hashes[i] in seen:
+        if judged[i][1] in seen:
             reasons[i] = "exact duplicate"
         elif is_near:
             reasons[i] = "near duplicate"
-        seen.add(hashes[i])
+        seen.add(judged[i][1])
 
 
-def without_system(value: dict) -> dict:
+def is_system(message) -> bool:
+    """Whether it is a message of the system."""
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else ""
+    return data.ROLES.get(str(role).lower()) == "system"
+
+
+def without_system(row: dict | list):
     """A row of any format without its system messages (context distillation, arXiv:2112.00861)."""
-    out = {key: part for key, part in value.items() if key != "system"}
-    for key in ("messages", "conversations", "prompt", "input", "completion", "chosen", "rejected"):
-        part = [out[key]] if isinstance(out.get(key), dict) else out.get(key)
-        if isinstance(part, list):
-            out[key] = [m for m in part if "system" not in (m.get("role"), m.get("from"))]
+    if isinstance(row, list):
+        return [message for message in row if not is_system(message)]
+    out = {}
+    for key, part in row.items():
+        if data.ROW_KEYS.get(key.lower(), ("",))[0] != "system":
+            is_list = isinstance(part, list) or is_system(part)
+            out[key] = without_system([part] if is_system(part) else part) if is_list else part
     return out
 
 
@@ -238,15 +234,14 @@ def main(c: Config) -> None:
 
     # The tests from cheap to dear: by words, by a model, against all other rows.
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
-    rows = read_rows(c.files, c.skip_bad_rows)
+    rows = read_rows(c.files, c.skip_bad_rows, parse=parse_both)
     judged = list(texts.parallel(functools.partial(judge, c, tokenizer), rows))
     reasons = [reason for reason, _, _ in judged]
     if by_loss:
         drop_by_perplexity(c, reasons)
     if c.duplicates != "keep":
-        _, hashes, signatures = zip(*judged, strict=True)
-        drop_duplicates(c, hashes, signatures, reasons)
-    change = without_system if c.no_system else dict
+        drop_duplicates(c, judged, reasons)
+    change = without_system if c.no_system else None
     texts.write_rows(c.output, texts.kept_rows(c, reasons, change))
 
 

@@ -162,16 +162,19 @@ def embed(c: Config, rows: list[Row]) -> np.ndarray:
 
 def candidate(method: str, where: str, value) -> tuple[set, str]:
     """(tags, why it cannot be chosen) of a row."""
-    row, tags = parse_row(where, value), value.get("tags") or []
+    row = parse_row(where, value)
+    tags = value.get("tags") if isinstance(value, dict) else None
     if method == "ifd":
         roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]]
         good = "user" in roles and roles[-1] == "assistant"
         return set(), "" if good else "no question and answer"
     if method != "tags":
         return set(), ""
+    if not tags:
+        return set(), "no tags"
     check(isinstance(tags, list) and all(map(is_text, tags)),
           f"{where}: expected a list of texts as tags, found {tags!r:.40}")
-    return set(tags), "" if tags else "no tags"
+    return set(tags), ""
 
 
 def choose(c: Config, tags: list[set], reasons: list[str], numbers: np.ndarray, n: int) -> list:

@@ -263,11 +263,11 @@ def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
         print(f"  dropped {count}: {reason}")
 
 
-def kept_rows(c: Modelled, reasons: list[str], change=dict) -> Iterator[tuple[object, str]]:
-    """(change(row), "") of the rows that have no reason, else (None, reason); reads files again."""
+def kept_rows(c: Modelled, reasons: list[str], change=None) -> Iterator[tuple[object, str]]:
+    """(row, reason) of all rows, those without a reason changed; reads the files again."""
     again = read_rows(c.files, parse=lambda where, value: None)
     for (value, _), reason in zip(again, reasons, strict=True):
-        yield (None if reason else change(value)), reason
+        yield change(value) if change and not reason else value, reason
 
 
 def rewrite(c, convert, read=read_values) -> None:
@@ -291,7 +291,7 @@ def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
         messages = messages[-1:]
     talk = row._replace(messages=messages, chosen=None, rejected=None)
     train_on = "all" if part == "all" else "last"
-    return data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, True)[0]
+    return data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, keep_all=True)[0]
 
 
 if __name__ == "__main__":

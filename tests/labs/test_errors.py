@@ -1,69 +1,74 @@
-"""Bad input of the labs that write rows."""
+"""Bad input of the labs that write rows: one line, status 2, and nothing written."""
 
-from pathlib import Path
 
 import pytest
 from conftest import asked, command, jsonl, run_lab
 
+# A command line (GOOD, BROKEN are files of FOLDER, O is a new one there): what is said.
 BAD = {
-    "no output": (["filter", "GOOD"], "--output"),
-    "a folder as output": (["exam_rows", "GOOD", "--output", "FOLDER"], "--output"),
-    "tokens without a model": (["filter", "GOOD", "--output", "O", "--min_tokens", "3"], "--model"),
-    "kcenter without a model": (["select", "GOOD", "--output", "O", "--n", "1", "--method",
-                                 "kcenter"], "--model"),
-    "n and share": (["select", "GOOD", "--output", "O", "--n", "1", "--share", "0.1"], "--n"),
-    "neither": (["select", "GOOD", "--output", "O"], "--n"),
-    "n above the rows": (["select", "GOOD", "--output", "O", "--n", "9"], "more than the 1 rows"),
-    "bad row": (["filter", "BROKEN", "--output", "O"], "broken.jsonl line 2: not JSON"),
-    "bad row of select": (["select", "BROKEN", "--output", "O", "--n", "1"], "line 2: not JSON"),
-    "missing file": (["filter", "GOOD", "NONE", "--output", "O"], "does not exist"),
-    "output of another kind": (["filter", "GOOD", "--output", "O.txt"], "FILE.jsonl, not 'O.txt'"),
-    "output in a file": (["filter", "GOOD", "--output", "GOOD/o.jsonl"], "cannot be written"),
-    "no row": (["select", "GOOD", "--output", "O", "--method", "tags", "--share", "0.1"],
-               "no row to choose from: {'no tags': 1}"),
-    "no checkpoint": (["select", "GOOD", "--output", "O", "--n", "1", "--method", "ifd", "--model",
-                       "NONE"], "is missing"),
+    "filter GOOD": "--output must be given",
+    "exam_rows GOOD --output FOLDER": "--output must be given",
+    "filter GOOD --output O.txt": "FILE.jsonl, not",
+    "filter GOOD --output GOOD/o.jsonl": "cannot be written",
+    "filter GOOD NONE --output O": "does not exist",
+    "filter BROKEN --output O": "broken.jsonl line 2: not JSON",
+    "select BROKEN --output O --n 1": "line 2: not JSON",
+    "filter GOOD --output O --min_tokens 3": "need --model",
+    "filter GOOD --output O --min_chars 9 --max_chars 3": "above --max_chars: no row",
+    "filter GOOD --output O --min_chars -5": "--min_chars is negative",
+    "filter GOOD --output O --max_length 0": "--max_length must be at least 2",
+    "filter GOOD --output O --near -1": "--near",
+    "filter GOOD --output O --max_repetition nan": "--max_repetition",
+    "select GOOD --output O": "give --n above 0",
+    "select GOOD --output O --n 1 --share 0.1": "give --n above 0",
+    "select GOOD --output O --n -2 --share 0.5": "give --n above 0",
+    "select GOOD --output O --n 1 --share nan": "give --n above 0",
+    "select GOOD --output O --n 9": "more than the 1 rows",
+    "select GOOD --output O --n 1 --clusters 0": "--clusters",
+    "select GOOD --output O --n 1 --seed -1": "--seed",
+    "select GOOD --output O --n 1 --method kcenter": "--model",
+    "select GOOD --output O --n 1 --method ifd --model NONE": "is missing",
+    "select GOOD --output O --method tags --share 0.1": "no row to choose from: {'no tags': 1}",
+    "select GOOD --output O --n 1 --rest O": "--rest FOLDER/o.jsonl would overwrite",
+    "select GOOD --output O --n 1 --rest GOOD": "--rest FOLDER/good.jsonl would overwrite",
+    "filter GOOD --output GOOD": "would overwrite what is read",
+    "select GOOD --n 1 --output FOLDER/./good.jsonl": "would overwrite what is read",
+    "exam_rows BROKEN GOOD --output GOOD": "would overwrite what is read",
+    "identity GOOD --name n --author a --output GOOD": "would overwrite what is read",
+    "coh GOOD --output GOOD": "would overwrite what is read",
+    "overlap GOOD --exam FOLDER --output GOOD": "would overwrite what is read",
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_with_one_line_and_writes_nothing(name, tmp_path):
-    paths = {"GOOD": jsonl(tmp_path / "good.jsonl", asked("q", "a")),
-             "O": str(tmp_path / "o.jsonl"), "BROKEN": str(tmp_path / "broken.jsonl"),
-             "NONE": str(tmp_path / "none.jsonl"), "FOLDER": str(tmp_path)}
-    Path(paths["BROKEN"]).write_text('{"text": "a"}\n{"text": \n{"nothing": 1}\n', encoding="utf-8")
-    arguments, message = BAD[name]
-    arguments = [a.replace("GOOD/", paths["GOOD"] + "/") for a in arguments]
-    name, *arguments = arguments
-    status, _, err = command(f"labs/{name}.py", *[paths.get(a, a) for a in arguments])
-    assert status == 2 and message in err and err.count("\n") == 1, err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.jsonl", "good.jsonl"]
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_ends_with_one_line_and_writes_nothing(line, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
+    (tmp_path / "x_val.csv").write_text("question,A,B,C,D,answer\n", encoding="utf-8")
+    jsonl(tmp_path / "good.jsonl", asked("q", "a"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    name, *arguments = line.split()
+    for word, file in (("GOOD", "/good.jsonl"), ("BROKEN", "/broken.jsonl"), ("FOLDER", ""),
+                       ("NONE", "/none.jsonl"), ("O.txt", "/o.txt")):
+        arguments = [argument.replace(word, f"{tmp_path}{file}") for argument in arguments]
+    arguments = [f"{tmp_path}/o.jsonl" if argument == "O" else argument for argument in arguments]
+    status, _, err = command(f"labs/{name}.py", *arguments)
+    assert status == 2 and err.count("\n") == 1
+    assert BAD[line].replace("FOLDER", str(tmp_path)) in err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("flags", [["filter", "--duplicates", "near"], ["select", "--n", "1"]])
+@pytest.mark.parametrize("flags", ["filter --duplicates near", "select --n 1"])
 def test_skipped_rows_are_counted_and_listed(flags, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": \n{"text": "a"}\n{"nothing": 1}\n', encoding="utf-8")
-    flags = [*flags, "--skip_bad_rows"]
-    kept, out = run_lab(flags[0], [path], *flags[1:], output=tmp_path / "o.jsonl")
+    name, *flags = flags.split()
+    kept, out = run_lab(name, [path], *flags, "--skip_bad_rows", output=tmp_path / "o.jsonl")
     assert kept == [{"text": "a"}] and "dropped 2: bad row" in out
     assert f"dropped {path} line 1" in out and f"dropped {path} line 3" in out
 
 
-@pytest.mark.parametrize("flags,said", [
-    (["filter", "--min_chars", "9", "--max_chars", "3"], "above --max_chars: no row"),
-    (["filter", "--max_length", "0"], "--max_length"),
-    (["filter", "--near", "-1"], "--near"),
-    (["filter", "--max_repetition", "nan"], "--max_repetition"),
-    (["filter", "--min_chars", "-5"], "--min_chars is negative"),
-    (["select", "--n", "-2", "--share", "0.5"], "give --n above 0"),
-    (["select", "--n", "1", "--share", "nan"], "give --n above 0"),
-    (["select", "--n", "1", "--clusters", "0"], "--clusters"),
-    (["select", "--n", "1", "--seed", "-1"], "--seed")])
-def test_flags_that_make_no_sense_end_in_one_line(flags, said, tmp_path):
-    path, output = jsonl(tmp_path / "a.jsonl", asked("q", "a")), tmp_path / "o.jsonl"
-    status, _, err = command(f"labs/{flags[0]}.py", path, "--output", output, *flags[1:])
-    assert status == 2 and said in err and err.count("\n") == 1
-    status, _, err = command("data.py", "show", path, "--steps", "2", "--mix", "temperature",
-                             "--temperature", "0")
-    assert status == 2 and "--temperature" in err and err.count("\n") == 1
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    line = ["labs/filter.py", tmp_path / "none.jsonl", "--output", tmp_path / "new/o.jsonl"]
+    status, _, err = command(*line)
+    assert status == 2 and "o.jsonl cannot be written" in err and not (tmp_path / "new").exists()

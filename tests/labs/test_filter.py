@@ -165,7 +165,8 @@ def test_perplexity_is_that_of_eval_logprobs(tmp_path, checkpoint):
     ("The answer is $18.00", "18"), ("The correct answer is (B) Paris.", "b"), ("−５", "-5"),
     ("Answer: yes, since", "yes"), ("3:5", "3:5"), ("(1,2)", "(1,2)"), ("5!", "5!"),
     ("B。因为如此", "b"), ("(A)", "a"), ("D", "d"), ("A cat sat.", "acatsat"), ("巴黎。", "巴黎"),
-    ("答案是A。不，答案是D", "d")])
+    ("答案是A。不，答案是D", "d"), ("<think>\n答案是A\n</think>\n\nB", "b"),
+    ("maybe \\boxed{3}?</think>\n答案是4", "4"), ("<think>\n答案是A，或者", "")])
 def test_final_answer_is_found(text, final):
     assert filter.final_answer(text) == final
 
@@ -175,10 +176,14 @@ def test_samples_stay_whose_final_answer_is_the_reference(tmp_path):
         return {"row": 0, "sample": 0, "finish": "stop", **asked("q", text), "reference": reference}
 
     rows = [sample("3+4=7。答案是7。", "答案是7"), sample("答案是8", "答案是7"),
-            sample("C。因为", "C"), sample("想不出", "C"), sample("C", None), asked("q", "C")]
+            sample("C。因为", "C"), sample("想不出", "C"), sample("C", None), asked("q", "C"),
+            sample("<think>\n答案是A\n</think>\n\nB", "<think>\nC?\n</think>\n\nB"),
+            sample("<think>\n答案是B，但是", "B")]
+    rows.append({"messages": [user("q"), assistant("B", reasoning_content="A?")], "reference": "B"})
     kept, out = run_lab("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--answer_matches")
-    assert kept == [rows[0], rows[2]]
-    assert "dropped 2: another final answer" in out and "dropped 2: no reference" in out
+    assert kept == [rows[0], rows[2], rows[6], rows[8]]
+    assert "not used" not in out  # a filter reads keys that training does not
+    assert "dropped 3: another final answer" in out and "dropped 2: no reference" in out
 
 
 def test_system_messages_are_left_out_of_every_format_on_request(tmp_path):
@@ -239,7 +244,9 @@ def test_system_messages_go_from_every_form_of_row(tmp_path):
     rows = [{"prompt": [system("s"), user("q")], "completion": "a"},
             {"chosen": [system("s"), user("q"), assistant("a")],
              "rejected": [system("s"), user("q"), assistant("b")]}]
-    rows += [{"prompt": system("s"), "completion": "a"}, {"messages": [system("s")]}]
+    rows += [{"prompt": system("s"), "completion": "a"}, {"messages": [system("s")]},
+             {"system_prompt": "system", "query": "q", "response": "a"},
+             {"conversation": [{"role": "System", "content": "s"}, user("q"), assistant("a")]}]
     kept, out = run_lab("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--no_system")
-    assert "system" not in json.dumps(kept) and len(kept) == 3
+    assert "system" not in json.dumps(kept).lower() and len(kept) == 5
     assert "dropped 1: only a system message" in out

@@ -1,11 +1,12 @@
 """labs/select.py: k-means, k-center, IFD, tags, a random arm."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import asked, assistant, command, jsonl, run_lab, sentence, system, user
+from conftest import asked, assistant, command, jsonl, read, run_lab, sentence, system, user
 from transformers import AutoModelForCausalLM
 
 import data
@@ -171,3 +172,20 @@ def test_random_choice_is_a_function_of_the_seed_and_keeps_the_order(tmp_path):
     assert one == again != other and len(one) == len(other) == 10
     assert [int(r["messages"][1]["content"]) for r in one] == sorted(
         int(r["messages"][1]["content"]) for r in one)
+
+
+def test_the_rest_of_the_rows_goes_to_a_second_file(tmp_path):
+    rows = [asked("q", str(k), tags=["x"] * (k % 3)) for k in range(30)]  # ten have no tags
+    path, rest = jsonl(tmp_path / "a.jsonl", *rows), tmp_path / "rest.jsonl"
+    kept, _ = run_lab("select", [path], "--method", "tags", "--n", 5, "--rest", rest)
+    others = [row for row in rows if row["tags"] and row not in kept]
+    assert len(kept) == 5 and read(rest) == others and len(others) == 15
+
+
+def test_rows_that_are_bare_lists_of_messages_are_chosen_and_filtered_too(tmp_path):
+    row = [system("s"), user("q"), assistant("a")]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([row]), encoding="utf-8")
+    assert run_lab("select", [path], "--n", 1)[0] == [row]
+    assert run_lab("filter", [path], "--no_system", "--lima", "--answer_matches")[0] == []
+    assert run_lab("filter", [path], "--no_system")[0] == [row[1:]]
