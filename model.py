@@ -19,6 +19,9 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -897,21 +900,46 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
+def checkpoint_file(folder: Path, name: str) -> Path:
+    """The path of a checkpoint's file; where it is missing, InputError says what the folder is."""
+    path = folder / name
+    if path.is_file():
+        with open(path, "rb") as file:
+            pointer = file.read(23) == b"version https://git-lfs"
+        check(not pointer, f"{path} is only a pointer of git-lfs; `git lfs pull` fetches the file")
+        return path
+
+    cached, inner = sorted(folder.glob("snapshots/*/config.json")), sorted(folder.glob(f"*/{name}"))
+    if cached:
+        raise InputError(f"{folder} is a cache of the hub; its checkpoint is {cached[-1].parent}")
+    check(not (folder / "adapter_config.json").exists(), f"{folder} is an adapter, not a model; "
+          "merge it into its base first (peft: merge_and_unload(), then save_pretrained)")
+    check(folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)), f"no folder "
+          f"{folder}; a model of the hub comes with `hf download {folder} --local-dir DIR`")
+    check(name != "tokenizer.json" or not (folder / "tokenizer.model").exists(), f"{folder} has "
+          "only tokenizer.model; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of "
+          "transformers writes tokenizer.json")
+    hint = f"give {inner[0].parent}" if inner else "is that a Hugging Face checkpoint?"
+    raise InputError(f"{path} is missing; {hint}")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors file of a checkpoint, or its shards."""
     if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+        return [checkpoint_file(folder, "model.safetensors")]
     check((folder / INDEX).exists(), f"no model.safetensors or {INDEX} in {folder} "
           "(weights in .bin files must be converted to safetensors first)")
-    files = read_json(folder / INDEX).get("weight_map")
+    files = read_json(checkpoint_file(folder, INDEX)).get("weight_map")
     check(isinstance(files, dict), f"{folder / INDEX} has no weight_map")
-    return [folder / name for name in sorted(set(files.values()))]
+    return [checkpoint_file(folder, name) for name in sorted(set(files.values()))]
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint folder; InputError if it is missing or not supported."""
-    path = Path(folder) / "config.json"
+    path = checkpoint_file(Path(folder), "config.json")
     source = read_json(path)
+    kind = (source.get("quantization_config") or {}).get("quant_method")
+    check(not kind, f"{path}: the weights are quantised ({kind}); take the checkpoint in 16 bits")
     try:
         return ModelConfig.from_dict(source)
     except KeyError as error:
@@ -953,7 +981,11 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
             return
         check(name != "model.embed_tokens.weight", f"{path}: tie_word_embeddings is set, but "
               "lm_head.weight and model.embed_tokens.weight differ")
+        quantised = name.endswith(("qweight", "qzeros", "absmax", "weight_scale", "scale_inv"))
+        check(not quantised, f"{path}: the weights are quantised ({name}); take those in 16 bits")
         raise InputError(f"{path}: config.json leaves no place for weight {name}")
+    check(tensor.is_floating_point() and tensor.itemsize > 1, f"{path}: weight {name} is stored as "
+          f"{tensor.dtype}: quantised; take the checkpoint in 16 bits")
     want, shape = list(missing.pop(name).shape), list(tensor.shape)
     check(want == shape, f"{path}: weight {name} has shape {shape}, expected {want}")
 
@@ -974,6 +1006,36 @@ def add_token(model: Llama, token: int, like: int) -> None:
     model.config.source = {**model.config.source, "vocab_size": len(rows)}
 
 
+def check_output(flag: str, output: str | Path, inputs=(), size: int = 2**20) -> None:
+    """Raise InputError where an output is one of the inputs or cannot be written; leaves nothing.
+
+    `flag` is --output for a file or --output_dir for a folder, `size` how many bytes will be
+    written at least.
+    """
+    output = Path(output)
+    kind = "folder" if flag == "--output_dir" else "file"
+    for path in map(Path, inputs):
+        same = path.resolve() == output.resolve()
+        same = same or (path.exists() and output.exists() and path.samefile(output))
+        check(not same, f"{flag} {output} is the input {path}; choose another place")
+
+    # Tried in the nearest folder there is: what is refused later must leave no folder behind.
+    folder = output.absolute()
+    while not folder.is_dir():
+        fine = not folder.exists() or (folder == output.absolute() and kind == "file")
+        check(fine, f"{flag} {output} cannot be written: {folder} is a file")
+        folder = folder.parent
+    check(kind == "folder" or folder != output.absolute(),
+          f"{flag} {output} cannot be written: it is a folder")
+    try:
+        free = shutil.disk_usage(folder).free
+        check(free >= size, f"{flag} {output} cannot be written: {size / 1e9:.1f} GB are needed, "
+              f"{free / 1e9:.1f} GB are free")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{flag} {output} cannot be written: {error.strerror}") from None
+
+
 def write_atomic(path: Path, write) -> None:
     """Call write(temporary path), then rename: no reader or crash ever meets half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -982,8 +1044,9 @@ def write_atomic(path: Path, write) -> None:
         write(temporary)
         os.chmod(temporary, 0o644)  # safetensors leaves its files readable by their owner only
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written: {why}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1015,7 +1078,12 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -
         room -= parameter.numel() * dtype.itemsize
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
-    weight_map = {}
+
+    # The files that these replace: those of the folder's own checkpoint, and no stranger's.
+    old, weight_map = {"model.safetensors", INDEX}, {}
+    if (folder / INDEX).exists():
+        listed = read_json(folder / INDEX).get("weight_map", {}).values()
+        old |= {name for name in listed if Path(name).name == name}
     for name, shard in zip(names, shards, strict=True):
         tensors = {key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()}
         write_atomic(folder / name, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))
@@ -1024,8 +1092,7 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -
         total = sum(p.numel() * dtype.itemsize for p in model.parameters())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         names.append(INDEX)
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        if stale.name not in names:
-            stale.unlink(missing_ok=True)
+    for stale in old - set(names):
+        (folder / stale).unlink(missing_ok=True)
     config = {k: v for k, v in model.config.source.items() if k not in ("torch_dtype", "dtype")}
     write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})

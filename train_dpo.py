@@ -601,10 +601,6 @@ def check_common(c, names: tuple) -> None:
         check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
     check(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
     check(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
-    for folder in (c.model, c.reference or c.model):
-        check(Path(folder).resolve() != Path(c.output_dir).resolve(),
-              "--output_dir must be another "
-              f"folder than {folder}: a resumed run needs the checkpoint that it started from")
 
 
 def find_demo(c):
@@ -672,8 +668,7 @@ def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, referen
         summary(c, run, records)
         if rows:
             world.report_preferences(before, world.try_demo(model, tokenizer, rows), rows)
-    hardware.leave()
-    sys.exit(status)
+    hardware.leave(status)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Config:
     output_dir: str = "out/sft"  # where checkpoint, metrics and state go
     recipe: str = ""  # a paper's preset: llama2, lima, qwen, ...; explicit flags win over it
     resume: bool = False  # go on from output_dir with the flags of its run.json
+    overwrite: bool = False  # replace the checkpoint or run that output_dir holds
     # optimization: these change the result
     mix: Literal["proportional", "temperature", "equal", "weights"] = "proportional"  # of the files
     temperature: float = 2.0  # of --mix temperature: 1 is proportional, large is equal
@@ -359,11 +360,18 @@ class Hardware(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        """Leave the process group together: gloo aborts if one rank exits first."""
+    def leave(self, status: int) -> None:
+        """Exit, all ranks together: gloo aborts if one is gone first."""
         self.barrier()
         if self.world > 1:
             dist.destroy_process_group()
+
+        # torchrun answers Ctrl-C with a page of traceback once its ranks are gone. All is saved, so
+        # the first rank of a machine ends it before that.
+        started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] == "0"
+        if status == 128 + signal.SIGINT and started:
+            os.kill(os.getppid(), signal.SIGKILL)
+        sys.exit(status)
 
 
 def setup_hardware(dtype: str) -> Hardware:
@@ -408,6 +416,11 @@ def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
     if not quiet:
         print(f"{len(train)} training, {len(validation)} validation examples", *(
             f"; {reason}: {count}" for reason, count in counts.items()), sep="")
+        known = {e.key for e in train}
+        both = sum(e.key in known for e in validation)
+        if both:
+            print(f"warning: {both} of the {len(validation)} validation examples are trained on "
+                  "too (of preferences: their prompts); --val_fraction keeps them apart")
 
     # An epoch is as many draws as there are examples, whatever the mix.
     draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * len(train)))
@@ -444,7 +457,11 @@ def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
     """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in."""
     modeling.save(model, folder, model.stored_dtype)
     tokenizer.save(folder)
-    generation = {"bos_token_id": tokenizer.bos_ids[0]} if tokenizer.bos_ids else {}
+
+    # The source's sampling defaults stay; the tokens that end an answer are ours.
+    generation = tokenizer.read("generation_config.json")
+    if tokenizer.bos_ids:
+        generation["bos_token_id"] = tokenizer.bos_ids[0]
     generation["eos_token_id"] = tokenizer.stop_ids
     modeling.write_json(folder / "generation_config.json", generation)
 
@@ -499,17 +516,32 @@ def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
 
 
 def find_start_step(c: Config) -> int:
-    """The step to start after, 0 unless resumed; an unfinished run is not silently overwritten."""
-    folder, step = Path(c.output_dir), 0
-    path = folder / STATE
-    if path.exists():
-        with safe_open(path, "pt") as file:
+    """The step to start after: 0, or with --resume the last one saved.
+
+    Raises InputError if output_dir is an input, cannot be written, or holds something that nobody
+    said may be replaced.
+    """
+    folder, inputs, step = Path(c.output_dir), [c.model], 0
+    inputs += [c.reference] if getattr(c, "reference", "") else []
+    # The first save writes the weights, and for the state three times as much, or more.
+    size = sum(file.stat().st_size for file in Path(c.model).glob("*.safetensors"))
+    modeling.check_output("--output_dir", folder, inputs, 4 * size)
+    if (folder / STATE).exists():
+        with safe_open(folder / STATE, "pt") as file:
             step = int(file.metadata()["step"])
-    if c.resume:
-        return step
-    if step and step < (steps := modeling.read_json(folder / "run.json")["steps"]):
-        raise InputError(f"{folder} holds a run that stopped at step {step} of {steps}; add "
-                         "--resume to go on, or choose another --output_dir, or delete it")
+    if c.resume or c.overwrite:
+        return step if c.resume else 0
+
+    advice = "choose another --output_dir, or add --overwrite to replace it"
+    if step:
+        steps = modeling.read_json(folder / "run.json")["steps"]
+        check(step == steps, f"{folder} holds a run that stopped at step {step} of {steps}; add "
+              f"--resume to go on, or {advice}")
+        raise InputError(f"{folder} holds a finished run; {advice}")
+    for name in ("config.json", "adapter_config.json", "tokenizer.json"):
+        check(not (folder / name).exists(), f"{folder} holds a checkpoint ({name}); {advice}")
+    found = next(folder.glob("*.safetensors"), None)
+    check(not found, f"{folder} holds weights ({found}); {advice}")
     return 0
 
 
@@ -526,9 +558,9 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
         (path.parent / STATE).unlink(missing_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     modeling.write_json(path, {
-        "config": {**asdict(c), "resume": False}, "steps": steps, "ranks": hardware.world,
-        "device": str(hardware.device), "dtype": str(hardware.dtype), "versions": versions,
-        **facts})
+        "config": {**asdict(c), "resume": False, "overwrite": False}, "steps": steps,
+        "ranks": hardware.world, "device": str(hardware.device), "dtype": str(hardware.dtype),
+        "versions": versions, **facts})
 
 
 # ---- skip on a first reading: logs and figures ---------------------------------------------------
@@ -604,8 +636,11 @@ class Log:
         if not self.main or (step == 0 and not measured):
             return
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
         if measured or is_due(self.c.save_every, step, self.steps):
             self.draw()
         if step == 0:
@@ -737,8 +772,9 @@ RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
 # ---- skip on a first reading: flags and main -----------------------------------------------------
 
 # Flags that may differ when a run is resumed.
-HARDWARE = {"output_dir", "resume", "micro_tokens", "dtype", "compile", "checkpoint_activations",
-            "log_every", "eval_every", "exam_data", "exam_every", "save_every"}
+HARDWARE = {"output_dir", "resume", "overwrite", "micro_tokens", "dtype", "compile",
+            "checkpoint_activations", "log_every", "eval_every", "exam_data", "exam_every",
+            "save_every"}
 
 
 def resolve_config(cls, argv: list[str], recipes: dict, demo):
@@ -845,8 +881,7 @@ def main() -> None:
         summary(c, records)
         if world:
             world.report_demo(before, world.demo_exam(model, tokenizer), model, tokenizer)
-    hardware.leave()
-    sys.exit(status)
+    hardware.leave(status)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The training loop: what it computes, and that no knob of the hardware changes it."""
 
+import io
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -14,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import REPO, SHARED, WORDS, curve, launcher, read, steps, train, weights
+from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
@@ -480,3 +483,152 @@ def test_without_labs_everything_works_but_the_demo_which_says_what_is_missing(w
     for script in ("train_sft.py", "train_dpo.py"):
         status, text = isolated(work, start(script))
         assert status == 2 and text.count("\n") == 1 and "labs/world.py" in text
+
+
+# ---------------------------------------------------------------------------------- nothing is lost
+
+
+def contents(folder):
+    """Every file below a folder, byte for byte."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("output,said", [
+    ("base", "is the input"), ("./nowhere/../base", "is the input"), ("link", "is the input"),
+    ("finished", "holds a finished run; choose another --output_dir, or add --overwrite"),
+    ("foreign", "holds a checkpoint (config.json)"), ("adapter", "holds a checkpoint (adapter_con"),
+    ("shards", "holds weights"), ("rows.jsonl", "is a file"), ("rows.jsonl/below", "is a file"),
+    ("/proc/here", "cannot be written"),
+])
+def test_output_that_would_replace_something_or_has_no_place_is_refused(work, output, said):
+    if not (work / "link").exists():
+        (work / "link").symlink_to(work / "base")
+        shutil.copytree(work / "base", work / "foreign")
+        for name, file in (("adapter", "adapter_config.json"), ("shards", "w.safetensors")):
+            (work / name).mkdir()
+            (work / name / file).write_text("{}")
+        train(work, "finished", *inputs(work), "--steps", 1)
+    before = contents(work)
+    _, text = train(work, output, *inputs(work), "--steps", 1, status=2)
+    assert said in text and text.count("\n") == 1 and contents(work) == before
+
+
+def test_overwrite_replaces_a_finished_run_and_leaves_what_is_not_its_own(work):
+    train(work, "old", *inputs(work), "--steps", 2)
+    stranger = work / "old" / "model_ema.safetensors"
+    stranger.write_text("somebody's")
+    records, _ = train(work, "old", *inputs(work), "--steps", 1, "--overwrite")
+    assert len(records) == 1 and stranger.read_text() == "somebody's"
+
+
+def test_disk_that_is_full_is_said_in_one_line(work):
+    """A limit on the size of files stands for it: small ones fit, the weights do not."""
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (99_000, 99_000)); "
+            + start("train_sft.py", *inputs(work), "--steps", 1, "--output_dir", work / "full"))
+    status, text = isolated(work, code)
+    assert status == 2 and "cannot be written: " in text.splitlines()[-1]
+    assert "Traceback" not in text and not (work / "full/model.safetensors").exists()
+
+
+def test_generation_config_keeps_the_sources_sampling_defaults_but_not_its_stop_ids(work):
+    shutil.copytree(work / "base", work / "sampled")
+    source = {"temperature": 0.6, "top_k": 20, "do_sample": True, "eos_token_id": 3}
+    modeling.write_json(work / "sampled/generation_config.json", source)
+    train(work, "keeps", "--model", work / "sampled", "--data", work / "rows.jsonl", "--steps", 1)
+    written = modeling.read_json(work / "keeps/generation_config.json")
+    tokenizer = data.ChatTokenizer(work / "keeps")
+    assert {**written, "eos_token_id": 3, "bos_token_id": 0} == {**source, "bos_token_id": 0}
+    assert tokenizer.stop_id in written["eos_token_id"] and 3 in written["eos_token_id"]
+
+
+def spoil(folder, case):
+    """Make of a good checkpoint one of the folders that people give instead."""
+    config = modeling.read_json(folder / "config.json")
+    if case == "pointer":
+        text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        (folder / "model.safetensors").write_text(text)
+    elif case == "tokenizer pointer":
+        (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif case in ("gptq", "fp8", "bitsandbytes"):
+        config["quantization_config"] = {"quant_method": case}
+        modeling.write_json(folder / "config.json", config)
+    elif case in ("float8", "packed"):
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        if case == "packed":
+            tensors["model.layers.0.mlp.up_proj.qweight"] = tensors.pop(name)
+        else:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        save_file(tensors, folder / "model.safetensors")
+    elif case == "adapter":
+        (folder / "config.json").rename(folder / "adapter_config.json")
+        (folder / "tokenizer.json").unlink()
+    elif case == "cache":
+        inner = folder / "snapshots" / "0123abc"
+        inner.mkdir(parents=True)
+        for path in [p for p in folder.iterdir() if p.is_file()]:
+            path.rename(inner / path.name)
+    elif case == "parent":
+        (folder / "inner").mkdir()
+        for path in [p for p in folder.iterdir() if p.is_file()]:
+            path.rename(folder / "inner" / path.name)
+    elif case == "sentencepiece":
+        (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    elif case == "format":
+        (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "New"}}')
+
+
+@pytest.mark.parametrize("case,said", [
+    ("pointer", "model.safetensors is only a pointer of git-lfs; `git lfs pull`"),
+    ("gptq", "quantised (gptq); take the checkpoint in 16 bits"), ("fp8", "quantised (fp8)"),
+    ("bitsandbytes", "quantised (bitsandbytes)"), ("float8", "stored as torch.float8_e4m3fn"),
+    ("packed", "quantised (model.layers.0.mlp.up_proj.qweight)"),
+])
+def test_folder_that_is_no_plain_checkpoint_is_named_with_the_fix(work, tmp_path, case, said):
+    folder = tmp_path / "given"
+    shutil.copytree(work / "base", folder)
+    spoil(folder, case)
+    _, text = train(tmp_path, "out", "--model", folder, "--data", work / "rows.jsonl", "--steps", 1,
+                    status=2)
+    assert said.format(folder=folder) in text.splitlines()[-1] and "Traceback" not in text
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------- at the terminal
+
+
+def test_validation_rows_that_are_trained_on_are_said(work):
+    flags = ["--val_data", work / "rows.jsonl", "--steps", 1]
+    _, text = train(work, "leak", *inputs(work), *flags)
+    assert "warning: 24 of the 24 validation examples are trained on too" in text
+
+
+def test_ctrl_c_under_torchrun_saves_and_ends_without_a_traceback(work):
+    """As a terminal does: the launcher and all ranks get the signal."""
+    argv = launcher(work, "ctrl_c", *inputs(work), *BASIC, "--steps", 999, ranks=2)
+    process = subprocess.Popen(argv, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 2/"):
+            os.killpg(process.pid, signal.SIGINT)
+    process.wait()
+    text = "".join(lines)
+    assert "Traceback" not in text and "torchrun --nproc_per_node=2 train_sft.py --resume" in text
+    assert (work / "ctrl_c/state/state.safetensors").exists()
+
+
+def test_bar_fits_80_columns(work, monkeypatch):
+    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    c = train_sft.Config(output_dir=str(work / "bar"))
+    log = train_sft.Log(c, 0, 100000, hardware, train_sft.FIGURE)
+    log.write({"step": 1, "loss": 2.0, "val_loss": 12.3456, "exam_accuracy": 0.5,
+               "exam_interval": [0.4, 0.6], "exam_floor": 0.25, "learning_rate": 1e-5,
+               "tokens_per_second": 123456.0})
+    log.bar.refresh()
+    shown = sys.stderr.getvalue().replace("\n", "\r").split("\r")
+    log.bar.close()
+    assert max(map(len, shown)) <= 80 and "exam 0.5000" in shown[-1]
