@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 import data
+import model as modeling
 import train_dpo
 from data import Example, InputError, Mixer, mixing_rates
 from labs import kto
@@ -668,6 +669,12 @@ def test_validation_split_is_a_function_of_the_seed():
     assert held(0) == held(0) and held(0) != held(1)
 
 
+def test_validation_rows_that_are_trained_on_are_counted():
+    examples = numbered(10)
+    assert data.overlap_count(examples[:6], examples[4:] + examples[4:5]) == 3
+    assert data.overlap_count(examples[:6], examples[6:]) == 0
+
+
 def test_validation_split_of_few_examples_holds_at_least_one():
     train, validation = data.split_validation(numbered(3), 0.01, 0)
     assert (len(train), len(validation)) == (2, 1)
@@ -972,6 +979,54 @@ def test_show_honours_train_on_and_max_length(tmp_path):
     _, out, _ = command("data.py", "show", path, "--train_on", "last", "--max_length", 80)
     assert "yo<|im_end|>" in out and "[[yo" not in out and "80 tokens" in out
     assert "truncated: 1" in out
+
+
+def test_show_says_which_side_of_a_pair_and_which_label_it_prints(tmp_path):
+    label = {"prompt": "hi", "completion": "yo"}
+    path = jsonl(tmp_path / "a.jsonl", PAIRS["instruction"], {**label, "label": 1},
+                 {**label, "label": 0})
+    _, out, _ = command("data.py", "show", path)
+    heads = [line.split(":")[0].removeprefix(f"--- {path} ") for line in out.splitlines()
+             if line.startswith(f"--- {path}")]
+    assert heads == ["line 1, chosen", "line 1, rejected", "line 2, liked", "line 3, disliked"]
+
+
+def test_show_says_what_is_not_used_and_which_answers_are_empty(tmp_path):
+    row = {"prompt": "hi", "completion": " ", "id": 7}
+    status, out, _ = command("data.py", "show", jsonl(tmp_path / "a.jsonl", row, row))
+    assert status == 0 and out.count("not used: id") == 1 and "empty answers: 2" in out
+
+
+def test_show_tokens_is_a_table_of_one_example_with_ln_p_where_there_is_a_model(
+    tmp_path, monkeypatch
+):
+    row = jsonl(tmp_path / "a.jsonl", {"messages": [HI, assistant("yo", weight=0.5)]})
+    data.byte_tokenizer(tmp_path)
+    _, out, _ = command("data.py", "show", row, "--tokens", "--model", tmp_path)
+    table = [line.split() for line in out.splitlines()[2:]]
+    assert [cells[1:] for cells in table[-4:]] == [
+        ["'y'", "0.5"], ["'o'", "0.5"], ["'<|im_end|>'", "0.5"], ["'\\n'", "0"]]
+    # a model that gives token i of the example ln p = -i
+    monkeypatch.setattr(modeling, "load", lambda *_: lambda ids, lengths, targets: -targets.float())
+    (tmp_path / "model.safetensors").touch()
+    _, out, _ = command("data.py", "show", row, "--tokens", "--model", tmp_path)
+    table = [line.split() for line in out.splitlines()[2:]]
+    assert [cells[-1] for cells in table[1:]] == [f"{-i:.3f}" for i in range(1, len(table))]
+
+
+def test_show_ends_quietly_when_its_reader_has_gone(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", *[{"prompt": "hi" * 999, "completion": "yo"}] * 200)
+    run = subprocess.Popen([sys.executable, REPO / "data.py", "show", path, "--rows", "200"],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(timeout=60) == 141 and run.stderr.read() == b""
+
+
+def test_ctrl_c_ends_with_one_line_and_status_130(capsys):
+    with pytest.raises(SystemExit) as stop, data.one_line_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_show_colours_the_supervised_tokens_in_a_terminal(tmp_path):
