@@ -480,7 +480,9 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
     if row.text is not None:
         return Asked(row, [], None, tokenizer.text_pieces(row.text)[:-1])  # without its EOS
     messages, reference = list(row.messages), None
-    if messages and messages[-1]["role"] == "assistant":
+    if row.chosen:
+        reference = row.chosen[-1]["content"]
+    elif messages and messages[-1]["role"] == "assistant":
         reference = messages.pop()["content"]
     check(messages and messages[-1]["role"] == "user",
           f"{row.where}: expected a conversation in which the user asks last")

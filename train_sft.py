@@ -140,17 +140,19 @@ def my_micro_batches(run: RunData, step: int, c: Config,
 
 
 def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware",
-                  scaler) -> tuple[float, dict]:
+                  scaler, divisor: float | None = None) -> tuple[float, dict]:
     """Gradients of one optimizer step; returns this rank's part of its loss, and token counts.
 
     loss = -sum_i w_i ln p_i / sum_i w_i in nats, over the supervised tokens i of the whole global
     step; w_i = 1 unless a message says otherwise. Every rank knows the whole step, so it can divide
-    by the sum of all weights without asking the others.
+    by the sum of all weights without asking the others. Where weights are signed their sum means
+    nothing, and a `divisor` is given instead.
     """
     examples = [run.train[index] for index, _ in run.step(step, c.batch_size)]
     total = 0.0
     for e in examples:
         total += sum(weight * (end - first) for first, end, weight in e.spans)
+    total = divisor or total
 
     loss_sum = 0.0
     batches = my_micro_batches(run, step, c, hardware)
@@ -158,7 +160,7 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
         model.require_backward_grad_sync = k == len(batches)  # DDP: gradients travel once per step
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
-                         neftune_alpha=c.neftune_alpha, equal_weights=True)  # [N]
+                         neftune_alpha=c.neftune_alpha, equal_weights=divisor is None)  # [N]
         loss = -(batch.weights * logp).sum() / total
 
         # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
@@ -198,24 +200,26 @@ def clip_and_step(model, optimizer, scaler, c: Config, loss: float, run: RunData
 
 
 def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
-          hardware: "Hardware") -> tuple[list[dict], int]:
+          hardware: "Hardware", backward=backward_step, validate=None,
+          figure=None) -> tuple[list[dict], int]:
     """Forward and backward, clip and step, measure, log, save; `wrapped` is the model under DDP.
 
-    Returns the records of metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
+    A lab may bring another step, another validation and the figure of both. Returns the records of
+    metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
     """
     optimizer, scaler, signals, log = start_training(c, start_step, run.steps, model, hardware,
-                                                     FIGURE)
+                                                     figure or FIGURE)
 
     def measured(step: int) -> dict:
-        return held_out(c, step, run, tokenizer, model, hardware, lambda: {
-            "val_loss": validation_loss(model, run.validation, c, hardware)})
+        return held_out(c, step, run, tokenizer, model, hardware, validate or (lambda: {
+            "val_loss": validation_loss(model, run.validation, c, hardware)}))
 
     if not start_step:
         log.write({"step": 0, "epoch": 0.0, **measured(0)})
     for step in range(start_step + 1, run.steps + 1):
         began = time.perf_counter()
         rate = set_learning_rate(optimizer, step, run.steps, c)
-        loss, counts = backward_step(wrapped, run, step, c, hardware, scaler)
+        loss, counts = backward(wrapped, run, step, c, hardware, scaler)
 
         # Each rank has its part of the loss, and perhaps a signal: both must be known to all.
         loss, stop = hardware.sum(loss, len(signals))
@@ -633,7 +637,7 @@ class Log:
     def write(self, record: dict) -> None:
         """A step's record to the file and to the screen; the figures anew if one is due."""
         step, measured = record["step"], record.keys() & {"val_loss", "exam_accuracy"}
-        if not self.main or (step == 0 and not measured):
+        if not self.main or record.keys() == {"step", "epoch"}:
             return
         self.records.append(record)
         try:

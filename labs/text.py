@@ -24,19 +24,21 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import sys
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import data
+import eval as evaluation
 from data import ChatTokenizer, Example, Row, read_rows, read_values
 from model import check, write_lines
 
@@ -292,6 +294,60 @@ def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
     talk = row._replace(messages=messages, chosen=None, rejected=None)
     train_on = "all" if part == "all" else "last"
     return data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, keep_all=True)[0]
+
+# ---- skip on a first reading: prompts and rewards ------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """A question, up to where its answer begins, and the answer that its row has."""
+
+    ids: list[int]
+    messages: list[dict]
+    reference: str
+    source: int  # index of its file
+    where: str  # file and line
+    key: str  # what makes two prompts copies of each other
+    targets: int = 1  # the mixer counts tokens
+
+
+def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
+                 room: int) -> tuple[list[Prompt], Counter]:
+    """(what the rows of some files ask, none dropped), with `room` tokens left for an answer."""
+    prompts, parse = [], functools.partial(data.parse_row, ask=True)
+    for source, path in enumerate(files):
+        for _, row in read_rows([path], c.skip_bad_rows, quiet, parse):
+            if row:
+                check(row.text is None, f"{row.where}: raw text asks nothing")
+                _, messages, reference, _ = evaluation.ask_row(row, tokenizer, "")
+                ids = tokenizer.prompt_ids(messages)
+                check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
+                      f"room for an answer of {room} in --max_length {c.max_length}")
+                prompts.append(Prompt(ids, messages, reference or "", source, row.where, str(ids)))
+    return prompts, Counter()
+
+
+def match(messages: list[dict], answer: str, reference: str) -> float:
+    """1 if the answer is the reference, outer white space aside; else 0."""
+    return float(answer.strip() == reference.strip())
+
+
+def exam(messages: list[dict], answer: str, reference: str) -> float:
+    """1 if the answer, in words or alone, gives the reference's letter; else 0."""
+    extract = evaluation.exams_lab("--reward exam").extract
+    letter = extract(answer)
+    return float(letter is not None and letter == extract(reference))
+
+
+def find_reward(name: str) -> Callable[[list[dict], str, str], float]:
+    """reward(messages, answer, reference) called match or exam, or a FILE.py:function."""
+    if name in ("exam", "match"):
+        return {"exam": exam, "match": match}[name]
+    path, _, function = name.rpartition(":")
+    check(path.endswith(".py") and Path(path).is_file(),
+          f"--reward: expected exam, match or FILE.py:function, found {name!r}")
+    found = runpy.run_path(path)
+    check(callable(found.get(function)), f"--reward: {path} has no function {function!r}")
+    return found[function]
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ ASKED = [{"prompt": "Who are you?"}, {"messages": [*TALK]}, {"messages": TALK[:2
          {"prompt": [system("Be brief."), user("谢谢")]}, PAIRS["prompt and strings"],
          {"prompt": "hi", "completion": "yo", "label": True},
          {"instruction": "add", "input": "1 2", "output": "3"}]
-REFERENCES = [None, TALK[-1]["content"], None, None, None, "yo", "3"]
+REFERENCES = [None, TALK[-1]["content"], None, None, "yo", "yo", "3"]
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama3_1", "qwen2_window"])

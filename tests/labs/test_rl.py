@@ -1,0 +1,346 @@
+"""Learning from rewards: weights, gradients and rollouts against independent computations."""
+
+import json
+import signal
+import subprocess
+from types import SimpleNamespace
+
+import families
+import numpy as np
+import pytest
+import torch
+from conftest import curve, environment, jsonl, launcher, train, weights
+
+import data
+import model as modeling
+import train_sft
+from labs import rl, text
+
+HARDWARE = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+DRAW = modeling.Sampling(temperature=1.0)
+REWARDS = [[1.0, 0.0, 0.0, 1.0, 0.5]]
+ASK = [{"prompt": text, "response": "a"} for text in ("a b", "the sea", "光", "moon on the river")]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rl")
+    families.make_checkpoint(folder / "base", "smollm2")
+    # A random model hardly ever ends: here every third token ends an answer.
+    stops = list(range(0, data.ChatTokenizer(folder / "base").tokenizer.get_vocab_size(), 3))
+    (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    jsonl(folder / "ask.jsonl", *ASK)
+    (folder / "reward.py").write_text(
+        "def vowels(messages, answer, reference):\n    return sum(x in 'aeiou' for x in answer)\n"
+        "def short(messages, answer, reference):\n    return -len(answer)\n")
+    return folder
+
+
+def flags(work, **more):
+    given = {"model": work / "base", "data": work / "ask.jsonl", "batch_size": 2, "samples": 4,
+             "steps": 4, "max_new_tokens": 6, "learning_rate": 1e-3, "log_every": 1,
+             "reward": f"{work / 'reward.py'}:vowels", **more}
+    out = []
+    for name, value in given.items():
+        out += [f"--{name}", value]
+    return out
+
+
+def config(work, **more):
+    return train_sft.resolve_config(rl.Config, [str(x) for x in flags(work, **more)], {}, dict)
+
+
+# -------------------------------------------------------------------------------- the weights
+
+
+@pytest.mark.parametrize("kind,expected", [
+    ("rloo", [0.625, -0.625, -0.625, 0.625, 0.0]), ("dr_grpo", [0.5, -0.5, -0.5, 0.5, 0.0]),
+    ("grpo", [0.999800, -0.999800, -0.999800, 0.999800, 0.0])])
+def test_advantage_compares_an_answer_to_its_rivals(kind, expected):
+    found = rl.advantages(torch.tensor(REWARDS), kind)
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_rloo_is_the_reward_less_the_mean_of_the_other_answers():
+    rewards = torch.rand(3, 5)
+    for row, found in zip(rewards.tolist(), rl.advantages(rewards, "rloo").tolist(), strict=True):
+        for i, value in enumerate(found):
+            others = row[:i] + row[i + 1 :]
+            assert value == pytest.approx(row[i] - sum(others) / 4, abs=1e-6)
+
+
+def test_equal_rewards_teach_nothing_and_grpo_does_not_blow_up_their_kl():
+    """With KL in the reward before the division by std, A would be +-1 for a KL of 0.001."""
+    k1 = torch.tensor([[0.001, -0.001, 0.0, 0.0]])
+    for kind in ("rloo", "grpo", "dr_grpo"):
+        c = SimpleNamespace(advantage=kind, kl=0.1)
+        assert rl.answer_weights(torch.ones(1, 4), 0 * k1, c).abs().max() == 0
+        assert rl.answer_weights(torch.ones(1, 4), k1, c).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_advantages_equal_those_of_trl(work, tmp_path, kind):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "base" / "tokenizer.json"))
+    tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
+    rewards = [1.0, 0.0, 0.0, 1.0, 0.5, 0.25, 0.25, 1.0]
+    trainer_class, config_class = {"rloo": (trl.RLOOTrainer, trl.RLOOConfig),
+                                   "grpo": (trl.GRPOTrainer, trl.GRPOConfig)}[kind]
+    trainer = trainer_class(
+        AutoModelForCausalLM.from_pretrained(work / "base"), lambda completions, **_: rewards,
+        args=config_class(str(tmp_path), max_steps=1, per_device_train_batch_size=8, beta=0.0,
+                          num_generations=4, max_completion_length=3, report_to=[], use_cpu=True,
+                          bf16=False, save_strategy="no", disable_tqdm=True),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["a b", "the sea"] * 2}),
+        processing_class=tokenizer)
+    trainer.train()
+    ours = rl.advantages(torch.tensor(rewards).view(-1, 4), kind).flatten().tolist()
+    assert list(trainer._logs["advantages"]) == pytest.approx(ours, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------- the gradient
+
+
+def example(prompt, answer):
+    ids = np.array(prompt + answer, dtype=np.int32)
+    return data.Example(ids, ((len(prompt), len(ids), 1.0),))
+
+
+def exact_setting(kl):
+    """A model of 5 tokens, all its answers of at most 2 tokens to a prompt, and their rewards.
+
+    Token 0 ends an answer. There are 1 + 4 * 5 of them, and they are all there are.
+    """
+    source = {"model_type": "llama", "vocab_size": 5, "hidden_size": 8, "intermediate_size": 16,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
+    model = modeling.Llama(modeling.ModelConfig.from_dict(source))
+    model.initialize(0)
+    other = modeling.Llama(modeling.ModelConfig.from_dict(source))
+    other.initialize(1)
+    answers = [[0]] + [[a, b] for a in range(1, 5) for b in range(5)]
+    rewards = torch.rand(len(answers), generator=torch.Generator().manual_seed(0))
+    examples = [example([3, 1], ids) for ids in answers]
+    c = SimpleNamespace(advantage="rloo", kl=kl, micro_tokens=64, batch_size=0, seed=0,
+                        neftune_alpha=0.0)
+    return model, other, examples, rewards, c
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_expected_gradient_over_all_answers_is_the_exact_policy_gradient(kl):
+    """Every pair of answers (n = 2) with its probability: RLOO's mean is grad (E R - kl KL)."""
+    model, other, examples, rewards, c = exact_setting(kl)
+    p = rl.sum_logprobs(model, examples, c, HARDWARE)
+    k1 = p - rl.sum_logprobs(other, examples, c, HARDWARE)
+    assert p.exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+    weighted, scaler = [], HARDWARE.make_scaler()
+    for i, first in enumerate(examples):
+        for j, second in enumerate(examples):
+            pair = [i, j]
+            a = rl.answer_weights(rewards[None, pair], k1[None, pair], c)[0] * p[pair].sum().exp()
+            for e, weight in zip((first, second), a.tolist(), strict=True):
+                (start, end, _), = e.spans
+                weighted.append(e._replace(spans=((start, end, weight),)))
+    step = SimpleNamespace(train=weighted, step=lambda *_: [(k, 0) for k in range(len(weighted))])
+    train_sft.backward_step(model, step, 1, c, HARDWARE, scaler, 2.0)  # the mean of a pair
+    found = gradients(model)
+
+    model.zero_grad()
+    batch = data.collate(examples)
+    logp = model(batch.ids, batch.lengths, batch.targets).split([e.targets for e in examples])
+    logp = torch.stack([part.sum() for part in logp])
+    reference = (p - k1).detach()
+    goal = (logp.exp() * (rewards - kl * (logp - reference))).sum()  # E R - kl KL(p || ref)
+    (-goal).backward()
+    for name, value in gradients(model).items():
+        assert torch.allclose(found[name], value, atol=2e-6), name
+
+
+def test_mean_of_k1_is_the_kl_divergence():
+    p, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    assert (p * (p / ref).log()).sum().item() == pytest.approx(0.274887, abs=1e-6)
+    model, other, examples, _, c = exact_setting(0.0)
+    p, q = (rl.sum_logprobs(m, examples, c, HARDWARE) for m in (model, other))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
+    assert (p.exp() * (p - q)).sum().item() == pytest.approx(kl.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
+def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind):
+    from transformers import AutoModelForCausalLM
+
+    c = config(work, advantage=kind, temperature=0.7, micro_tokens=40, kl=0.0)
+    run, tokenizer, policy, reference = prepared(work, c)
+    taken = []
+
+    def reward(messages, answer, expected):
+        return float(len(answer) % 3)
+
+    prompts = [run.train[i] for i, _ in run.step(1, 2)]
+    drawn, rewards = rl.sample(policy, prompts, 4, 0, DRAW, c, tokenizer, reward, HARDWARE)
+    rl.policy_step(policy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy, reference,
+                   tokenizer, reward)
+
+    theirs = AutoModelForCausalLM.from_pretrained(work / "base").float()
+    theirs.model.embed_tokens.padding_idx = None  # a sampled pad is a token like any other
+    A = rewards - rewards.mean(1, keepdim=True)
+    A = {"rloo": A * 4 / 3, "dr_grpo": A, "grpo": A / (rewards.std(1, keepdim=True) + 1e-4)}[kind]
+    N = 8 * c.max_new_tokens if kind == "dr_grpo" else sum(e.targets for e in drawn)
+    for e, weight in zip(drawn, A.flatten().tolist(), strict=True):
+        ids, start = torch.tensor([e.ids.tolist()]), e.spans[0][0]
+        logp = (theirs(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+        logp = logp[start - 1 :].gather(1, ids[0, start:, None]).sum()
+        (-weight * logp / N).backward()
+        taken.append(weight)
+    assert any(taken)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, value in gradients(policy).items():
+        assert (value - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def prepared(work, c):
+    """(run, tokenizer, policy, reference) as `main` makes them."""
+    tokenizer = data.ChatTokenizer(work / "base")
+    run, _ = train_sft.prepare_data(c, lambda f: text.load_prompts(f, tokenizer, c, True, 8), True)
+    models = [modeling.load(work / "base") for _ in range(2)]
+    for model in models:
+        rl.temper(model, c.temperature)
+    return run, tokenizer, *models
+
+
+def test_ratio_to_the_sampled_policy_is_exactly_1_in_the_step_that_trains_on_it(work):
+    """So PPO's clipped objective has the same gradient, and there is nothing to clip."""
+    c = config(work, temperature=1.3, micro_tokens=50)
+    run, tokenizer, policy, reference = prepared(work, c)
+    scored = []
+
+    def spy(*arguments, **options):
+        scored.append((options.get("noise") is not None, policy(*arguments, **options)))
+        return scored[-1][1]
+
+    real = rl.sum_logprobs
+    sums = {}
+    try:
+        rl.sum_logprobs = lambda m, e, *rest: sums.setdefault(id(m), real(m, e, *rest))
+        rl.policy_step(spy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy, reference,
+                       tokenizer, lambda *_: 0.5)
+    finally:
+        rl.sum_logprobs = real
+    ratio = (torch.cat([logp for _, logp in scored]).sum() - sums[id(policy)].sum()).exp().item()
+    assert ratio == pytest.approx(1.0, abs=1e-5)
+    assert torch.equal(sums[id(policy)], sums[id(reference)])  # nothing is trained yet
+
+
+def test_tokens_are_drawn_from_the_policy_that_is_scored(work):
+    """At temperature 0.2: shares of 4,000 first tokens against the probabilities that are trained.
+
+    A wrong temperature would move the likeliest token's share by more than 0.1.
+    """
+    c = config(work, temperature=0.2, max_new_tokens=1, micro_tokens=10**6)
+    run, tokenizer, policy, _ = prepared(work, c)
+    prompt = run.train[0]
+    drawn, _ = rl.sample(policy, [prompt], 4000, 0, DRAW, c, tokenizer, lambda *_: 0.0, HARDWARE)
+    last = [int(e.ids[-1]) for e in drawn]
+    top = max(set(last), key=last.count)
+    share = last.count(top) / 4000
+    p = rl.sum_logprobs(policy, [example(prompt.ids, [top])], c, HARDWARE).exp().item()
+    assert 0.05 < p < 0.95 and share == pytest.approx(p, abs=4 * (p * (1 - p) / 4000) ** 0.5)
+
+
+def test_answers_depend_on_their_number_not_on_their_batch(work):
+    c = config(work, micro_tokens=10**6)
+    run, tokenizer, policy, _ = prepared(work, c)
+    rest = DRAW, c, tokenizer, lambda *_: 0.0, HARDWARE
+    whole, _ = rl.sample(policy, run.train, 2, 16, *rest)
+    c.micro_tokens = 1
+    parts, _ = rl.sample(policy, run.train[3:], 2, 22, *rest)
+    assert [e.ids.tolist() for e in parts] == [e.ids.tolist() for e in whole[6:]]
+    assert len({e.ids.tobytes() for e in whole}) > 4
+
+
+def test_unfinished_answer_gets_reward_0_and_no_forced_end(work):
+    c = config(work, max_new_tokens=2)
+    run, tokenizer, policy, _ = prepared(work, c)
+    drawn, rewards = rl.sample(policy, run.train[:1], 64, 0, DRAW, c, tokenizer, lambda *_: 5.0,
+                               HARDWARE)
+    ended = [e.ids[-1] in tokenizer.stop_ids for e in drawn]
+    assert rewards[0].tolist() == [5.0 if end else 0.0 for end in ended]
+    assert True in ended and False in ended
+    assert {e.targets for e in drawn if e.ids[-1] not in tokenizer.stop_ids} == {2}
+
+
+# -------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def whole(work):
+    return train(work, "whole", *flags(work), script=rl)
+
+
+def test_training_raises_the_reward_and_logs_what_happens(work):
+    records, said = train(work, "more", *flags(
+        work, steps=25, batch_size=4, samples=8, learning_rate=3e-3, log_every=20), "--val_data",
+        work / "ask.jsonl", script=rl)
+    first = sum(r["reward"] for r in records[:5])
+    assert sum(r["reward"] for r in records[-5:]) > first + 1
+    assert {"reward", "kl", "length", "ended", "flat", "grad_norm"} <= records[0].keys()
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-5) and records[-1]["kl"] > 0.01
+    assert "pass@8" in said and "greedy" in said
+
+
+def test_killed_run_resumes_bitwise(work, whole):
+    process = subprocess.Popen(launcher(work, "killed", *flags(work, save_every=1), script=rl),
+                               cwd=work, stdout=subprocess.PIPE, text=True, env=environment())
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    records, _ = train(work, "killed", "--resume", script=rl)
+    names = ("loss", "reward", "kl", "length")
+    assert [[r[k] for k in names] for r in records] == [[r[k] for k in names] for r in whole[0]]
+    for name, value in weights(work / "whole").items():
+        assert torch.equal(value, weights(work / "killed")[name]), name
+
+
+def test_two_ranks_equal_one(work, whole):
+    records, _ = train(work, "ranks", *flags(work), ranks=2, script=rl)
+    assert [r["reward"] for r in records] == [r["reward"] for r in whole[0]]
+    assert [r["length"] for r in records] == [r["length"] for r in whole[0]]
+    assert curve(records) == pytest.approx(curve(whole[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("more,words", [
+    ({"top_p": 0.9}, "--neftune_alpha are refused"), ({"top_k": 5}, "--top_k"),
+    ({"samples": 1}, "--samples must"),
+    ({"kl": -1}, "--kl"), ({"reward": "best"}, "exam, match or FILE.py:function"),
+    ({"reward": "nowhere.py:f"}, "nowhere.py:f"), ({"neftune_alpha": 5}, "--neftune_alpha"),
+    ({"temperature": 0.0}, "--temperature"), ({"max_length": 8}, "--max_length 8"),
+    ({"max_new_tokens": 0}, "--max_new_tokens")])
+def test_bad_flags_end_with_one_line(work, more, words):
+    _, said = train(work, "bad", *flags(work, **more), status=2, script=rl)
+    assert words in said and said.count("\n") == 1
+
+
+def test_missing_function_and_raw_text_are_named(work, tmp_path):
+    _, said = train(tmp_path, "bad", *flags(work, reward=f"{work / 'reward.py'}:tall"), status=2,
+                    script=rl)
+    assert "has no function 'tall'" in said
+    path = jsonl(tmp_path / "raw.jsonl", {"text": "the sea"})
+    _, said = train(tmp_path, "bad", *flags(work, data=path), status=2, script=rl)
+    assert "raw.jsonl line 1: raw text asks nothing" in said
+
+
+def test_chosen_answer_of_a_pair_is_the_reference(work, tmp_path):
+    path = jsonl(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "yes", "rejected": "no"})
+    c = config(work, data=path)
+    prompts, _ = text.load_prompts([path], data.ChatTokenizer(work / "base"), c, True, 8)
+    assert [p.reference for p in prompts] == ["yes"]
+    assert json.dumps(prompts[0].messages) == '[{"role": "user", "content": "a"}]'
