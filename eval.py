@@ -27,12 +27,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import model as modeling  # isort: skip  # before torch: it says how threads wait
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-import model as modeling
 from model import InputError, check
 
 

@@ -26,6 +26,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# The threads of a small model wait for each other thousands of times a second. GNU OpenMP lets a
+# thread spin for 300,000 rounds before it sleeps: fast on an idle machine, but beside one busy
+# process the thread that is waited for has lost its core, and the spinning lasts. OpenMP reads
+# this when torch is imported, so the scripts import this file first. What the user set wins.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import model as modeling  # isort: skip  # before torch: it says how threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import data
-import model as modeling
 import train_sft
 from data import ChatTokenizer, Row, common_prefix, conversations, cut
 from model import InputError, check

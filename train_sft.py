@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import model as modeling  # isort: skip  # before torch: it says how threads wait
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -34,7 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import model as modeling
 from model import InputError, check
 
 # ==== read: config ================================================================================

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from conftest import REPO
 
 import data
 import eval as evaluation
@@ -162,3 +166,26 @@ def test_right_by_turn_asks_every_held_out_question_once_at_each_turn(world, mon
     right, count = world_lab.right_by_turn(SimpleNamespace(), None, world)
     assert (right, count) == ([40, 40, 0, 0], 40)
     assert all(set(a) == set(known) and set(a.values()) == {1} for a in asked)
+
+
+STOP_AT_TORCH = """
+import os, sys
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Stop())
+import {module}
+"""
+
+
+@pytest.mark.parametrize("module", ["train_sft", "train_dpo", "eval", "labs.bench", "labs.kto"])
+@pytest.mark.parametrize("given,found", [
+    ({}, "4000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_how_threads_wait_is_set_before_torch_is_imported_unless_the_user_did(module, given, found):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", STOP_AT_TORCH.format(module=module)],
+                          env={**clean, **given}, cwd=REPO, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert (done.stdout.strip(), done.stderr) == (found, "")
