@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 import model as modeling
-from model import InputError, check, write_atomic, write_json
+from model import InputError, check, checkpoint_file, write_atomic, write_json
 
 # ==== read: rows of every format ==================================================================
 
@@ -485,11 +486,9 @@ class ChatTokenizer:
 
     def __init__(self, folder: str | Path, template: str = "", eot: str = ""):
         self.folder = folder = Path(folder)
-        check((folder / "tokenizer.json").is_file(),
-             f"{folder / 'tokenizer.json'} is missing; is {folder} a checkpoint?")
         check(template in ("", *TEMPLATES),
              f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = open_tokenizer(folder)
         self.config = self.read("tokenizer_config.json")
         source = self.config.get("chat_template")
         if isinstance(source, list):  # several, by name
@@ -1271,6 +1270,17 @@ def one_line_errors():
         # or Python would complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's tokenizer.json, or an InputError that says what is wrong."""
+    path = checkpoint_file(folder, "tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path} cannot be read by tokenizers {tokenizers.__version__}: "
+                         f"{str(error)[:80]}; a newer version, or one written anew by "
+                         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)?") from None
 
 
 def print_table(rows: list) -> None:

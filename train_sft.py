@@ -645,7 +645,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
-        if measured or is_due(self.c.save_every, step, self.steps):
+        if step < self.steps and (measured or is_due(self.c.save_every, step, self.steps)):
             self.draw()
         if step == 0:
             return

@@ -583,6 +583,11 @@ def spoil(folder, case):
     ("gptq", "quantised (gptq); take the checkpoint in 16 bits"), ("fp8", "quantised (fp8)"),
     ("bitsandbytes", "quantised (bitsandbytes)"), ("float8", "stored as torch.float8_e4m3fn"),
     ("packed", "quantised (model.layers.0.mlp.up_proj.qweight)"),
+    ("adapter", "is an adapter, not a model; merge it"),
+    ("cache", "its checkpoint is {folder}/snapshots/0123abc"),
+    ("parent", "give {folder}/inner"), ("sentencepiece", "has only tokenizer.model; AutoTokenizer"),
+    ("tokenizer pointer", "tokenizer.json is only a pointer of git-lfs"),
+    ("format", "tokenizer.json cannot be read by tokenizers"),
 ])
 def test_folder_that_is_no_plain_checkpoint_is_named_with_the_fix(work, tmp_path, case, said):
     folder = tmp_path / "given"
@@ -594,7 +599,35 @@ def test_folder_that_is_no_plain_checkpoint_is_named_with_the_fix(work, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_name_of_the_hub_is_told_how_to_become_a_folder(work):
+    _, text = train(work, "hub", "--model", "Qwen/Qwen3-0.6B", "--data", work / "rows.jsonl",
+                    status=2)
+    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIR`" in text and text.count("\n") == 1
+
+
 # ---------------------------------------------------------------------------------- at the terminal
+
+
+def test_figures_are_drawn_at_each_measurement_and_save(work, monkeypatch):
+    drawn, draw = [], train_sft.Log.draw
+    monkeypatch.setattr(train_sft.Log, "draw", lambda log: drawn.append(
+        log.records[-1]["step"]) or draw(log))
+    train(work, "drawn", *inputs(work), *BASIC, "--val_data", work / "val.jsonl", "--eval_every", 4,
+          "--save_every", 3)
+    assert drawn == [0, 3, 4, 5]
+
+
+def test_exam_curve_has_its_interval_and_floor(work):
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+    c = train_sft.Config(output_dir=str(work / "curve"))
+    log = train_sft.Log(c, 0, 9, hardware, train_sft.FIGURE)
+    log.records = [{"step": step, "exam_accuracy": 0.5, "exam_interval": [0.4, 0.6],
+                    "exam_floor": 0.3} for step in (0, 9)]
+    log.draw_interval(axes)
+    (band,), (floor,) = axes.collections, axes.lines
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [0.4, 0.6]
+    assert floor.get_ydata() == [0.3, 0.3]
 
 
 def test_validation_rows_that_are_trained_on_are_said(work):
