@@ -104,8 +104,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     RoFormer (arXiv:2104.09864, eq. 15): at position m pair i turns by m theta^(-2i/Dh), so that a
     query and a key only feel how far apart they stand.
     """
-    a, b = x.chunk(2, dim=-1)  # [T, heads, Dh/2] each
+    a, b = x.float().chunk(2, dim=-1)  # [T, heads, Dh/2] each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Rotation(torch.autograd.Function):
+    """`rotate`, whose gradient is the rotation back: it needs to keep nothing but the angles."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, g):
+        cos, sin = ctx.saved_tensors
+        return rotate(g, cos, -sin), None, None
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -158,7 +172,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
         k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
         v = self.v_proj(x).view(-1, self.K, self.Dh)  # [T, K, Dh]
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -366,6 +380,9 @@ class Layout:
             self.order = send(order, device)  # [sum of S]
 
 
+SHORT = 192  # tokens below which a CPU's backward pass of attention is faster in fp32 than in bf16
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: Layout, window: int | None) -> Tensor:
     """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
 
@@ -387,9 +404,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: Layout, window: int
             k_ = torch.cat((past_k[row].expand(b, -1, -1, -1), k_), 1)  # [b, S, K, Dh]
             v_ = torch.cat((past_v[row].expand(b, -1, -1, -1), v_), 1)
         S, mask = k_.shape[1], None
-        if S > L or (window or S) < S:  # else being causal says it all
+        if L < SHORT and q.device.type == "cpu":
+            q_, k_, v_ = (t.float() for t in (q_, k_, v_))
+        if (window or S) < S or L < S - L:
             mask = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
-        out.append(attend(q_, k_, v_, mask).flatten(0, 1))  # [b * L, H, Dh]
+        elif L < S:  # a causal kernel skips what a mask would hide: worth some empty queries
+            q_ = F.pad(q_, (0, 0, 0, 0, S - L, 0))  # [b, S, H, Dh]
+        found = attend(q_, k_, v_, mask)[:, -L:]  # [b, L, H, Dh]
+        out.append(found.flatten(0, 1).to(v.dtype))  # [b * L, H, Dh]
     return torch.cat(out)  # [T, H, Dh]
 
 
@@ -517,35 +539,41 @@ LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp3
 CUDA_LOGIT_ELEMENTS = 2**28  # 1 GiB: small chunks would read and write the whole head too often
 
 
-def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None) -> Tensor:
+def logit_elements(device: torch.device) -> int:
+    """How many logits may be alive at once."""
+    return CUDA_LOGIT_ELEMENTS if device.type == "cuda" else LOGIT_ELEMENTS
+
+
+def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None, kept=None) -> Tensor:
     """ln softmax(h W^T)[target] [N], a chunk of rows at a time: never all N * V logits at once.
 
     With p_i = softmax(h_i W^T) and the residual r_i = p_i - onehot(target_i), whose negative is the
     gradient of ln p_i[target_i] by the logits, fills where they are not None
+        kept         [N, V] with r_i,
         grad_states  [N, D] with -r_i W,
         grad_head    [V, D] with -sum_i g_i r_i^T h_i (g_i = 1 where no g is given).
     """
     weight = head.to(dtype)  # [V, D]
-    limit = CUDA_LOGIT_ELEMENTS if states.device.type == "cuda" else LOGIT_ELEMENTS
-    size = max(1, limit // len(head))
+    size = max(1, logit_elements(states.device) // len(head))
     logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
     for first in range(0, len(states), size):
         rows = slice(first, first + size)
         h, target = states[rows].to(dtype), targets[rows, None]  # [rows, D], [rows, 1]
         logits = (h @ weight.T).float().log_softmax(-1)  # [rows, V] normalised
         logp[rows] = logits.gather(1, target)[:, 0]
-        if grad_states is None and grad_head is None:
+        if kept is None and grad_states is None and grad_head is None:
             continue
 
         # In the memory of the logits: softmax, less 1 at the target.
         residual = logits.exp_()  # [rows, V]
         residual.scatter_add_(1, target, residual.new_full(target.shape, -1.0))
-        if g is not None:
-            residual.mul_(g[rows, None])
-        residual = residual.to(dtype)
+        if kept is not None:
+            kept[rows] = residual
+        residual = residual.to(dtype) if kept is None else kept[rows]
         if grad_states is not None:
-            grad_states[rows] = (residual @ weight).neg_().to(states.dtype)  # [rows, D]
+            grad_states[rows] = -(residual @ weight)  # [rows, D]
         if grad_head is not None:  # [V, D] summed in fp32, whatever the products' type
+            h = h if g is None else (h * g[rows, None]).to(dtype)
             grad_head.sub_(residual.T @ h)
     return logp
 
@@ -553,9 +581,10 @@ def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None) -> T
 class TokenLogprobs(torch.autograd.Function):
     """The gradient of `head_pass`, for arriving gradients g_i of the log-probabilities.
 
-    dL/dh_i = -g_i r_i W is only [N, D], so the forward pass keeps -r_i W. dL/dW mixes the g_i. If
-    they are all equal (`equal_weights`: the token mean of SFT), the sum that the forward pass made
-    for g = 1 only has to be scaled; if not, the backward pass computes the logits again.
+    dL/dh_i = -g_i r_i W is only [N, D], so the forward pass keeps -r_i W. dL/dW mixes the g_i,
+    which are not known yet: the residuals are kept for it, if they are few. If not, `equal_weights`
+    (the token mean of SFT) lets the forward pass sum dL/dW for g = 1, which only has to be scaled
+    if the g_i prove equal; else the backward pass computes the logits again.
     """
 
     @staticmethod
@@ -565,28 +594,34 @@ class TokenLogprobs(torch.autograd.Function):
         # Under no_grad the head still has requires_grad=True. The states tell whether a gradient
         # is wanted.
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_head = None
-        if ctx.needs_input_grad[1] and equal_weights:
+        grad_head = kept = None
+        bytes_kept = len(states) * len(head) * ctx.dtype.itemsize
+        if all(ctx.needs_input_grad[:2]) and bytes_kept <= 16 * logit_elements(states.device):
+            kept = states.new_empty(len(states), len(head), dtype=ctx.dtype)  # [N, V]
+        elif ctx.needs_input_grad[1] and equal_weights:
             grad_head = torch.zeros_like(head, dtype=torch.float32)
         with torch.autocast(states.device.type, enabled=False):
-            logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head)
-        ctx.save_for_backward(states, head, targets, grad_states, grad_head)
+            logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head, None, kept)
+        ctx.save_for_backward(states, head, targets, grad_states, grad_head, kept)
         return logp
 
     @staticmethod
     def backward(ctx, g):
-        states, head, targets, grad_states, grad_head = ctx.saved_tensors
+        states, head, targets, grad_states, grad_head, kept = ctx.saved_tensors
         if grad_states is not None:
             grad_states = grad_states * g[:, None].to(grad_states.dtype)
         if not ctx.needs_input_grad[1]:
             return grad_states, None, None, None
 
-        # The hint is checked here: one comparison, and the only time the host waits for it.
-        if grad_head is not None and len(g) and bool((g == g[0]).all()):
-            return grad_states, grad_head.mul_(g[0]).to(head.dtype), None, None
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
         with torch.autocast(states.device.type, enabled=False):
-            head_pass(states, head, targets, ctx.dtype, None, grad_head, g)
+            if kept is not None:
+                weighted = (states * -g[:, None]).to(ctx.dtype)  # [N, D]
+                grad_head = kept.T @ weighted  # [V, D]
+            elif grad_head is not None and bool((g == g[0]).all()):  # the hint is checked
+                grad_head = grad_head.mul_(g[0])
+            else:
+                grad_head = torch.zeros_like(head, dtype=torch.float32)
+                head_pass(states, head, targets, ctx.dtype, None, grad_head, g)
         return grad_states, grad_head.to(head.dtype), None, None
 
 

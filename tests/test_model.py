@@ -373,7 +373,7 @@ def test_gradients_through_a_shared_prompt_equal_those_of_the_full_pass(
 # -------------------------------------------------------------------------------------- the LM head
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 7, 23, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 23, 1000])  # up to 3 the residuals are not kept
 def test_token_logprobs_and_gradients_equal_plain_logprobs(monkeypatch, rows):
     N, V, D = 23, 50, 16
     monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * V + 5)
@@ -507,36 +507,36 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_in_a_training_step(monkeypatch
 
 @pytest.mark.parametrize("weights", ["equal", "unequal"])
 def test_promise_of_equal_weights_changes_no_gradient_even_if_broken(weights, monkeypatch):
-    """Summed in the forward, or recomputed where the gradients that arrive differ."""
-    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 3 * 50)  # chunks of three rows
-    torch.manual_seed(0)
+    """Summed in the forward pass, or recomputed where the gradients that arrive differ."""
+    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 1 * 50)  # one row at a time, too few to be kept
     states, head = torch.randn(11, 8), torch.randn(50, 8)
     targets = torch.randint(50, (11,))
     g = torch.full((11,), -0.3) if weights == "equal" else torch.randn(11)
     found = []
-    for logp in (lambda h, w: M.token_logprobs(h, w, targets, equal_weights=True),
+    for logp in (lambda h, w: M.token_logprobs(h, w, targets),  # the residuals are recomputed
+                 lambda h, w: M.token_logprobs(h, w, targets, equal_weights=True),
                  lambda h, w: M.plain_logprobs(h, w, targets)):
         h, w = states.clone().requires_grad_(), head.clone().requires_grad_()
         value = logp(h, w)
         value.backward(g)
         found.append((value.detach(), h.grad, w.grad))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for other in found[:-1]:
+        torch.testing.assert_close(other, found[-1], atol=1e-5, rtol=1e-5)
 
 
 def test_evaluation_spends_nothing_on_gradients(monkeypatch):
     """Under no_grad a weight still says that it requires a gradient."""
     asked, head_pass = [], M.head_pass
 
-    def watched(states, head, targets, dtype, grad_states, grad_head, g=None):
-        asked.append((grad_states is None, grad_head is None))
-        return head_pass(states, head, targets, dtype, grad_states, grad_head, g)
+    def watched(states, head, targets, dtype, *gradients):
+        asked.append([x is None for x in gradients])
+        return head_pass(states, head, targets, dtype, *gradients)
 
     monkeypatch.setattr(M, "head_pass", watched)
     head = torch.nn.Parameter(torch.randn(10, 4))
     with torch.no_grad():
         M.token_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]))
-    assert asked == [(True, True)]
+    assert asked == [[True] * 4]
 
 
 # --------------------------------------------------------------------- noise: NEFTune and dropout
