@@ -1000,7 +1000,8 @@ def collate(examples: list[Example], device="cpu") -> Batch:
     ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))
     targets = torch.tensor([i for first, end, _ in spans for i in range(first, end)]).long()
     weights = torch.tensor([w for first, end, w in spans for _ in range(first, end)]).float()
-    return Batch(ids.to(device), lengths, targets.to(device), weights.to(device))
+    ids, targets, weights = (modeling.send(x, device) for x in (ids, targets, weights))
+    return Batch(ids, lengths, targets, weights)
 
 
 # ---- skip on a first reading: show ---------------------------------------------------------------

@@ -189,6 +189,7 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # ever new lengths: compiling them would not pay
 def score_options(model, prompts: list[list[int]], options: list[tuple], micro_tokens: int):
     """ln p(option | prompt) in nats of every option after every prompt: [prompts, options].
 
@@ -203,14 +204,12 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
         ids = torch.tensor(prompts[0][:shared], device=model.device)
         _, prefix = model.hidden(ids, [shared], keep_kv=True)
 
-    # Each row gets a copy of the prefix, so its tokens count; a CPU is faster if copies are few.
-    limit = min(micro_tokens, 4096) if model.device.type == "cpu" else micro_tokens
     score = score_letters if max(map(len, options)) == 1 else score_texts
     scores = torch.empty(len(prompts), len(options))
-    for chunk in data.micro_batches([shared + len(rest) for rest in rests], limit)[0]:
+    for chunk in data.micro_batches([len(rest) for rest in rests], micro_tokens)[0]:
         before = None
         if prefix is not None:  # all examples of a chunk continue the one prefix, number 0
-            before = prefix.select(torch.zeros(len(chunk), dtype=torch.long, device=model.device))
+            before = prefix.select([0] * len(chunk))
         scores[chunk] = score(model, [rests[i] for i in chunk], options, before).cpu()
     return scores
 
@@ -218,9 +217,9 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
 def score_letters(model, rests: list[list[int]], options: list[tuple], prefix) -> torch.Tensor:
     """Options of one token: one pass, each option read off the next token's distribution."""
     lengths = [len(rest) for rest in rests]
-    ids = torch.tensor([t for rest in rests for t in rest], device=model.device)  # [T]
-    states, _ = model.hidden(ids, lengths, prefix)  # [T, D]
-    last = torch.tensor(lengths, device=model.device).cumsum(0) - 1  # [B]
+    ids = torch.tensor([t for rest in rests for t in rest])  # [T]
+    states, _ = model.hidden(modeling.send(ids, model.device), lengths, prefix)  # [T, D]
+    last = modeling.send(torch.tensor(lengths).cumsum(0) - 1, model.device)  # [B]
     logp = model.next_logits(states[last]).log_softmax(-1)  # [B, V]
     return logp[:, [option[0] for option in options]]  # [B, options]
 

@@ -916,6 +916,9 @@ def send(tensor: Tensor, device) -> Tensor:
 def best_device(local: int = 0) -> torch.device:
     """CUDA, else MPS, else the CPU; `local` is the rank on this machine."""
     if torch.cuda.is_available():
+        # Batches of ever new sizes would leave holes in the memory of the default allocator.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(local)  # else every rank would also open a context on GPU 0
         return torch.device("cuda", local)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

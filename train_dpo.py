@@ -208,7 +208,7 @@ def answer_logprobs(model, items: list[Preference], forward=None,
 
     _, prefix = model.hidden(prompts.ids, prompts.lengths, keep_kv=True, noise=prompt_noise,
                              neftune_alpha=alpha, full_lengths=longest)
-    prefix = prefix.select(torch.tensor(row, device=device))
+    prefix = prefix.select(row)
     logp = (forward or model)(answers.ids, answers.lengths, answers.targets, prefix=prefix,
                               noise=answer_noise, neftune_alpha=alpha, full_lengths=full)  # [N]
     parts = logp.split([n for p in items for n in p.lengths])
@@ -254,8 +254,8 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
         wrapped.require_backward_grad_sync = k == len(chunks)  # gradients travel once per step
         with hardware.autocast():
             logp = answer_logprobs(model, [items[i] for i in chunk], wrapped, noise)  # [B, 2]
-        loss, _ = objective(c, logp, reference[chunk].to(hardware.device),
-                            length[chunk].to(hardware.device))  # [B]
+        loss, _ = objective(c, logp, modeling.send(reference[chunk], hardware.device),
+                            modeling.send(length[chunk], hardware.device))  # [B]
         loss = weight * loss.sum() / len(items)
 
         # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -79,7 +80,7 @@ class Config:
     # hardware: these must not change the result
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights are fp32
-    compile: bool = False  # torch.compile the layers: slow first steps, then faster on a GPU
+    compile: bool = False  # torch.compile the layers: slow first steps; not yet measured on a GPU
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
     log_every: int = 10  # steps between lines when the output is no terminal
     eval_every: int = 0  # steps between validations; 0: before and after training
@@ -383,10 +384,11 @@ def setup_hardware(dtype: str) -> Hardware:
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = modeling.best_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # An hour, because the others wait while rank 0 writes a large checkpoint.
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),
+                                device_id=device if cuda else None)
     return Hardware(rank, world, device, modeling.best_dtype(dtype, device))
 
 
@@ -402,7 +404,9 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     model.checkpoint_activations = c.checkpoint_activations
     if c.compile:
         model.compile_layers()
-    return model, DistributedDataParallel(model) if hardware.world > 1 else model
+    if hardware.world == 1:
+        return model, model
+    return model, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
 
 
 # ---- skip on a first reading: data of a run ------------------------------------------------------

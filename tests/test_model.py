@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+import data
 import model as M
 
 # Two orders of summation in fp32, over three layers and a vocabulary of 700: log-probabilities are
@@ -1078,6 +1079,7 @@ import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
+import data
 import model as M
 
 def status(key):
@@ -1335,3 +1337,32 @@ def test_generation_on_cuda_equals_generation_on_the_cpu(checkpoint):
     for how in ({}, {"temperature": 1.0, "seed": 4}):
         on_cuda, on_cpu = (generate(model, prompts, 12, **how) for model in models)
         assert on_cuda == on_cpu
+
+
+PRETEND = Path(M.__file__).parent.parent / "shared/tools/pretend_cuda/run.py"
+
+
+@pytest.mark.skipif(not PRETEND.exists() or not shutil.which("g++"),
+                    reason="needs the pretend device beside the project, and a compiler")
+@pytest.mark.parametrize("script", ["train_sft", "train_dpo"])
+def test_a_step_of_two_micro_batches_waits_for_the_device_at_most_eight_times(tmp_path, script):
+    """Two runs of other lengths: what differs is a step's, not the start's or the end's."""
+    config = {**SETTINGS, "vocab_size": 259}
+    M.save(small(**config), tmp_path / "base")
+    data.byte_tokenizer(tmp_path / "base")
+    row = {"prompt": "What is it?", "completion": "A river, and it runs to the sea."}
+    if script == "train_dpo":
+        row = {"prompt": "What is it?", "chosen": row["completion"], "rejected": "No."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    waits = []
+    for steps in (2, 4):
+        flags = ["--model", tmp_path / "base", "--data", tmp_path / "rows.jsonl", "--dtype", "bf16",
+                 "--steps", steps, "--batch_size", 2, "--micro_tokens", 80, "--neftune_alpha", 5,
+                 "--dropout", 0.1, "--save_every", 0, "--output_dir", tmp_path / f"out{steps}"]
+        done = subprocess.run([sys.executable, PRETEND, script, *map(str, flags)], check=True,
+                              capture_output=True, text=True, cwd=Path(M.__file__).parent)
+        assert len((tmp_path / f"out{steps}/metrics.jsonl").read_text().splitlines()) == steps
+        lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+        waits.append(sum(int(count) for count, what in (x for x in lines if len(x) == 2)
+                         if count.isdigit() and ("waits" in what or what.startswith("sync"))))
+    assert 0 < waits[1] - waits[0] <= 2 * 8
