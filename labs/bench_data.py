@@ -31,11 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def make_rows(path: Path, count: int, seed: int = 0) -> int:
     """Write the file; returns the number of planted duplicates."""
+    # Two languages, each with a vocabulary whose frequencies fall as 1 / rank.
     rng = random.Random(seed)
     characters = [chr(0x4E00 + k) for k in range(3000)]
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
     pools = [(pool, list(itertools.accumulate(1 / (k + 10) for k in range(len(pool)))))
              for pool in (characters, words)]
+
+    # A row repeats an earlier one, every second time with a word changed, or it is a new one.
     planted, kept = 0, deque(maxlen=1000)
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(count):
@@ -49,6 +52,8 @@ def make_rows(path: Path, count: int, seed: int = 0) -> int:
                 row = rng.choices(pool, cum_weights=weights, k=rng.randint(60, 300))
                 row = [w + " " * side for w in row]
                 kept.append(row)
+
+            # The first fifth asks, the rest answers.
             cut = len(row) // 5
             messages = [{"role": "user", "content": "".join(row[:cut])},
                         {"role": "assistant", "content": "".join(row[cut:])}]
@@ -62,12 +67,15 @@ def measure(folder: Path, last: int, *arguments) -> None:
     command = [sys.executable, "-m", f"labs.{arguments[0]}", *map(str, arguments[1:])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    # The peak of the main process stands in /proc as long as it runs.
     peak = 0
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status")
         lines = status.read_text().splitlines() if status.exists() else []
         peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))])
         time.sleep(0.05)
+
     wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall

@@ -45,7 +45,7 @@ class Config(Files):
     seed: int = 0  # of which answer comes first, and of what is hidden
 
 
-# ==== read: a pair as a conversation =============================================================
+# ==== read: a pair as a conversation ==============================================================
 
 FEEDBACK = {"en": {True: "A good answer:", False: "A bad answer:"},
             "zh": {True: "好的回答：", False: "不好的回答："}}
@@ -60,6 +60,7 @@ def feedback_conversations(row: Row, mask_past: float, rng: random.Random) -> li
     rng.shuffle(order)
     (first, past), (second, answer) = order
 
+    # "question + feedback" and the first answer, then feedback alone and the second one.
     start = [*history, {"role": "user", "content": f"{question['content']}\n{words[first]}"}]
     end = [{"role": "user", "content": words[second]}, answer]
     if not mask_past:

@@ -46,7 +46,7 @@ class Config(Files):
     from_exam: bool = False  # take .csv files of C-Eval or CMMLU too: this CONTAMINATES the exam
 
 
-# ==== read: a question as a conversation =========================================================
+# ==== read: a question as a conversation ==========================================================
 
 
 def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
@@ -56,6 +56,7 @@ def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
     for letter, option in q["options"].items():
         choice += f"{letter}. {option}\n"
 
+    # Answer first, also where there is nothing to explain.
     asked = f"以下是一道单选题:\n{choice}请给出答案。\n"
     answer = f"{q['answer']}。{why}" if q["answer"] else why
     if style == "explanation_first" and q["answer"] and len(why) >= 10:
@@ -66,7 +67,7 @@ def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
     return [({"messages": messages}, "" if answer else "no answer")]
 
 
-# ---- skip on a first reading: reading questions -------------------------------------------------
+# ---- skip on a first reading: reading questions --------------------------------------------------
 
 KEYS = {"q_main": "question", "std_ans": "answer", "answer_detail": "explanation",
         **{f"option_{letter}": letter for letter in "abcde"}}  # Wanjuan's names: C-Eval's
@@ -76,6 +77,7 @@ PARTS = ("question", "answer", "explanation", "q_type", *"abcde")
 def parse_choices(where: str, value) -> dict:
     """A question with C-Eval's keys or with Wanjuan's; its options, {letter: text}, not empty."""
     check(not isinstance(value, Exception), f"{where}: {value}")
+    # Whatever the corpus, by C-Eval's names; an empty option is none.
     row = value if isinstance(value, dict) else {}
     row = {KEYS.get(key.lower(), key.lower()): cell or "" for key, cell in row.items()}
     q = {key: row.get(key, "") for key in PARTS}

@@ -53,7 +53,7 @@ class Config(Modelled):
     answer_matches: bool = False  # keep samples of eval.py generate whose final answer is right
 
 
-# ==== read: why a row is dropped =================================================================
+# ==== read: why a row is dropped ==================================================================
 
 # LIMA (section 2.1) names "I", "my", "as mentioned", "stack exchange"; the Chinese ones are ours
 FIRST_PERSON = re.compile(r"\b(I|[Mm]y)\b|(?<!自)我(?![们国])")
@@ -100,7 +100,7 @@ def reject_reason(c: Config, tokenizer: ChatTokenizer | None, value: dict, row: 
     return "only a system message" if c.no_system and not said else ""
 
 
-# ==== read: the final answer of a text ===========================================================
+# ==== read: the final answer of a text ============================================================
 
 FINAL_ANSWERS = (
     r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",  # \boxed{x}, braces within braces
@@ -130,7 +130,7 @@ def final_answer(text: str) -> str:
     return f"{float(answer):.15g}" if re.fullmatch(r"-?\d+(\.\d+)?", answer) else answer
 
 
-# ==== read: near duplicates ======================================================================
+# ==== read: near duplicates =======================================================================
 
 BAND = 4  # neighbouring numbers of a signature that two rows must share to be compared
 
@@ -153,7 +153,7 @@ def near_duplicates(signatures: np.ndarray, near: float) -> np.ndarray:
     return duplicate
 
 
-# ---- skip on a first reading: the command -------------------------------------------------------
+# ---- skip on a first reading: the command --------------------------------------------------------
 
 
 def parse_both(where: str, value) -> tuple[dict, Row]:

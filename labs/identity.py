@@ -34,7 +34,7 @@ class Config(Files):
     author: str = ""  # who made it
 
 
-# ==== read: filling in ===========================================================================
+# ==== read: filling in ============================================================================
 
 
 def fill(names: dict[str, str], where: str, value):

@@ -57,7 +57,7 @@ class Config(Files):
     near: float = 0.8  # share of a question's words in 5-grams of the row that makes a near hit
 
 
-# ==== read: the questions that a row holds =======================================================
+# ==== read: the questions that a row holds ========================================================
 
 SHORT = 20  # words: a shorter question alone says too little, its options must be there too
 
@@ -78,6 +78,7 @@ def find_questions(questions: list[tuple], index: dict, near: float, row: Row) -
     `questions` are (where, question, its words, [words of each option]); `index` has the numbers of
     the questions with an n-gram.
     """
+    # How many 5-grams of each question are here; short questions are shorter n-grams.
     words, hits = words_of("\n".join(texts_of(row))), []
     grams = {gram for n in range(1, NGRAM + 1) for gram in ngrams(words, n).tolist()}
     shared = Counter(k for gram in grams for k in index.get(gram, ()))
@@ -100,12 +101,13 @@ def find_questions(questions: list[tuple], index: dict, near: float, row: Row) -
     return hits
 
 
-# ---- skip on a first reading: the command -------------------------------------------------------
+# ---- skip on a first reading: the command --------------------------------------------------------
 
 
 def index_exam(paths: list[Path], skip_bad_rows: bool) -> tuple[list[tuple], dict]:
     """(questions, index) of an exam's files, as `find_questions` takes them."""
     questions, index = [], {}
+    # From every 5-gram to the questions that hold it.
     for path in paths:
         for q in read_questions(path, ["question", *LETTERS], skip_bad_rows):
             asked = words_of(q["question"])
@@ -143,6 +145,7 @@ def main(c: Config) -> None:
     if c.output:
         check_output(c.output, *c.files)
 
+    # The index goes to each process once; the rows stream through them.
     questions, index = index_exam(paths, c.skip_bad_rows)
     find = functools.partial(find_questions, questions, index, c.near)
     rows = read_rows(c.files, c.skip_bad_rows)

@@ -53,7 +53,7 @@ class Config(Modelled):
     rest: str = ""  # .jsonl for the rows that could have been chosen and were not; empty: none
 
 
-# ==== read: k-means and k-center =================================================================
+# ==== read: k-means and k-center ==================================================================
 
 
 def kmeans(x: np.ndarray, k: int, seed: int, rounds: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -87,9 +87,12 @@ def core_set(states: np.ndarray, n: int, clusters: int, seed: int) -> list[int]:
     k-center starts at the task's core sample: the row nearest to the centre of the cluster that
     most rows fall in.
     """
+    # Zero or NaN has no direction: a broken checkpoint, not a far-away row.
     norms = np.linalg.norm(states, axis=1, keepdims=True)
     check(np.isfinite(norms).all() and norms.min() > 0, "hidden states of --model are zero or NaN")
     x = states / norms
+
+    # The core: what most rows are about.
     centres, cluster = kmeans(x, clusters, seed)
     core = np.square(x - centres[np.bincount(cluster).argmax()]).sum(1).argmin()
     chosen, radius = k_center(x, int(core), n)
@@ -97,7 +100,7 @@ def core_set(states: np.ndarray, n: int, clusters: int, seed: int) -> list[int]:
     return chosen
 
 
-# ==== read: IFD and tags =========================================================================
+# ==== read: IFD and tags ==========================================================================
 
 
 def ifd_scores(c: Config, rows: list[Row]) -> list[float]:
@@ -105,6 +108,7 @@ def ifd_scores(c: Config, rows: list[Row]) -> list[float]:
 
     NaN for a row above --max_length: cut, the two losses would be of different tokens.
     """
+    # With the question, and for the rows that fit alone: the tokens scored are the same.
     tokenizer = ChatTokenizer(c.model, c.template)
     asked = [example_of(row, tokenizer, "last") for row in rows]
     fits = [i for i, e in enumerate(asked) if len(e.ids) <= c.max_length]
@@ -128,6 +132,7 @@ def cover_tags(tags: list[set], n: int) -> list[int]:
 
     In rounds, rows with most tags first: a row is taken that adds a tag to those of the round.
     """
+    # A row passed over in one round gets its chance in the next.
     left, chosen = sorted(range(len(tags)), key=lambda i: -len(tags[i])), []
     while left:
         seen, passed = set(), []
@@ -141,7 +146,7 @@ def cover_tags(tags: list[set], n: int) -> list[int]:
     return chosen[:n]
 
 
-# ---- skip on a first reading: the command -------------------------------------------------------
+# ---- skip on a first reading: the command --------------------------------------------------------
 
 NOT_CHOSEN = "not chosen"
 
@@ -150,6 +155,8 @@ def embed(c: Config, rows: list[Row]) -> np.ndarray:
     """The mean of the last hidden states of each row [R, D]."""
     tokenizer = ChatTokenizer(c.model, c.template)
     examples = [example_of(row, tokenizer, max_length=c.max_length) for row in rows]
+
+    # Rows of like length share a forward pass; padding none of them.
     model, out = evaluation.open_model(c, tokenizer), [None] * len(rows)
     for chunk in data.micro_batches([len(e.ids) for e in examples], c.micro_tokens)[0]:
         batch = data.collate([examples[i] for i in chunk], model.device)
@@ -184,11 +191,13 @@ def choose(c: Config, tags: list[set], reasons: list[str], numbers: np.ndarray, 
     if c.method == "tags":
         return numbers[cover_tags([tags[i] for i in numbers], n)].tolist()
 
+    # The others look at the rows themselves, which are read again and not kept meanwhile.
     again = read_rows(c.files, c.skip_bad_rows, quiet=True)
     rows = [row for (_, row), reason in zip(again, reasons, strict=True) if not reason]
     if c.method == "kcenter":
         return numbers[core_set(embed(c, rows), n, c.clusters, c.seed)].tolist()
 
+    # IFD: hard rows first; a row whose question misleads the model teaches nothing.
     scores = dict(zip(numbers.tolist(), ifd_scores(c, rows), strict=True))
     for i, score in scores.items():
         if score > 1:
@@ -217,6 +226,7 @@ def main(c: Config) -> None:
     n = c.n or max(1, int(c.share * len(numbers) + 0.5))
     check(n <= len(numbers), f"--n {n} is more than the {len(numbers)} rows to choose from")
 
+    # Whatever could be chosen and was not says so, beside the rows that failed before.
     chosen = set(choose(c, tags, reasons, numbers, n))
     for i in numbers.tolist():
         if i not in chosen:

@@ -1,13 +1,10 @@
 """Words, n-grams and MinHash: how the labs compare texts; and what else they share.
 
 Idea. A text counts as the set of its 5-grams of words. Two texts are alike as far as these sets
-overlap (Jaccard):    J(A, B) = |A and B| / |A or B|.
-Comparing whole sets is slow. MinHash (Broder, 1997; for training data arXiv:2107.06499, section
-4.2) hashes all n-grams and keeps the least hash: that of A equals that of B with probability J.
-Under 64 hash functions a text leaves 64 numbers, its *signature*. The share in which two
-signatures agree estimates J with a standard error of sqrt(J (1 - J) / 64), 0.05 at J = 0.8.
-
-The command says what files hold: duplicates, languages, repetition within answers, lengths.
+overlap (Jaccard): J(A, B) = |A and B| / |A or B|. MinHash (Broder, 1997; for training data
+arXiv:2107.06499, section 4.2) hashes all n-grams and keeps the least hash: that of A equals that of
+B with probability J. Under 64 hash functions a text leaves 64 numbers, its *signature*. The share
+in which two signatures agree estimates J, with a standard error of sqrt(J (1 - J) / 64).
 
     python -m labs.text out/demo/instructions.jsonl --model out/demo/base
 
@@ -77,7 +74,7 @@ class Modelled(Config):
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
 
 
-# ==== read: words and n-grams ====================================================================
+# ==== read: words and n-grams =====================================================================
 
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 KANA = "\u3040-\u30ff"  # Japanese ones
@@ -116,6 +113,7 @@ word_hash = functools.lru_cache(2**18)(hash64)  # words come again and again
 
 def ngrams(words: list[str], n: int = NGRAM) -> np.ndarray:
     """Hashes sum_j w_j B^(n-1-j) mod 2^64 of all n-grams in order; a shorter text is one n-gram."""
+    # A polynomial in B, so that the order of the words counts; Horner's rule for all n-grams.
     hashes = np.fromiter(map(word_hash, words), np.uint64, len(words))
     n = min(n, len(hashes))
     out = np.zeros(len(hashes) - n + 1 if n else 0, np.uint64)
@@ -130,7 +128,7 @@ def repetition(text: str) -> float:
     return 1 - len(np.unique(grams)) / len(grams) if len(grams) else 0.0
 
 
-# ==== read: MinHash ==============================================================================
+# ==== read: MinHash ===============================================================================
 
 MINHASHES = 64  # numbers in a signature
 
@@ -146,7 +144,7 @@ def signature(words: list[str]) -> np.ndarray:
     return hashes.min(0, initial=2**32 - 1).astype(np.uint32)
 
 
-# ==== read: what a file holds ====================================================================
+# ==== read: what a file holds =====================================================================
 
 
 def texts_of(row: Row, role: str = "") -> list[str]:
@@ -162,6 +160,7 @@ def row_facts(tokenize, item: tuple) -> tuple:
     row, counts = item[1], Counter()
     if row is None:
         return None, [], Counter({"dropped: bad row": 1})
+    # Lengths in tokens as a trainer sees them, all else in words.
     sizes = [len(e.ids) for e in tokenize([row], 0, counts)]
     words, answers = words_of("\n".join(texts_of(row))), texts_of(row, "assistant")
     counts.update(rows=1, answers=len(answers), empty=sum(not a.strip() for a in answers),
@@ -210,7 +209,7 @@ def main(c: Config) -> None:
     print_facts(counts, len(hashes - {None}), most, np.array(lengths))
 
 
-# ---- skip on a first reading: many processes ----------------------------------------------------
+# ---- skip on a first reading: many processes -----------------------------------------------------
 
 job = None  # in a process of `parallel`: the function that it runs on every item
 
@@ -222,7 +221,7 @@ def start_process(function) -> None:
 
 
 def run_job(item):
-    """job(item)."""
+    """job(item): a name that every process can find."""
     return job(item)
 
 
@@ -234,11 +233,12 @@ def parallel(function, items: Iterable) -> Iterator:
         yield from tqdm(results, unit=" rows", disable=not sys.stderr.isatty())
 
 
-# ---- skip on a first reading: rows in, rows out -------------------------------------------------
+# ---- skip on a first reading: rows in, rows out --------------------------------------------------
 
 
 def check_output(path: str, *inputs: str, name: str = "output") -> None:
     """Raise InputError unless `path`, the value of flag `name`, can be written and is no input."""
+    # Tried now: an hour of a model's work must not end in a folder that cannot be written.
     output = Path(path)
     check(output.suffix == ".jsonl" and not output.is_dir(),
           f"--{name} must be given as FILE.jsonl, not {path!r}")
@@ -279,7 +279,7 @@ def rewrite(c, convert, read=read_values) -> None:
     write_rows(c.output, (pair for _, new in rows for pair in new or [(None, "bad row")]))
 
 
-# ---- skip on a first reading: rows for a model --------------------------------------------------
+# ---- skip on a first reading: rows for a model ---------------------------------------------------
 
 
 def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
@@ -288,6 +288,7 @@ def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
 
     `part` says what is supervised: all answers, the last one, or the last one without its question.
     """
+    # A question is all that stands before the last answer.
     messages = row.messages + (row.chosen or [])
     if part == "alone":
         messages = messages[-1:]
