@@ -11,7 +11,7 @@ characters, falls back to the first format.
 
     python -m labs.exam_rows out/demo/exam/val/*.csv --from_exam --output out/demo/letters.jsonl
 
-What you should see: 320 conversations, the first of which asks for the symbol of lead: "C。"
+What you should see: 320 conversations, the first of which asks what has the symbol Ag: "D。"
 
 What was found. The demo's model was trained for 100 steps on 155 solved questions of C-Eval's dev
 split and asked the other 105 (chance: 26). Answer first: 23, 20, 23 right with three seeds.

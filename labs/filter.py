@@ -8,9 +8,9 @@ Near duplicates: `labs.text` gives a row a signature of 64 numbers; two rows sha
 probability J, the overlap of their 5-grams. Only rows that agree in one of 16 bands of 4 numbers
 are compared. A pair is missed with probability (1 - J^4)^16: 0.0002 at J = 0.8, 0.36 at J = 0.5.
 
-    python -m labs.filter out/demo/instructions.jsonl --output out/demo/few.jsonl --duplicates near
+    python -m labs.filter out/demo/practice.jsonl --output out/demo/few.jsonl --duplicates near
 
-What you should see: 820 of 1,000 rows are kept, 173 exact and 7 near duplicates dropped.
+What you should see: 8,920 of 10,000 rows are kept, 1,009 near and 71 exact duplicates dropped.
 
 Exercise. With bands of 8 numbers instead of 4, how many pairs at J = 0.8 are missed?
     Solution: (1 - 0.8^8)^8 = 0.23. Longer bands compare fewer pairs and miss more.

@@ -8,8 +8,8 @@ in which two signatures agree estimates J, with a standard error of sqrt(J (1 - 
 
     python -m labs.text out/demo/instructions.jsonl --model out/demo/base
 
-What you should see: 173 of the 1,000 rows are exact duplicates, 97.2% of the words are Chinese, no
-answer repeats itself, half of the rows have 26 tokens and the longest 49.
+What you should see: 8 of the 300 rows are exact duplicates, 98.8% of the words are Chinese, no
+answer repeats itself, half of the rows have at most 52 tokens and the longest 104.
 
 Exercise. One word of a text of 100 words is changed. What is J? (A 5-gram holds five words.)
     Solution: of 96 5-grams 5 change, so J = 91 / 101 = 0.90.
