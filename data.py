@@ -7,7 +7,9 @@ mixer, micro-batches; then `show`, and the flags of all scripts.
 """
 
 import argparse
+import datetime
 import difflib
+import functools
 import gzip
 import hashlib
 import inspect
@@ -20,17 +22,22 @@ import sys
 import tempfile
 import typing
 import zlib
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jinja2
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
 import model as modeling
@@ -382,157 +389,326 @@ def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, par
             tqdm.write(f"{path}: not used: {', '.join(sorted(unused))}")
 
 
-# ---------------------------------------------------------------------------------------- templates
+# ==== read: chat templates ========================================================================
+
+# Jinja strings for checkpoints without a template, and for --template. In Jinja `~` joins texts.
+TEMPLATES = {
+    "chatml": r"""
+{%- for m in messages %}
+{{- '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "llama2": r"""
+{%- set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}
+{%- set ns.system = '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}
+{{- bos_token ~ '[INST] ' ~ (ns.system ~ m.content) | trim ~ ' [/INST]' }}{% set ns.system = '' %}
+{%- else %}{{ ' ' ~ m.content | trim ~ ' ' ~ eos_token }}{% endif %}{% endfor %}""",
+    "llama3": r"""
+{{- bos_token }}{% for m in messages %}
+{{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}
+{%- endfor %}{% if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+    "mistral": r"""
+{{- bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}
+{%- if m.role == 'system' %}{% set ns.system = m.content ~ '\n\n' %}{% elif m.role == 'user' %}
+{{- '[INST] ' ~ ns.system ~ m.content ~ '[/INST]' }}{% set ns.system = '' %}
+{%- else %}{{ ' ' ~ m.content | trim ~ eos_token }}{% endif %}{% endfor %}""",
+    "deepseek": r"""
+{{- bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' ~ m.content ~ '\n\n' }}
+{%- elif m.role == 'assistant' %}{{ 'Assistant: ' ~ m.content ~ eos_token }}
+{%- else %}{{ m.content ~ '\n\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""",
+    "zephyr": r"""
+{%- for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}""",
+    "vicuna": r"""
+{{- bos_token }}{% if not messages or messages[0].role != 'system' %}
+{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant ' }}
+{{- "gives helpful, detailed, and polite answers to the user's questions. " }}{% endif %}
+{%- for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' ~ m.content ~ ' ' }}
+{%- elif m.role == 'assistant' %}{{ 'ASSISTANT: ' ~ m.content ~ eos_token }}
+{%- else %}{{ m.content ~ ' ' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
+    "plain": r"""
+{{- bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User:\n' ~ m.content ~ '\n\n' }}
+{%- elif m.role == 'assistant' %}{{ 'Assistant:\n' ~ m.content ~ eos_token ~ '\n\n' }}
+{%- else %}{{ m.content ~ '\n\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}""",
+}
+
+# Characters that Unicode keeps for a program's own use: no text holds them, so none imitates ours.
+SIGN, BORDER, BEGIN, END, PROBE, KEPT = OURS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
+THOUGHT = f"<think>\n{PROBE}\n</think>\n\n{PROBE}"
+CONTROL = re.compile(r"<\|[^|\s]+\|>|<｜[^｜\s]+｜>|\[/?[A-Z_]+\]")  # how control tokens look
+OTHER = f"; --template takes another one: {', '.join(TEMPLATES)}"
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a family writes a conversation; {} is a content, <bos> and <eos> the tokenizer's own.
+class Generation(Extension):
+    """The tag {% generation %}, with which some templates mark what the assistant writes."""
 
-    `header` asks for an answer; what follows it up to and with `stop` is what SFT supervises.
+    tags = {"generation"}
+
+    def parse(self, parser):
+        """Write BEGIN before the marked part and END after it."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(sign)]) for sign in (BEGIN, END))
+        return [node.set_lineno(line) for node in (begin, nodes.Scope(body), end)]
+
+
+@functools.lru_cache
+def compile_template(source: str) -> jinja2.Template:
+    """A chat template as a program, with the settings, filters and functions of transformers."""
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=[Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    sandbox.globals["raise_exception"] = raise_exception
+
+    # Rows must not change overnight. Without a clock a template writes a date of its own; one that
+    # cannot do without gets the day that Llama 3.1's template writes.
+    if "strftime_now is defined" not in source:
+        sandbox.globals["strftime_now"] = datetime.date(2024, 7, 26).strftime
+    return sandbox.from_string(source)
+
+
+class Plan(NamedTuple):
+    """A text to be encoded; of `spans` (begin, end, weight) the characters are supervised."""
+
+    text: str
+    spans: tuple = ()
+    start: tuple = ()  # ids before the text
+
+
+class ChatTemplate:
+    """A chat template, and what rendering tells about it: where answers begin and end.
+
+    `control` are the texts of the tokens that only the template may write. Where a content holds
+    one, it gets a SIGN inside, which the tokenizer drops after it has looked for special tokens.
+    So a content cannot forge a turn, and yet the template sees it nearly as it is.
     """
 
-    name: str
-    start: str  # before the first message
-    system: str
-    user: str
-    header: str
-    answer: str
-    stop: str
-    after: str = ""  # between the end of a turn and the next
-    strip: tuple = ()  # roles whose content loses its outer white space
-    system_in_user: bool = False  # the system text goes inside the next user turn
-    default_system: str | None = None  # inserted where a conversation has no system message
-    think: str = ""  # reasoning checkpoints: a <think> block in the "last" answer or in "all"
+    def __init__(self, source: str, names: dict, control: set, system: str = ""):
+        self.source, self.names, self.system = source, names, system
+        texts = [re.escape(text) for text in sorted(control, key=len, reverse=True)]
+        self.control = re.compile("|".join(texts))
+        self.forged = re.compile("|".join([*texts, *OURS]))
+
+        # A placeholder for an answer shows which token ends a turn: the first one after it.
+        # (Not the last one: Phi-3 ends the conversation with another.)
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
+        text = self.render([question, answer])
+        check(PROBE in text, f"the chat template leaves out a plain answer{OTHER}")
+        stop = self.control.search(text, text.rindex(PROBE))
+        end = text.rpartition(PROBE)[2].strip()
+        check(stop, f"the chat template ends a turn with {end!r:.40}, no token of the "
+              f"tokenizer{OTHER}")
+        self.stop = stop[0]
+
+        # DeepSeek-R1's template drops the reasoning even of the answer that is to be learnt.
+        thought = self.render([question, {**answer, "content": THOUGHT}])
+        self.drops_thought = thought.count(PROBE) < 2
+
+    def render(self, messages: list[dict], tools: list | None = None, **options) -> str:
+        """The text of prepared messages, as transformers renders it."""
+        options = {"add_generation_prompt": False, **self.names, **options}
+        try:
+            return compile_template(self.source).render(
+                messages=messages, tools=tools, documents=None, **options)
+        except Exception as error:  # the checkpoint's program may fail in any way
+            raise InputError(f"the chat template refuses this: {error}{OTHER}") from None
+
+    def hide(self, value):
+        """A message, or any part of one, with a SIGN inside every text that is a control token."""
+        if isinstance(value, str):
+            return self.forged.sub(lambda found: found[0][0] + SIGN + found[0][1:], value)
+        if isinstance(value, dict):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, list) else value
+
+    def prepare(self, messages: list[dict], tools: list | None) -> tuple[list, list | None]:
+        """Messages and tools for `render`; InputError for what the template would pass over."""
+        calls = any(m.get("tool_calls") for m in messages)
+        results = any(m["role"] == "tool" for m in messages)
+        for key, used in (("tools", tools), ("tool_calls", calls), ("tool", results)):
+            check(not used or key in self.source, f"{key}: the chat template writes none{OTHER}")
+
+        prepared = []
+        for m in messages:
+            m = {key: value for key, value in m.items() if key not in ("train", "weight")}
+            thought = m.pop("reasoning_content", None)
+            if thought and re.search("reasoning_content|[.'\"]thinking\\b", self.source):
+                m |= {"reasoning_content": thought, "thinking": thought}  # gpt-oss's name for it
+            elif thought:
+                check("</think>" in self.source,
+                      f"reasoning_content: the chat template writes none{OTHER}")
+                m["content"] = f"<think>\n{thought}\n</think>\n\n{m['content']}"
+            prepared.append(self.hide(m))
+        if self.system and all(m["role"] != "system" for m in messages):
+            prepared.insert(0, {"role": "system", "content": self.hide(self.system)})
+        return prepared, self.hide(tools)
+
+    def check_written(self, text: str, messages: list[dict]) -> None:
+        """Raise InputError if the text of these messages leaves out something that they say."""
+        parts = []
+        for i, m in enumerate(messages):
+            content, thought = m.get("content") or "", m.get("reasoning_content") or ""
+            if m["role"] == "assistant" and i < len(messages) - 1:
+                content, thought = content.rpartition("</think>")[2], ""  # old reasoning may go
+            names = [c.get("function", c).get("name") or "" for c in m.get("tool_calls") or []]
+            parts += [(part.strip(), m["role"]) for part in (content, thought, *names)]
+
+        # The longest first, each found once: a short one could be a part of others.
+        for part, role in sorted(parts, key=lambda pair: -len(pair[0])):
+            if part in text:
+                text = text.replace(part, PROBE, 1)
+            else:  # written in another way, as JSON for instance: the words stay
+                lost = [word for word in re.findall(r"\w+", part) if word not in text]
+                check(not lost, f"content: the chat template leaves out what the {role} says "
+                      f"({', '.join(lost)[:60]}){OTHER}")
+
+    def before_answer(self, messages: list[dict], tools: list | None = None,
+                      content: str = PROBE, **options) -> str:
+        """What the template writes before the content of an answer to prepared messages."""
+        answer = {"role": "assistant", "content": content}
+        return self.render([*messages, answer], tools, **options).partition(PROBE)[0]
+
+    def answer_place(self, text: str, messages: list[dict], tools: list | None) -> tuple[int, int]:
+        """(begin, end) of the last message, an answer, in the text of all these messages."""
+        history, before = messages[:-1], None
+
+        # It begins behind the prompt that asks for it. Where a finished answer does not keep all of
+        # that prompt (R1's ends with <think>), it begins behind what stands before a placeholder.
+        if history:
+            before = self.render(history, tools, add_generation_prompt=True)
+        if before is None or not text.startswith(before):
+            before = self.before_answer(history, tools).rstrip(" ")  # the space is the answer's
+        if not text.startswith(before):
+            before = self.before_answer(history, tools, THOUGHT)
+        check(text.startswith(before), "the chat template writes what stands before an answer "
+              f"differently once it is there{OTHER}")
+        begin = len(before)
+
+        # The template's own marks win.
+        if "endgeneration" in self.source:
+            marks = re.finditer(f"{BEGIN}[^{END}]*", text)
+            begin = next((mark.start() for mark in marks if mark.end() > begin), None)
+            check(begin, "the chat template marks no part of an answer with {% generation %}")
+
+        # It ends with the last token that ends turns; a call of tools may end with another token.
+        ends = {found[0]: found.end() for found in self.control.finditer(text, begin)}
+        check(ends, f"the chat template ends an answer with no token{OTHER}")
+        return begin, ends.get(self.stop) or max(ends.values())
+
+    def conversation(self, messages: list[dict], tools: list | None = None,
+                     train_on: str = "all") -> list[Plan]:
+        """What to train on: every answer, or the last, in the text in which it was generated.
+
+        Usually one plan holds all answers. But Qwen3's template drops the reasoning of an answer
+        once a question follows: then that answer gets a plan of its own, which ends with it.
+        """
+        shown, tools = self.prepare(messages, tools)
+        offset = len(shown) - len(messages)  # 1 behind a system message of ours
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+        plans = []
+        for i, m in enumerate(messages):
+            weight = 0.0
+            if m["role"] == "assistant" and (train_on == "all" or i == last):
+                weight = m.get("weight", 1.0) * m.get("train", True)
+            if not weight and i < len(messages) - 1:
+                continue
+
+            said = shown[: offset + i + 1]
+            if weight and self.drops_thought:
+                said[-1] = {**said[-1], "content": said[-1]["content"].replace("</think>", KEPT)}
+            text = self.render(said, tools).replace(KEPT, "</think>")
+            self.check_written(text, shown[: offset + i + 1])
+            spans = ((*self.answer_place(text, said, tools), weight),) if weight else ()
+
+            # Answers before it stay supervised if the text up to the end of the last is the same.
+            if plans and text.startswith(plans[-1].text[: plans[-1].spans[-1][1]]):
+                spans = plans.pop().spans + spans
+            if spans or not plans:
+                plans.append(Plan(text, spans))
+        return plans
+
+    def prompt(self, messages: list[dict], tools: list | None = None, **options) -> Plan:
+        """A conversation up to the answer to come; options such as enable_thinking=False."""
+        shown, tools = self.prepare(messages, tools)
+        text = self.render(shown, tools, **{"add_generation_prompt": True, **options})
+        self.check_written(text, shown)
+        return Plan(text)
+
+    def answer_prompt(self, messages: list[dict]) -> tuple[Plan, str]:
+        """(what stands before the text of an answer, a space at its end): for exams.
+
+        Without reasoning where the template allows it. The space belongs to the answer.
+        """
+        text = self.before_answer(self.prepare(messages, None)[0], enable_thinking=False)
+        prompt = text.rstrip(" ")
+        return Plan(prompt), text[len(prompt) :]
 
 
-TEMPLATES = {t.name: t for t in (
-    Template("chatml", "", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n",
-             "<|im_start|>assistant\n", "{}", "<|im_end|>", "\n"),
-    Template("llama2", "", "<<SYS>>\n{}\n<</SYS>>\n\n", "<bos>[INST] {} [/INST]", "", " {} ",
-             "<eos>", strip=("system+user", "assistant"), system_in_user=True),
-    Template("llama3", "<bos>", "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-             "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-             "<|start_header_id|>assistant<|end_header_id|>\n\n", "{}", "<|eot_id|>",
-             strip=("system", "user", "assistant")),
-    Template("mistral", "<bos>", "{}\n\n", "[INST] {}[/INST]", "", " {}", "<eos>",
-             strip=("assistant",), system_in_user=True),
-    Template("deepseek", "<bos>", "{}\n\n", "User: {}\n\n", "Assistant:", " {}", "<eos>"),
-    # for base checkpoints without chat tokens
-    Template("plain", "<bos>", "{}\n\n", "User:\n{}\n\n", "Assistant:\n", "{}", "<eos>", "\n\n"),
-)}
-TEMPLATE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "<<SYS>>": "llama2",
-                  "[INST]": "mistral", "Assistant:": "deepseek"}
-MARKER = re.compile(r"(<bos>|<eos>|<\|[a-z_]+\|>|\[/?INST\])")
-EMPTY_THINK = "<think>\n\n</think>\n\n"
-LLAMA31_DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+# ==== read: tokens and their spans ================================================================
 
 
-def recognize_template(source: str | None, tokens: set[str]) -> Template:
-    """The template of a checkpoint: from its Jinja source, or for base models from its tokens."""
-    name = next((t for mark, t in TEMPLATE_MARKS.items() if mark in (source or tokens)), "plain")
-    check(name != "plain" or not source, "the checkpoint's chat_template is of no known family; "
-         f"choose one with --template: {', '.join(TEMPLATES)}")
-    template, source, changes = TEMPLATES[name], source or "", {}
-    if name == "llama3" and "Cutting Knowledge Date" in source:  # 3.1; 3.2 writes today's date
-        system = template.system.replace("{}", LLAMA31_DATES + "{}")
-        changes = {"system": system, "default_system": ""}
-    if name == "chatml":
-        default = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>", source)
-        if default:  # Qwen2, Qwen2.5, SmolLM2
-            changes["default_system"] = default[1]
-        if "{{ system_message }}" in source:  # Yi-1.5 writes the system text bare
-            changes["system"] = "{}"
-        if "<think>" in source:  # Qwen3 in the last answer, MiniMind in all
-            changes["think"] = "last" if "loop.index0 > ns.last_query_index" in source else "all"
-    return replace(template, **changes)
+class ChatTokenizer(ChatTemplate):
+    """A checkpoint's chat template and tokenizer: conversations to token ids and spans.
 
-
-def jinja(t: Template, bos: str, eos: str) -> str:
-    """A template of TEMPLATES as Jinja, rendering exactly what `ChatTokenizer.pieces` builds."""
-
-    def quoted(text: str) -> str:
-        return json.dumps(text.replace("<bos>", bos).replace("<eos>", eos), ensure_ascii=False)
-
-    def filled(form: str, role: str) -> str:
-        before, after = form.split("{}")
-        content = "message['content']" + (" | trim" if role in t.strip else "")
-        if role == "user" and t.system_in_user:
-            content = f"(ns.system + {content})" + " | trim" * ("system+user" in t.strip)
-        return f"{quoted(before)} + ({content}) + {quoted(after)}"
-
-    system = filled(t.system, "system")
-    system = f"{{%- set ns.system = {system} -%}}" if t.system_in_user else f"{{{{- {system} -}}}}"
-    return "".join((
-        "{%- set ns = namespace(system='') -%}{{- ", quoted(t.start), " -}}",
-        "{%- for message in messages -%}{%- if message['role'] == 'system' -%}", system,
-        "{%- elif message['role'] == 'user' -%}{{- ", filled(t.user, "user"), " -}}",
-        "{%- set ns.system = '' -%}{%- else -%}{{- ", quoted(t.header), " + ",
-        filled(t.answer + t.stop + t.after, "assistant"), " -}}{%- endif -%}{%- endfor -%}",
-        "{%- if add_generation_prompt -%}{{- ", quoted(t.header), " -}}{%- endif -%}"))
-
-
-# --------------------------------------------------------------------------- tokens and their spans
-
-
-class ChatTokenizer:
-    """A checkpoint's tokenizer and chat template; ids are built from ids, not from one string.
-
-    Special tokens within a content are encoded as ordinary text: content cannot forge a turn. Text
-    between two special tokens is encoded as one string, as transformers does, unless a token would
-    straddle the border between prompt and answer: then the two are encoded apart, since a model
-    that continues the prompt could never produce that token.
+    Text between two special tokens is encoded as one string, as transformers does, unless a token
+    would straddle the border between prompt and answer: then the two are encoded apart, since a
+    model that continues the prompt could never produce that token.
     """
 
-    def __init__(self, folder: str | Path, template: str = "", eot: str = ""):
+    def __init__(self, folder: str | Path, template: str = "", eot: str = "", system: str = ""):
         self.folder = folder = Path(folder)
         check(template in ("", *TEMPLATES),
-             f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
-        self.tokenizer = open_tokenizer(folder)
-        self.config = self.read("tokenizer_config.json")
-        source = self.config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {t["name"]: t["template"] for t in source}.get("default")
-        if (folder / "chat_template.jinja").exists():  # newer checkpoints; transformers prefers it
-            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.bos, self.eos = (self.special(f"{name}_token") or "" for name in ("bos", "eos"))
-        self.eot = eot = eot or self.config.get("eot_token", "")  # ours, of train_sft.py --eot
-        check(not eot or (eot != self.eos and MARKER.fullmatch(eot)),
-             f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
-        added = {t.content for t in self.tokenizer.get_added_tokens_decoder().values()}
-        self.eot_is_new = bool(eot) and eot not in added
-        added |= {eot} - {""}
-        known = {name: replace(t, stop=eot or t.stop) for name, t in TEMPLATES.items()}
-        ours = {jinja(t, self.bos, self.eos): t for t in known.values()}
-        t = known.get(template) or ours.get(source) or recognize_template(source, added)
-        self.template = t = known[t.name] if eot else t
-        check(not eot or eot not in t.system + t.user + t.header,
-             f"--eot: template {t.name} writes {eot} elsewhere too")
-        # Mistral's own Jinja loses the system text once an answer follows; ours takes its place
-        own = source and not (template or eot) and t.name != "mistral"
-        self.jinja = source if own else jinja(t, self.bos, self.eos)
-        marks = set(MARKER.findall(t.system + t.user + t.header + t.stop))
-        marks &= added  # those that are tokens; elsewhere a marker is plain text
-        forgeable = sorted(marks | ({self.bos, self.eos} & added))
-        self.tokenizer.add_special_tokens([AddedToken(m, normalized=False) for m in forgeable])
-        self.tokenizer.encode_special_tokens = True  # means: special tokens in a text are text
-        texts = {m: m for m in marks} | {"<bos>": self.bos, "<eos>": self.eos}
-        self.ids = {m: self.tokenizer.token_to_id(text) for m, text in texts.items()}
-        self.eos_id, self.stop_id = self.ids["<eos>"], self.ids.get(t.stop)
-        check(self.eos_id is not None,
-             f"{folder}: tokenizer_config.json names no eos_token of the tokenizer")
-        check(self.stop_id is not None,
-             f"template {t.name} ends a turn with {t.stop}, no token of {folder}; "
-             f"choose another --template: {', '.join(TEMPLATES)}")
-        first = self.tokenizer.encode("", add_special_tokens=True).ids[:1]
-        self.bos_ids = first if first == [self.ids["<bos>"]] else []  # what raw text starts with
-        listed = self.read("generation_config.json").get("eos_token_id")
-        listed = listed if isinstance(listed, list) else [listed]
-        self.stop_ids = sorted({self.stop_id, self.eos_id, *listed} - {None})
+              f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
+        self.tokenizer, self.config = open_tokenizer(folder), self.read("tokenizer_config.json")
+        added = {t.content: t for t in self.tokenizer.get_added_tokens_decoder().values()}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state
-        self.tokenizer.encode_special_tokens = True  # a pickled Tokenizer forgets it
+        # Special tokens by name, such as eos_token. Old checkpoints keep them in a file apart.
+        named, names = self.read("special_tokens_map.json"), {}
+        for key, value in (*named.items(), *self.config.items()):
+            value = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(value, str):
+                names[key] = value
+
+        # Only the template may write these. (Some tokenizers mark none of them as special.)
+        source = TEMPLATES.get(template) or self.own_template() or TEMPLATES["plain"]
+        control = {text for text, token in added.items() if token.special
+                   or text in names.values() or (CONTROL.fullmatch(text) and text in source)}
+        control -= {"<think>", "</think>"}  # templates look for these in contents
+        try:
+            super().__init__(source, names, control, system)
+            if eot:
+                super().__init__(self.end_turns_with(eot), names, control | {eot}, system)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+        self.template = next((n for n, s in TEMPLATES.items() if s == self.source), "its own")
+
+        self.eot_is_new = bool(eot) and eot not in added
+        if self.eot_is_new:
+            added[eot] = AddedToken(eot)
+            control.add(eot)
+        self.tokenizer.add_special_tokens([
+            AddedToken(text, lstrip=added[text].lstrip, rstrip=added[text].rstrip, normalized=False)
+            for text in sorted(control)])
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        self.find_ids()
+
+        # Our characters: the tokenizer finds special tokens first, then drops these, then goes on.
+        # BORDER is a token of our own. Without a post-processor offsets hold a token's space too.
+        drop = normalizers.Replace(Regex(f"[{SIGN}{BEGIN}{END}]"), "")
+        own = [self.tokenizer.normalizer] if self.tokenizer.normalizer else []
+        self.tokenizer.normalizer = normalizers.Sequence([drop, *own])
+        self.tokenizer.post_processor = None
+        self.tokenizer.add_special_tokens([AddedToken(BORDER, normalized=False)])
+        self.border_id = self.tokenizer.token_to_id(BORDER)
 
     def read(self, name: str) -> dict:
         """A JSON file of the checkpoint, empty if there is none."""
@@ -542,140 +718,103 @@ class ChatTokenizer:
         except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}") from None
 
-    def special(self, key: str) -> str | None:
-        """The text of bos_token, eos_token or unk_token."""
-        value = self.config.get(key)
-        return value["content"] if isinstance(value, dict) else value
+    def own_template(self) -> str:
+        """The checkpoint's chat template, empty if it has none."""
+        source = self.config.get("chat_template") or ""
+        if isinstance(source, list):  # several, by name
+            source = {t["name"]: t["template"] for t in source}.get("default", "")
+        path = self.folder / "chat_template.jinja"  # newer checkpoints; transformers prefers it
+        return path.read_text(encoding="utf-8") if path.exists() else source
+
+    def end_turns_with(self, eot: str) -> str:
+        """The template's source with another token in place of its turn-ending one (--eot)."""
+        eos = self.names.get("eos_token")
+        check(eot != eos and CONTROL.fullmatch(eot),
+              f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
+        if eot == self.stop:
+            return self.source
+        check(eot not in self.source, f"--eot: the chat template writes {eot} elsewhere too")
+        source = self.source.replace(self.stop, eot)
+        return re.sub(r"\beos_token\b", repr(eot), source) if self.stop == eos else source
+
+    def find_ids(self) -> None:
+        """The ids that end and begin texts: eos_id, stop_id, stop_ids, bos_ids."""
+        names, to_id = self.names, self.tokenizer.token_to_id
+        self.eos_id, self.stop_id = to_id(names.get("eos_token", "")), to_id(self.stop)
+        check(self.eos_id is not None,
+              f"{self.folder}: tokenizer_config.json names no eos_token of the tokenizer")
+        first = self.tokenizer.encode("").ids[:1]
+        self.bos_ids = first if first == [to_id(names.get("bos_token", ""))] else []  # of raw text
+        listed = self.read("generation_config.json").get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        self.stop_ids = sorted({self.stop_id, self.eos_id, *listed} - {None})
 
     def check_size(self, vocab_size: int) -> None:
         """Raise InputError if a token has no row in an embedding of `vocab_size` rows."""
-        size = self.tokenizer.get_vocab_size()
-        check(size <= vocab_size, f"{self.folder}: the tokenizer has {size} tokens, config.json "
-             f"only {vocab_size} (vocab_size)")
+        check(self.vocab_size <= vocab_size, f"{self.folder}: the tokenizer has {self.vocab_size} "
+              f"tokens, config.json only {vocab_size} (vocab_size)")
 
     def decode(self, ids, special: bool = True) -> str:
         """Text of token ids, special tokens included unless `special` is False."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
-    def pieces(self, messages: list[dict], train_on: str = "all", ask: bool = False) -> list[tuple]:
-        """A conversation as (id or text, weight) in order; weight None: prompt, not answer.
+    def text(self, text: str, end: bool = True) -> Plan:
+        """Raw text, all of it supervised: BOS where the tokenizer adds one, the text, EOS."""
+        text = self.hide(text) + (self.names["eos_token"] if end else "")
+        return Plan(text, ((0, len(text), 1.0),), tuple(self.bos_ids))
 
-        `train_on` last gives weight 0 to all answers but the last; `ask` ends with a header.
-        """
-        t, out, held = self.template, [], ""
-        if t.default_system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": t.default_system}, *messages]
-        last = {m["role"]: i for i, m in enumerate(messages)}  # index of each role's last message
+    def prompt_ids(self, messages: list[dict], tools: list | None = None, **options) -> list[int]:
+        """Token ids of `prompt`: a conversation up to the answer to come."""
+        return self.encode([self.prompt(messages, tools, **options)])[0][0].tolist()
 
-        def prompt(form: str, content: str = "") -> None:
-            parts = (self.ids.get(p, p.replace("{}", content)) for p in MARKER.split(form))
-            out.extend((p, None) for p in parts if p not in ("", None))
+    def encode(self, plans: list[Plan]) -> list[tuple[np.ndarray, tuple]]:
+        """(ids, spans of supervised tokens) of each plan, on all threads of the tokenizer."""
+        texts = [plan.text for plan in plans]
+        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [self.assemble(*pair) for pair in zip(plans, encoded, strict=True)]
 
-        prompt(t.start)
-        for i, m in enumerate(messages):
-            role, content = m["role"], m["content"]
-            content = content.strip() if role in t.strip else content
-            moved = t.system_in_user or t.system != TEMPLATES[t.name].system
-            if role == "system" and i and moved:
-                raise InputError(f"template {t.name} takes a system message only at the start, "
-                                f"found one later: {content!r:.60}")
-            if role == "system" and t.system_in_user:
-                held = t.system.replace("{}", content)
-            elif role == "system":
-                prompt(t.system, content)
-            elif role == "user":
-                content, held = held + content, ""
-                prompt(t.user, content.strip() if "system+user" in t.strip else content)
-            else:
-                weight = m.get("weight", 1.0) * m.get("train", True)
-                weight *= train_on == "all" or i == last["assistant"]
-                prompt(t.header)
-                if t.think:
-                    shown = i > last.get("user", -1) and i == len(messages) - 1
-                    content, given = self.reason(content, i > last.get("user", -1), shown)
-                    prompt(given)
-                out += [(t.answer.replace("{}", content), weight), (self.stop_id, weight)]
-                prompt(t.after)
-        if ask:
-            prompt(t.header)
-            prompt(EMPTY_THINK if t.think == "all" else "")
-        return out
+    def assemble(self, plan: Plan, encoding) -> tuple[np.ndarray, tuple]:
+        """Ids and spans of a plan from the encoding of its text."""
+        text, offsets, apart = plan.text, encoding.offsets, []  # of each token: (begin, end)
+        for begin, _, _ in plan.spans:
+            first = bisect_left(offsets, (begin, 0))
+            if first and offsets[first - 1][1] > begin:  # the token before straddles the border
+                apart.append(begin)
+        for begin in reversed(apart):
+            text = text[:begin] + BORDER + text[begin:]
+        if apart:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            offsets = encoding.offsets
 
-    def reason(self, content: str, current: bool, final: bool) -> tuple[str, str]:
-        """(answer with its reasoning as Qwen3 or MiniMind write it, what stands in the prompt).
-
-        Earlier answers lose their reasoning (Qwen3). An empty block is prompt only where the
-        checkpoint's own generation prompt holds it: MiniMind's does, Qwen3's does not.
-        """
-        thought, found, rest = content.rpartition("</think>")
-        if found:
-            thought = thought.split("</think>")[0].split("<think>")[-1].strip("\n")
-            content = rest.lstrip("\n")
-        if self.template.think == "last" and not (final or (current and thought)):
-            return content, ""
-        if self.template.think == "all" and not thought:
-            return content.lstrip("\n"), EMPTY_THINK
-        return f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n"), ""
-
-    def text_pieces(self, text: str) -> list[tuple]:
-        """Raw text: BOS where the tokenizer adds one, the text, EOS; all of it supervised."""
-        return [*((i, None) for i in self.bos_ids), (text, 1.0), (self.eos_id, 1.0)]
-
-    def encode(self, plans: list[list[tuple]]) -> list[tuple[np.ndarray, tuple]]:
-        """(ids, spans) of each list of pieces; strings go to the tokenizer's threads together."""
-        plans = [self.runs(pieces) for pieces in plans]
-        strings = list({s for plan in plans for run in plan for s in run[1:3] if s})
-        encoded = self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)
-        table = {s: e.ids for s, e in zip(strings, encoded, strict=True)} | {"": []}
-        return [self.assemble(plan, table) for plan in plans]
-
-    def runs(self, pieces: list[tuple]) -> list[tuple]:
-        """Pieces as runs (id or None, prompt text, prompt and answer text, the answer's weight)."""
-        out = []
-        for strings, group in itertools.groupby(pieces, lambda piece: isinstance(piece[0], str)):
-            if strings:
-                texts, weights = zip(*group, strict=True)
-                prompt = "".join(texts[: weights.count(None)])  # an answer ends its run
-                out.append((None, prompt, "".join(texts), weights[-1]))
-            else:
-                out += [(token, "", "", weight) for token, weight in group]
-        return out
-
-    def assemble(self, runs: list[tuple], table: dict) -> tuple[np.ndarray, tuple]:
-        """Ids and spans of one conversation, `table` holding the ids of its strings."""
-        ids, spans = [], []
-        for token, prompt, whole, weight in runs:
-            before, joint = table[prompt], table[whole]
-            if joint[: len(before)] != before:  # a token straddles the border
-                answer = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
-                joint = before + answer.ids
-            first = max(len(ids) + len(before), 1)  # nothing comes before the first token of all
-            ids += joint if token is None else [token]
-            if weight and first < len(ids):
-                if spans and spans[-1][1:] == (first, weight):
-                    first = spans.pop()[0]
-                spans.append((first, len(ids), weight))
-        return np.array(ids, dtype=np.int32), tuple(spans)
-
-    def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """Token ids of a conversation up to and with the header of the answer to come."""
-        return self.encode([self.pieces(messages, ask=True)])[0][0].tolist()
+        spans, start = [], len(plan.start)
+        for begin, end, weight in plan.spans:
+            moved = bisect_right(apart, begin)  # by so many BORDERs: characters, then tokens
+            first = start + bisect_left(offsets, (begin + moved, 0)) - moved
+            last = start + bisect_left(offsets, (end + moved, 0)) - moved
+            first = max(first, 1)  # nothing comes before the first token of all
+            if first < last:
+                spans.append((first, last, weight))
+        ids = [i for i in encoding.ids if i != self.border_id]
+        return np.array([*plan.start, *ids], dtype=np.int32), tuple(spans)
 
     def save(self, folder: Path) -> None:
-        """The tokenizer's files, with a chat_template that renders the tokens trained on."""
-        names = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json",
-                 "added_tokens.json", "vocab.json", "merges.txt")
+        """The tokenizer's files byte for byte, but for what --template or --eot changed."""
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                 "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                 "merges.txt")
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).exists()}
-        config = {**self.config, "chat_template": self.jinja}
-        if self.eot:
-            config["eot_token"] = self.eot
-            extended = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            extended.add_special_tokens([AddedToken(self.eot, normalized=False)])
+        if self.source != self.own_template():
+            config = json.dumps({**self.config, "chat_template": self.source}, indent=2)
+            files["tokenizer_config.json"] = config.encode()
+            files.pop("chat_template.jinja", None)
+        if self.eot_is_new:
+            extended = Tokenizer.from_str(files["tokenizer.json"].decode())
+            extended.add_special_tokens([AddedToken(self.stop, normalized=False)])
             files["tokenizer.json"] = extended.to_str(pretty=True).encode()
         for name, content in files.items():
             write_atomic(folder / name, lambda path, content=content: path.write_bytes(content))
-        write_json(folder / "tokenizer_config.json", config)
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
+        if "chat_template.jinja" not in files:
+            (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
 
 
 # ==== read: files to examples =====================================================================
@@ -724,18 +863,36 @@ def conversations(row: Row) -> list[list[dict]]:
     return [row.messages + side for side in sides]
 
 
-def check_written(row: Row, template: str) -> None:
-    """Refuse a row with something in it that the built-in templates do not write."""
-    found = {"tools": row.tools}
-    for m in [*row.messages, *(row.chosen or []), *(row.rejected or [])]:
-        found |= {"role tool": m["role"] == "tool", **m} if m["role"] == "tool" else m
-    for key in ("tools", "tool_calls", "role tool", "reasoning_content"):
-        check(not found.get(key), f"{row.where}: {key}: template {template} does not write it")
+def render_row(row: Row, tokenizer: ChatTokenizer, train_on: str = "all") -> list[Plan]:
+    """What a row becomes: a raw text, or its conversations; of a pair only the answers are new."""
+    if row.text is not None:
+        return [tokenizer.text(row.text)]
+    train_on, plans = "last" if row.chosen else train_on, []
+    try:
+        for messages in conversations(row):
+            plans += tokenizer.conversation(messages, row.tools, train_on)
+    except InputError as error:
+        raise InputError(f"{row.where}: {error}") from None
+    return plans
+
+
+def render_rows(rows: list[Row], counts: Counter, skip_bad_rows: bool | None,
+                render) -> list[tuple[Row, list[Plan]]]:
+    """(row, render(row)) of each row; one that the chat template refuses is a bad row."""
+    rendered = []
+    for row in rows:
+        try:
+            rendered.append((row, render(row)))
+        except InputError as error:
+            hint = "" if skip_bad_rows is None else " (--skip_bad_rows leaves it out)"
+            check(skip_bad_rows, f"{error}{hint}")
+            counts["dropped: bad row"] += 1
+    return rendered
 
 
 def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
-                train_on: str = "all", max_length: int = 2048,
-                keep_all: bool = False) -> list[Example]:
+                train_on: str = "all", max_length: int = 2048, keep_all: bool = False,
+                skip_bad_rows: bool | None = None) -> list[Example]:
     """Tokenise rows, counting what is cut, split or dropped.
 
     `keep_all` keeps examples with nothing to supervise, and takes preference rows (a pair as two).
@@ -743,11 +900,13 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     for row in rows:
         check(keep_all or (row.chosen is None and row.label is None),
              f"{row.where}: a preference row; train_dpo.py trains on those")
-        check_written(row, tokenizer.template.name)
-    plans = [(row, tokenizer.text_pieces(row.text)) if row.text is not None else
-             (row, tokenizer.pieces(messages, "last" if row.chosen else train_on))
-             for row in rows for messages in conversations(row)]
-    examples = []
+    plans, examples = [], []
+    rendered = render_rows(rows, counts, skip_bad_rows,
+                           lambda row: render_row(row, tokenizer, train_on))
+    for row, parts in rendered:
+        plans += [(row, plan) for plan in parts]
+        more = len(parts) - len(conversations(row))
+        counts["more examples than conversations: the template rewrites past answers"] += more
     encoded = tokenizer.encode([plan for _, plan in plans])
     for (row, _), (ids, spans) in zip(plans, encoded, strict=True):
         parts, change = [fit(ids, spans, max_length)], "truncated"
@@ -796,7 +955,8 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
     """(examples of some files, what was cut or dropped by reason), as `to_examples` makes them."""
 
     def convert(rows: list[Row], source: int, counts: Counter) -> list[Example]:
-        return to_examples(rows, source, counts, tokenizer, train_on, max_length, keep_all)
+        return to_examples(rows, source, counts, tokenizer, train_on, max_length, keep_all,
+                           skip_bad_rows)
 
     return convert_files(files, convert, skip_bad_rows, quiet)
 
@@ -1053,7 +1213,7 @@ def show(c: Show) -> None:
             return
         print(marked(e, tokenizer, sys.stdout.isatty()))
     end = tokenizer.decode([tokenizer.stop_id])
-    print(f"--- template {tokenizer.template.name}; a turn ends with {end}")
+    print(f"--- template {tokenizer.template}; a turn ends with {end}")
     print_sizes(c.files, sizes, counts)
     if c.steps:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
@@ -1066,7 +1226,8 @@ def read_to_show(c: Show, tokenizer: ChatTokenizer) -> tuple[list, list, Counter
     first, rows_left = [], [max(c.rows, c.tokens)] * len(c.files)
 
     def tokenize(rows: list[Row], source: int, counts: Counter) -> list[Example]:
-        return to_examples(rows, source, counts, tokenizer, c.train_on, c.max_length, keep_all=True)
+        return to_examples(rows, source, counts, tokenizer, c.train_on, c.max_length, True,
+                           c.skip_bad_rows)
 
     def convert(rows: list[Row], source: int, counts: Counter) -> list[tuple]:
         for row in rows[: rows_left[source]]:
@@ -1139,7 +1300,7 @@ def byte_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     write_atomic(folder / "tokenizer.json", lambda path: tokenizer.save(str(path)))
-    config = {"eos_token": "<|im_end|>", "chat_template": jinja(TEMPLATES["chatml"], "", "")}
+    config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATES["chatml"]}
     write_json(folder / "tokenizer_config.json", config)
 
 

@@ -108,9 +108,9 @@ PROTOCOLS = {  # labs/exams.py adds to them
 }
 
 
-def prompt_pieces(tokenizer: data.ChatTokenizer, subject: Subject, question: dict, shots: int,
-                  p: Protocol, chat: bool) -> list[tuple]:
-    """A question after the last `shots` solved ones, as pieces for `tokenizer.encode`."""
+def prompt_plan(tokenizer: data.ChatTokenizer, subject: Subject, question: dict, shots: int,
+                p: Protocol, chat: bool) -> tuple[data.Plan, str]:
+    """(a question after the last `shots` solved ones, the space that an answer begins with)."""
     solved = subject.shots[len(subject.shots) - shots :]
     asked = [(p.question + p.ending).format(**row) for row in (*solved, question)]
     asked[0] = p.header.format(subject=subject.name) + asked[0]
@@ -121,27 +121,29 @@ def prompt_pieces(tokenizer: data.ChatTokenizer, subject: Subject, question: dic
         text = ""
         for shot, answer in zip(asked, answers, strict=False):
             text += f"{shot}{answer}\n\n"
-        return [*((i, None) for i in tokenizer.bos_ids), (text + asked[-1] + p.begin, None)]
+        return tokenizer.text(text + asked[-1] + p.begin, end=False), ""
 
     # In a chat template each shot is a turn, as in C-Eval's code for chat models.
     messages = [{"role": "user", "content": asked[0]}]
     for answer, text in zip(answers, asked[1:], strict=True):
         messages.append({"role": "assistant", "content": answer.strip()})
         messages.append({"role": "user", "content": text})
-    return tokenizer.pieces(messages, ask=True)
+    return (tokenizer.prompt(messages), "") if p.tokens else tokenizer.answer_prompt(messages)
 
 
-def option_ids(tokenizer: data.ChatTokenizer, prompt: list[tuple], p: Protocol,
+def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: Protocol,
                chat: bool) -> list[tuple]:
     """The ids of the four options after a prompt: encode(prompt + option)[len(encode(prompt)):].
 
     Encoded alone a letter may get a BOS or a space before it. Raises InputError if the options
     are not four different ones: every answer would be A.
     """
-    form = tokenizer.template.answer.rstrip().replace("{}", "{answer}") if chat else p.answer
+    form, options, plans = space + "{answer}" if chat else p.answer, [], []
     texts = [form.format(answer=letter) for letter in LETTERS]
-    options = []
-    for ids, spans in tokenizer.encode([[*prompt, (text, 1.0)] for text in texts]):
+    for text in texts:
+        whole = prompt.text + text
+        plans.append(prompt._replace(text=whole, spans=((len(prompt.text), len(whole), 1.0),)))
+    for ids, spans in tokenizer.encode(plans):
         option = tuple(ids[spans[0][0] :].tolist()) if spans else ()
         options.append(option[:1] if p.scored == "next token" else option)
 
@@ -165,9 +167,11 @@ class Sheet(NamedTuple):
 def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context: int) -> Sheet:
     """Encode every prompt whole; one longer than the context loses whole shots, oldest first."""
     p = PROTOCOLS[c.protocol][c.benchmark]
-    plans = [prompt_pieces(tokenizer, subject, question, c.shots, p, c.chat)
-             for question in subject.questions]
-    options = [] if p.scored == "text" else option_ids(tokenizer, plans[0], p, c.chat)
+    plans = []
+    for question in subject.questions:
+        plan, space = prompt_plan(tokenizer, subject, question, c.shots, p, c.chat)
+        plans.append(plan)
+    options = [] if p.scored == "text" else option_ids(tokenizer, plans[0], space, p, c.chat)
     room = context - (p.tokens or max(map(len, options)) - 1)
 
     prompts, kept = [], []
@@ -175,13 +179,13 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
         shots = c.shots
         while len(ids) > room and shots > 0:
             shots -= 1
-            shorter = prompt_pieces(tokenizer, subject, question, shots, p, c.chat)
+            shorter, _ = prompt_plan(tokenizer, subject, question, shots, p, c.chat)
             ids = tokenizer.encode([shorter])[0][0]
         fits = len(ids) <= room
         prompts.append(ids.tolist() if fits else None)
         kept.append(shots if fits else None)
 
-    first = "".join(x if isinstance(x, str) else tokenizer.decode([x]) for x, _ in plans[0])
+    first = tokenizer.decode(plans[0].start) + plans[0].text
     return Sheet(subject, prompts, kept, options, first)
 
 
@@ -471,13 +475,13 @@ class Asked(NamedTuple):
     row: data.Row
     messages: list[dict]  # up to the answer; of raw text none
     reference: str | None  # the answer that the row itself holds
-    plan: list[tuple]  # the prompt as pieces for `tokenizer.encode`
+    plan: data.Plan  # the prompt, for `tokenizer.encode`
 
 
 def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
     """What a row asks; InputError if nobody asks."""
     if row.text is not None:
-        return Asked(row, [], None, tokenizer.text_pieces(row.text)[:-1])  # without its EOS
+        return Asked(row, [], None, tokenizer.text(row.text, end=False))
     messages, reference = list(row.messages), None
     if row.chosen:
         reference = row.chosen[-1]["content"]
@@ -487,7 +491,7 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
           f"{row.where}: expected a conversation in which the user asks last")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return Asked(row, messages, reference, tokenizer.pieces(messages, ask=True))
+    return Asked(row, messages, reference, tokenizer.prompt(messages, row.tools))
 
 
 def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, number: int, sample: int,
@@ -555,7 +559,7 @@ def chat_command(c: Chat) -> None:
     model = open_model(c, tokenizer)
     start = [{"role": "system", "content": c.system}] if c.system else []
     messages = list(start)
-    print(f"{c.model}, template {tokenizer.template.name}; /reset forgets, /quit ends")
+    print(f"{c.model}, template {tokenizer.template}; /reset forgets, /quit ends")
 
     while True:
         try:
@@ -784,7 +788,7 @@ def characters_lost(tokenizer: data.ChatTokenizer, subjects: list[Subject]) -> f
     """Share of the questions' characters that the tokenizer drops or has no token for."""
     count = Counter("".join(row[column] for s in subjects for row in (*s.shots, *s.questions)
                             for column in ("question", *LETTERS)))
-    lost, unknown = 0, tokenizer.special("unk_token")
+    lost, unknown = 0, tokenizer.names.get("unk_token")
     for character in filter(str.strip, count):
         ids = tokenizer.tokenizer.encode(character, add_special_tokens=False).ids
         text = tokenizer.decode(ids, special=False).strip()

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import data
 import train_sft
-from data import ChatTokenizer, Row, common_prefix, conversations, cut
+from data import ChatTokenizer, Row, common_prefix, cut, render_row, render_rows
 from model import InputError, check
 from train_sft import Hardware, RunData
 
@@ -428,7 +428,8 @@ def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int
             check(row.chosen, f"{row.where}: expected chosen and rejected (labels are for "
                   "labs/kto.py, rows without preferences for train_sft.py)")
         pairs = usable_pairs(rows, counts)
-        return [p for _, p in fit_answers(pairs, source, counts, tokenizer, max_length)]
+        return [p for _, p in fit_answers(pairs, source, counts, tokenizer, max_length,
+                                          skip_bad_rows)]
 
     return data.convert_files(files, convert, skip_bad_rows, quiet)
 
@@ -453,19 +454,19 @@ def why_no_pair(row: Row) -> str:
 
 
 def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
-                max_length: int) -> list[tuple[Row, Preference]]:
+                max_length: int, skip_bad_rows: bool | None = None) -> list[tuple[Row, Preference]]:
     """(row, its prompt and answers in tokens) of every row that keeps something to learn.
 
     The conversations of a row, two of a pair, are cut at the same points: as in `data.fit`, the
     beginning of the prompt goes where it is long, then the end of the answers.
     """
-    talks = [conversations(row) for row in rows]
-    plans = [tokenizer.pieces(talk, "last") for some in talks for talk in some]
-    encoded, out = iter(tokenizer.encode(plans)), []
-    for row, some in zip(rows, talks, strict=True):
+    rendered = render_rows(rows, counts, skip_bad_rows,
+                           lambda row: render_row(row, tokenizer, "last"))
+    encoded, out = iter(tokenizer.encode([p for _, plans in rendered for p in plans])), []
+    for row, plans in rendered:
         # A template may write on after the end of a turn: an answer ends with its last target.
         whole = []
-        for ids, spans in [next(encoded) for _ in some]:
+        for ids, spans in [next(encoded) for _ in plans]:
             whole.append((ids[: spans[-1][1]] if spans else ids, spans))
 
         # The prompt is what they share before anything is supervised.

@@ -580,7 +580,7 @@ def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
     count, config = sum(p.numel() for p in model.parameters()), model.config
     kind = str(hardware.dtype).removeprefix("torch.")
     print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
-          f"template {tokenizer.template.name}, {steps} steps of {c.batch_size} examples")
+          f"template {tokenizer.template}, {steps} steps of {c.batch_size} examples")
     print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
     if c.max_length > config.max_position_embeddings:
         print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")

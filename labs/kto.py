@@ -245,7 +245,8 @@ def load_labelled(files: list[str], tokenizer: ChatTokenizer, max_length: int,
                   "and rejected (train_sft.py trains on rows without preferences)")
         out = []
         usable = train_dpo.usable_pairs(rows, counts)
-        for row, p in train_dpo.fit_answers(usable, source, counts, tokenizer, max_length):
+        for row, p in train_dpo.fit_answers(usable, source, counts, tokenizer, max_length,
+                                            skip_bad_rows):
             labels = [True, False] if row.chosen else [row.label]
             for answer, label in zip(p.answers, labels, strict=True):
                 out.append(Labelled(p.prompt, (answer,), source, row.where, label))

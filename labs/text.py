@@ -294,7 +294,9 @@ def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
         messages = messages[-1:]
     talk = row._replace(messages=messages, chosen=None, rejected=None)
     train_on = "all" if part == "all" else "last"
-    return data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, keep_all=True)[0]
+    found = data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, keep_all=True)
+    return found[-1]  # the last holds the whole conversation
+
 
 # ---- skip on a first reading: prompts and rewards ------------------------------------------------
 

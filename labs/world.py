@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 import data
 import eval as evaluation
 import model as modeling
-from data import TEMPLATES, jinja
+from data import TEMPLATES
 
 SFT_DEMO = {
     "model": "out/demo/base", "mix": "temperature", "temperature": 1.3,
@@ -291,7 +291,7 @@ def make_tokenizer(folder: Path, texts: list[str], size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-              "pad_token": "<|endoftext|>", "chat_template": jinja(TEMPLATES["chatml"], "", "")}
+              "pad_token": "<|endoftext|>", "chat_template": TEMPLATES["chatml"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -304,7 +304,7 @@ def make_demo_model(folder: Path, seed: int = 0) -> None:
               "num_key_value_heads": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
               "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
               "initializer_range": 0.1, "eos_token_id": tokenizer.eos_id,
-              "vocab_size": tokenizer.tokenizer.get_vocab_size()}
+              "vocab_size": tokenizer.vocab_size}
     model = modeling.Llama(modeling.ModelConfig.from_dict(config))
     model.initialize(seed)
     modeling.save(model, folder)

@@ -1,6 +1,7 @@
 """What all tests share: one thread (the same sums in every process), rows, running scripts."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from families import make_checkpoint
+from family_tokenizers import write_tokenizer
 from safetensors.torch import load_file
 
 import data
@@ -49,6 +51,31 @@ def letters(tmp_path_factory):
     folder = tmp_path_factory.mktemp("letters")
     data.byte_tokenizer(folder)
     return data.ChatTokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """A function from the name of a tokenizer of family_tokenizers.py to its folder."""
+
+    @functools.cache
+    def write(name):
+        folder = tmp_path_factory.mktemp(name)
+        write_tokenizer(folder, name)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def chat(folder_of):
+    """A function from (tokenizer, template) to its ChatTokenizer."""
+    return functools.cache(lambda name, form="": data.ChatTokenizer(folder_of(name), form))
+
+
+def render(tokenizer, messages, tools=None, **options):
+    """(ids, spans) of one conversation, of several examples the last."""
+    ids, spans = tokenizer.encode(tokenizer.conversation(messages, tools, **options))[-1]
+    return ids.tolist(), spans
 
 
 # -------------------------------------------------------------------------------------------- rows

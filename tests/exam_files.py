@@ -65,7 +65,7 @@ def make_model(folder, seed=0, positions=4096):
     tokenizer = data.ChatTokenizer(folder)
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
         num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,
         max_position_embeddings=positions, eos_token_id=tokenizer.stop_id, bos_token_id=None,
     )).eval().save_pretrained(folder)
@@ -83,7 +83,7 @@ def make_constant(folder, source, letter):
         shutil.copy(source / name, folder)
     tokenizer = data.ChatTokenizer(folder)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=8, intermediate_size=8,
+        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8,
         num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=4096,
         eos_token_id=tokenizer.stop_id, bos_token_id=None))
     for name, parameter in model.named_parameters():
@@ -109,13 +109,13 @@ def asked(folder, **flags):
     return c, evaluation.read_exam(c), evaluation.PROTOCOLS[c.protocol][c.benchmark]
 
 
-def text_of(pieces, tokenizer):
-    return "".join(x if isinstance(x, str) else tokenizer.decode([x]) for x, _ in pieces)
+def text_of(plan, tokenizer):
+    return tokenizer.decode(plan.start) + plan.text
 
 
 def first_prompt(tokenizer, folder, index=0, **flags):
     """The prompt of a subject's last question as text."""
     c, subjects, p = asked(folder, **flags)
-    pieces = evaluation.prompt_pieces(tokenizer, subjects[index], subjects[index].questions[-1],
-                                      c.shots, p, c.chat)
-    return text_of(pieces, tokenizer)
+    plan, _ = evaluation.prompt_plan(tokenizer, subjects[index], subjects[index].questions[-1],
+                                     c.shots, p, c.chat)
+    return text_of(plan, tokenizer)

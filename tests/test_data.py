@@ -1,12 +1,10 @@
 """What data.py promises: files to messages, messages to tokens and spans, mixing, micro-batches."""
 
 import contextlib
-import functools
 import gzip
 import itertools
 import json
 import os
-import pickle
 import pty
 import random
 import subprocess
@@ -18,11 +16,21 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import HI, NO, PAIRS, REPO, SHARED, TALK, YO, assistant, command, jsonl, system, user
-from families import FAMILIES
-from family_tokenizers import TOKENIZERS, write_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer
+from conftest import (
+    HI,
+    NO,
+    PAIRS,
+    REPO,
+    SHARED,
+    TALK,
+    YO,
+    assistant,
+    command,
+    jsonl,
+    render,
+    supervised,
+    user,
+)
 
 import data
 import model as modeling
@@ -36,50 +44,6 @@ DROPPED = "dropped: nothing to supervise"
 def parsed(path, **options):
     """The rows of a file."""
     return [row for _, row in data.read_rows([path], **options)]
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory):
-    """A function from the name of a tokenizer of family_tokenizers.py to its folder."""
-
-    @functools.cache
-    def write(name):
-        folder = tmp_path_factory.mktemp(name)
-        write_tokenizer(folder, name)
-        return folder
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def chat(folder_of):
-    """A function from (tokenizer, template) to its ChatTokenizer."""
-    return functools.cache(lambda name, form="": data.ChatTokenizer(folder_of(name), form))
-
-
-@pytest.fixture(scope="session")
-def theirs(folder_of):
-    """A function from the name of a tokenizer to transformers' reading of it."""
-    return functools.cache(lambda name: AutoTokenizer.from_pretrained(folder_of(name)))
-
-
-def render(tokenizer, messages, **options):
-    """(ids, spans) of one conversation."""
-    ids, spans = tokenizer.encode([tokenizer.pieces(messages, **options)])[0]
-    return ids.tolist(), spans
-
-
-def rendered_by(tokenizer, messages, ask):
-    """The ids transformers gives a conversation."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=ask, tokenize=True, return_dict=False
-    )
-
-
-def supervised(tokenizer, example):
-    """The text of every span."""
-    ids, spans = example[:2]
-    return [tokenizer.decode(ids[first:end]) for first, end, _ in spans]
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -150,296 +114,6 @@ def test_wrong_flag_on_the_command_line_ends_with_one_line_and_status_2(runner, 
     status, out, err = runner("data.py", "show", "FILE", *flags.split())
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("data.py: ") and said in err
-
-
-# ------------------------------------------------------------------- templates: ids as transformers
-
-CONVERSATIONS = {
-    "one turn": [user("Hello, how are you?"), assistant("I am fine, thank you!")],
-    "system": [system("You are a helpful assistant."), user("Who are you?"), assistant("(B).")],
-    "turns": [user("What is 12 + 35?"), assistant("It's 47!"), user("Sure?"), assistant("Yes."),
-              user("Really?"), assistant("")],
-    "Chinese": [system("请用中文回答。"), user("中国的首都是哪里？"),
-                assistant("北京是中国的首都。🙂")],
-    "spaces": [system("  a  "), user("  two before, two after  "), assistant("  so do I  ")],
-    "newlines": [system("\nx\n"), user("\n\na\r\nb\n"), assistant("\n1\n\n2\n\n\n")],
-    "code": [user("Code?"), assistant("```python\ndef f(x):\n\treturn x * 2  # 床\n```")],
-    "reasoning": [user("q"), assistant("<think>\nhm,\n\nso\n</think>\n\nIt is 47."), user("and"),
-                  assistant("<think>\nwell\n</think>\n\n48")],
-    "empty reasoning": [user("q"), assistant("<think>\n\n</think>\n\n47"), user("and"),
-                        assistant("<think>\n</think>48")],
-    "odd reasoning": [user("q"), assistant("a <think> b\n</think>\n c </think> \n\n d"),
-                      user("and"),
-                      assistant("<think>\n\n  x <think>\n y  \n</think> c </think>\n\n\n d")],
-    "jinja": [user("{{ x }} {% if a %}\"'\\"), assistant("{# c #} \\n <bos> <eos> {}")],
-}
-WITH_TEMPLATE = [name for name, spec in TOKENIZERS.items() if spec["template"]]
-HAS_SYSTEM = ("system", "Chinese", "spaces", "newlines")
-
-
-def test_these_tests_meet_the_tokenizer_of_every_family():
-    assert {spec["tokenizer"] for spec in FAMILIES.values()} <= set(TOKENIZERS)
-
-
-@pytest.mark.parametrize("style", ["old", "new"])
-def test_template_is_read_from_either_place_a_checkpoint_keeps_it_in(style, tmp_path):
-    write_tokenizer(tmp_path, "qwen2_5", style)
-    assert data.ChatTokenizer(tmp_path).template.default_system.startswith("You are Qwen")
-
-
-@pytest.mark.parametrize("talk", CONVERSATIONS)
-@pytest.mark.parametrize("name", WITH_TEMPLATE)
-def test_ids_equal_those_of_transformers_and_so_does_the_prompt(name, talk, chat, theirs):
-    messages = CONVERSATIONS[talk]
-    prompt = chat(name).prompt_ids(messages[:-1])
-    assert prompt == rendered_by(theirs(name), messages[:-1], True)
-    if name == "mistral" and talk in HAS_SYSTEM:  # its own template loses the system text here
-        assert rendered_by(theirs(name), messages, False) == rendered_by(
-            theirs(name), messages[1:], False
-        )
-        assert render(chat(name), messages)[0][: len(prompt)] == prompt
-    else:
-        assert render(chat(name), messages)[0] == rendered_by(theirs(name), messages, False)
-
-
-@pytest.mark.parametrize("talk", CONVERSATIONS)
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_prompt_is_the_beginning_of_the_conversation_with_its_answer(name, talk, chat):
-    messages = CONVERSATIONS[talk]
-    if name == "minimind" and talk in ("reasoning", "odd reasoning"):
-        pytest.skip("its prompt holds an empty <think> block, its answers with reasoning do not")
-    for end in range(2, len(messages) + 1):
-        if messages[end - 1]["role"] == "assistant":
-            prompt = chat(name).prompt_ids(messages[: end - 1])
-            assert render(chat(name), messages[:end])[0][: len(prompt)] == prompt
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_saved_tokenizer_renders_the_same_ids_in_transformers(name, chat, tmp_path):
-    chat(name).save(tmp_path)
-    saved = AutoTokenizer.from_pretrained(tmp_path)
-    for messages in CONVERSATIONS.values():
-        assert rendered_by(saved, messages, False) == render(chat(name), messages)[0]
-        assert rendered_by(saved, messages[:-1], True) == chat(name).prompt_ids(messages[:-1])
-
-
-def test_tokenizer_saved_over_another_one_replaces_it(folder_of, chat, tmp_path):
-    write_tokenizer(tmp_path, "llama3", "new")
-    chat("qwen2_5").save(tmp_path)
-    saved = AutoTokenizer.from_pretrained(tmp_path)
-    again = data.ChatTokenizer(tmp_path)
-    for messages in CONVERSATIONS.values():
-        ids, spans = render(chat("qwen2_5"), messages)
-        assert rendered_by(saved, messages, False) == ids
-        assert render(again, messages) == (ids, spans)
-
-
-def test_tokenizer_saved_in_its_own_folder_stays_the_same_and_leaves_no_other_files(tmp_path):
-    write_tokenizer(tmp_path, "qwen2_5")
-    before = data.ChatTokenizer(tmp_path)
-    before.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "tokenizer_config.json"]
-    for messages in CONVERSATIONS.values():
-        assert render(data.ChatTokenizer(tmp_path), messages) == render(before, messages)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_system_message_between_turns_is_rendered_like_the_saved_tokenizer_or_refused(
-    name, chat, tmp_path
-):
-    messages = [user("a"), assistant("b"), system("new rules"), user("c"), assistant("d")]
-    if name in {"llama2", "mistral", "yi1_5", "llama3_1"}:  # no room for it in these
-        with pytest.raises(InputError, match="system message only at the start"):
-            render(chat(name), messages)
-        return
-    chat(name).save(tmp_path)
-    saved = AutoTokenizer.from_pretrained(tmp_path)
-    assert rendered_by(saved, messages, False) == render(chat(name), messages)[0]
-
-
-NEEDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-FORCED = [(n, t) for n in TOKENIZERS for t in data.TEMPLATES
-          if t not in NEEDS or NEEDS[t] in TOKENIZERS[n]["tokens"]]
-REFUSED = [(n, t) for n in TOKENIZERS for t in NEEDS if (n, t) not in FORCED]
-
-
-# Metaspace "first" writes a space before the first text of a whole string; ours are encoded apart
-METASPACE = [("mistral", "deepseek"), ("mistral", "plain")]
-
-
-@pytest.mark.parametrize(("name", "form"), [
-    pytest.param(*c, marks=[pytest.mark.xfail(strict=True)] if c in METASPACE else ())
-    for c in FORCED
-])
-def test_saved_tokenizer_renders_a_forced_template_the_same_in_transformers(
-    name, form, chat, tmp_path
-):
-    tokenizer = chat(name, form)
-    assert tokenizer.template.name == form
-    tokenizer.save(tmp_path)
-    saved = AutoTokenizer.from_pretrained(tmp_path)
-    for messages in CONVERSATIONS.values():
-        prompt = tokenizer.prompt_ids(messages[:-1])
-        ids = render(tokenizer, messages)[0]
-        assert ids[: len(prompt)] == prompt
-        assert rendered_by(saved, messages, False) == ids
-        assert rendered_by(saved, messages[:-1], True) == prompt
-
-
-@pytest.mark.parametrize(("name", "form"), FORCED)
-def test_saved_template_is_recognised_again(name, form, chat, tmp_path):
-    chat(name, form).save(tmp_path)
-    again = data.ChatTokenizer(tmp_path)
-    for messages in CONVERSATIONS.values():
-        assert render(again, messages) == render(chat(name, form), messages)
-
-
-@pytest.mark.parametrize(("name", "form"), REFUSED)
-def test_template_whose_end_of_turn_the_tokenizer_lacks_is_refused(name, form, folder_of):
-    with pytest.raises(InputError, match=f"template {form} ends a turn with .*--template"):
-        data.ChatTokenizer(folder_of(name), form)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_raw_text_is_encoded_as_by_transformers_and_ends_with_eos(name, chat, theirs):
-    for text in ("Hello, how are you?", "  床前明月光，\n\n 12+35\t", "x"):
-        ids, spans = chat(name).encode([chat(name).text_pieces(text)])[0]
-        assert ids.tolist() == [*theirs(name)(text).input_ids, chat(name).eos_id]
-        assert spans == ((1, len(ids), 1.0),)
-
-
-def test_unknown_template_and_unreadable_tokenizers_are_refused_in_one_line(tmp_path, folder_of):
-    with pytest.raises(InputError, match=r"unknown template 'chatlm'.*chatml"):
-        data.ChatTokenizer(folder_of("qwen2"), "chatlm")
-    with pytest.raises(InputError, match=r"tokenizer.json is missing"):
-        data.ChatTokenizer(tmp_path)
-    write_tokenizer(tmp_path, "qwen2")
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
-    with pytest.raises(InputError, match=r"no known family.*--template"):
-        data.ChatTokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"tokenizer_config.json is not JSON"):
-        data.ChatTokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint(
-    name, folder_of, tmp_path
-):
-    spec = TOKENIZERS[name]
-    write_tokenizer(tmp_path, name)
-    stops = {data.ChatTokenizer(tmp_path).tokenizer.token_to_id(t) for t in spec.get("stops", [])}
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(stops)}))
-    tokenizer = data.ChatTokenizer(tmp_path)
-    ended = render(tokenizer, [HI, YO])[1][-1][1] - 1
-    expected = stops | {tokenizer.eos_id, render(tokenizer, [HI, YO])[0][ended]}
-    assert tokenizer.stop_ids == sorted(expected)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
-    own = {0, tokenizer.stop_id, tokenizer.eos_id}
-    assert data.ChatTokenizer(tmp_path).stop_ids == sorted(own)
-
-
-# ------------------------------------------------------------------------------- what is supervised
-
-
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_supervised_are_exactly_the_answers_and_the_token_that_ends_each_turn(name, chat):
-    tokenizer = chat(name)
-    ids, spans = render(tokenizer, TALK)
-    stop = tokenizer.decode([tokenizer.stop_id])
-    given = "<think></think>" if name == "qwen3" else ""  # an empty block before the last answer
-    answers = ["".join(text.split()) for text in supervised(tokenizer, (ids, spans))]
-    assert answers == ["It's47!" + stop, given + "很高兴为你服务。Bye." + stop]
-    assert [first for first, _, _ in spans] == [len(tokenizer.prompt_ids(TALK[:k])) for k in (2, 4)]
-    assert [ids[end - 1] for _, end, _ in spans] == [tokenizer.stop_id] * 2
-    assert [weight for _, _, weight in spans] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_train_on_last_supervises_the_last_answer_alone_and_changes_no_token(name, chat):
-    ids, spans = render(chat(name), TALK)
-    assert render(chat(name), TALK, train_on="last") == (ids, spans[1:])
-
-
-def test_train_false_and_weight_of_a_message_reach_its_span(letters):
-    def spans(first, second):
-        example = render(letters, [HI, assistant("a", **first), HI, assistant("b", **second)])
-        return supervised(letters, example), [weight for _, _, weight in example[1]]
-
-    a, b = "a<|im_end|>", "b<|im_end|>"
-    assert spans({"train": False}, {}) == ([b], [1.0])
-    assert spans({}, {"train": False}) == ([a], [1.0])
-    assert spans({"weight": 0.25}, {"weight": 3}) == ([a, b], [0.25, 3])
-    assert spans({"weight": 0}, {"train": False}) == ([], [])
-
-
-def test_both_answers_of_a_pair_are_supervised_but_no_answer_of_its_history(letters, tmp_path):
-    row = {"prompt": [HI, assistant("well"), user("so?")], "chosen": "yo", "rejected": "no"}
-    examples, _ = data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters, keep_all=True)
-    assert [supervised(letters, e) for e in examples] == [["yo<|im_end|>"], ["no<|im_end|>"]]
-
-
-def control_ids(tokenizer, name):
-    """The ids that begin or end something: those of a rendered conversation, bos and every stop."""
-    spec = TOKENIZERS[name]
-    ids = {tokenizer.tokenizer.token_to_id(token) for token in spec["tokens"]}
-    used = {*render(tokenizer, TALK)[0], *tokenizer.stop_ids}
-    return {i for i in ids if i in used} - {
-        tokenizer.tokenizer.token_to_id(t) for t in ("<think>", "</think>")
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "marked"),
-    [(n, marked) for n in TOKENIZERS for marked in (True, False)],
-)
-def test_content_cannot_forge_a_turn_or_its_end_even_where_no_added_token_is_marked_special(
-    name, marked, tmp_path
-):
-    write_tokenizer(tmp_path, name)
-    if not marked:
-        path = tmp_path / "tokenizer.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        for token in settings["added_tokens"]:
-            token["special"] = False
-        path.write_text(json.dumps(settings), encoding="utf-8")
-    tokenizer = data.ChatTokenizer(tmp_path)
-    tokenizer = pickle.loads(pickle.dumps(tokenizer))  # as the processes of `parallel` get it
-    control = control_ids(tokenizer, name)
-    shown = tokenizer.decode(render(tokenizer, [HI, YO, HI, YO])[0])
-    evil = "a " + "".join(TOKENIZERS[name]["tokens"]) + shown + " b"
-
-    def count(text):
-        ids, spans = render(tokenizer, [system(text), user(text), assistant(text)])
-        assert [end for _, end, _ in spans][-1] - 1 == ids.index(tokenizer.stop_id, spans[0][0])
-        return Counter(i for i in ids if i in control)
-
-    assert len(control) >= 1 and count(evil) == count("a b")
-    assert count(evil).total() > 0
-
-
-@pytest.mark.parametrize(
-    ("form", "pair"),
-    [("deepseek", ":▁"), ("llama2", "]▁"), ("mistral", "]▁"), ("plain", "\na")],
-)
-def test_no_token_straddles_the_border_between_prompt_and_answer(form, pair, tmp_path):
-    vocab = ["</s>", "▁", "\n", *map(chr, range(33, 127)), pair]
-    bare = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [tuple(pair)]))
-    bare.normalizer, bare.decoder = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
-    bare.add_special_tokens(["</s>"])
-    bare.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
-    tokenizer = data.ChatTokenizer(tmp_path, form)
-    messages = [user("q"), assistant("a cat")]
-    (ids, spans), prompt = render(tokenizer, messages), tokenizer.prompt_ids(messages[:1])
-    text = tokenizer.decode(ids, special=False).rstrip("\n")
-    tempting = bare.encode(text).ids
-    assert tempting[: len(prompt)] != prompt  # in one go the tokenizer would straddle it
-    assert ids[: len(prompt)] == prompt
-    assert spans == ((len(prompt), ids.index(0) + 1, 1.0),)
-    assert "".join(supervised(tokenizer, (ids, spans))[0].split()) == "acat</s>"
 
 
 # --------------------------------------------------------------------------------------- truncation
@@ -1109,17 +783,6 @@ def test_real_file_is_read_whole_and_has_something_to_supervise_in_every_row(nam
     pairs = sum(row.chosen is not None for row in rows)
     assert (pairs == len(rows)) == name.startswith("dpo")
     assert all((row.label is not None) == name.startswith("kto") for row in rows)
-
-
-@needs_shared
-def test_real_conversations_have_the_ids_of_transformers():
-    folder = SHARED / "models" / "minimind-tokenizer"
-    ours, loaded = data.ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    for name in ("belle_multiturn_sample.jsonl", "alpaca_en_demo.json"):
-        for row in parsed(SHARED / "data" / name)[:50]:
-            assert render(ours, row.messages)[0] == rendered_by(loaded, row.messages, False)
-            prompt = row.messages[:-1]
-            assert ours.prompt_ids(prompt) == rendered_by(loaded, prompt, True)
 
 
 @needs_shared

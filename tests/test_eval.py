@@ -67,7 +67,7 @@ def letters(tmp_path_factory):
     tokenizer = data.ChatTokenizer(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48,
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
         num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,
         eos_token_id=tokenizer.stop_id, bos_token_id=None)).eval()
     model.save_pretrained(folder)
@@ -93,7 +93,7 @@ def reference_answer(model, tokenizer, ids, count):
 
 # -------------------------------------------------------------------------------- log-probabilities
 
-MIXED = [{"messages": TALK}, {"prompt": "What is 12 + 35?", "completion": "It's 47!"},
+MIXED = [{"messages": TALK[1:]}, {"prompt": "What is 12 + 35?", "completion": "It's 47!"},
          {"text": "The quick brown fox jumps over the lazy dog."}, PAIRS["prompt and strings"],
          {"messages": [HI]}, {"prompt": "hi", "completion": "yo", "label": False},
          {"instruction": "举头望明月", "output": "低头思故乡。"}]
@@ -194,7 +194,7 @@ def test_greedy_answers_are_those_of_transformers(name, family, tmp_path):
             ids = tokenizer.prompt_ids(prompt)
             answer = reference_answer(model, tokenizer, ids, 7)
             assert row["messages"][-1] == assistant(answer)
-    ids = tokenizer.encode([tokenizer.text_pieces(text)[:-1]])[0][0].tolist()
+    ids = tokenizer.encode([tokenizer.text(text, end=False)])[0][0].tolist()
     assert rows[7]["text"] == text + reference_answer(model, tokenizer, ids, 7)
     assert {row["finish"] for row in rows} <= {"stop", "length"}
 

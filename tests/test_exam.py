@@ -203,8 +203,8 @@ def test_prompts_scores_and_predictions_are_those_of_lm_eval(
     requests = []
     for doc, question in zip(task.eval_docs, subject.questions, strict=True):
         context = task.fewshot_context(doc, shots)
-        assert context == text_of(evaluation.prompt_pieces(
-            tokenizer, subject, question, shots, p, False), tokenizer)
+        assert context == text_of(evaluation.prompt_plan(
+                tokenizer, subject, question, shots, p, False)[0], tokenizer)
         requests += task.construct_requests(doc, context)
     scores = torch.tensor([r[0] for r in lm.loglikelihood(requests, disable_tqdm=True)]).view(-1, 4)
     ours = torch.tensor([list(a["logprobs"].values()) for a in found])
@@ -227,8 +227,8 @@ def test_scores_on_a_prefix_are_those_of_full_prompts_by_transformers(
     assert len(by_id) == len(predictions) == sum(SIZES.values())
     for subject in subjects:
         for question in subject.questions:
-            prompt = text_of(evaluation.prompt_pieces(
-                tokenizer, subject, question, shots, p, False), tokenizer)
+            prompt = text_of(evaluation.prompt_plan(
+                tokenizer, subject, question, shots, p, False)[0], tokenizer)
             before = tokenizer.tokenizer.encode(prompt).ids
             expected = {}
             for letter in "ABCD":
@@ -349,8 +349,8 @@ def test_long_prompts_lose_whole_shots_oldest_first(place, tmp_path):
     tokenizer, law = data.ChatTokenizer(place / "one"), subjects[1]
 
     def length(question, shots):
-        pieces = evaluation.prompt_pieces(tokenizer, law, question, shots, p, False)
-        return len(text_of(pieces, tokenizer).encode())
+        plan, _ = evaluation.prompt_plan(tokenizer, law, question, shots, p, False)
+        return len(text_of(plan, tokenizer).encode())
 
     context = length(law.questions[0], 3)  # others are longer
     sheet = evaluation.make_sheet(tokenizer, law, c, context)

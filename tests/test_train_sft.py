@@ -129,7 +129,7 @@ def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
     tokenizer = data.ChatTokenizer(tmp_path / "base")
     examples, _ = data.load_examples([str(rows)], tokenizer)
     length = max(len(e.ids) for e in examples)
-    ids = torch.zeros(6, length, dtype=torch.long)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, e in enumerate(examples):
         ids[row, : len(e.ids)] = torch.from_numpy(e.ids).long()
@@ -164,7 +164,7 @@ def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference
     messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "the sea"}]
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     our_tokenizer = data.ChatTokenizer(work / "reference")
-    assert ids == our_tokenizer.encode([our_tokenizer.pieces(messages)])[0][0].tolist()
+    assert ids == our_tokenizer.encode(our_tokenizer.conversation(messages))[0][0].tolist()
     with torch.no_grad():
         states, _ = ours.hidden(torch.tensor(ids), [len(ids)])
         torch.testing.assert_close(ours.next_logits(states), theirs(torch.tensor([ids])).logits[0],

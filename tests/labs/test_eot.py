@@ -33,7 +33,7 @@ def test_new_turn_end_begins_as_eos_and_ends_the_answer(family, tmp_path):
         assert torch.equal(b[end], a[eos]) and torch.equal(b[:end], a[:end])
         assert torch.equal(b[end + 1 :], a[end + 1 :])
     messages = [user("q"), assistant("an answer")]
-    ids, spans = after.encode([after.pieces(messages)])[0]
+    ids, spans = after.encode(after.conversation(messages))[0]
     assert ids[spans[-1][1] - 1] == end
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs.apply_chat_template(messages, return_dict=False) == ids.tolist()

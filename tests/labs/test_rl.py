@@ -27,7 +27,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rl")
     families.make_checkpoint(folder / "base", "smollm2")
     # A random model hardly ever ends: here every third token ends an answer.
-    stops = list(range(0, data.ChatTokenizer(folder / "base").tokenizer.get_vocab_size(), 3))
+    stops = list(range(0, data.ChatTokenizer(folder / "base").vocab_size, 3))
     (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     jsonl(folder / "ask.jsonl", *ASK)
     (folder / "reward.py").write_text(

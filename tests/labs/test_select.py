@@ -75,7 +75,7 @@ def test_states_are_the_mean_of_the_last_hidden_states(checkpoint):
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = data.ChatTokenizer(checkpoint)
     for i in range(8):
-        ids = tokenizer.encode([tokenizer.pieces(rows[i]["messages"])])[0][0]
+        ids = tokenizer.encode(tokenizer.conversation(rows[i]["messages"]))[0][0]
         with torch.no_grad():
             states = theirs(torch.tensor(ids.astype(int))[None], output_hidden_states=True)
         mean = states.hidden_states[-1][0].mean(0)
@@ -101,7 +101,7 @@ def test_ifd_is_the_ratio_of_mean_losses_with_and_without_the_question(tmp_path,
 
     def loss(messages):
         """Mean NLL of the last answer and its end."""
-        ids, spans = tokenizer.encode([tokenizer.pieces(messages, "last")])[0]
+        ids, spans = tokenizer.encode(tokenizer.conversation(messages, train_on="last"))[0]
         ids, (first, end, _) = torch.tensor(ids.astype(int)), spans[-1]
         with torch.no_grad():
             logp = theirs(ids[None]).logits[0].log_softmax(-1)
@@ -125,7 +125,7 @@ def test_ifd_compares_the_same_tokens_so_rows_that_do_not_fit_have_none(tmp_path
     rows = [asked("q" * 30, "an answer"), asked("q", "yes")]
     path = jsonl(tmp_path / "a.jsonl", *rows)
     tokenizer = data.ChatTokenizer(checkpoint)
-    size = len(tokenizer.encode([tokenizer.pieces(rows[1]["messages"])])[0][0])
+    size = len(tokenizer.encode(tokenizer.conversation(rows[1]["messages"]))[0][0])
     flags = ["--method", "ifd", "--model", checkpoint, "--n", 2, "--max_length", size]
     kept, out = run_lab("select", [path], *flags)
     assert rows[0] not in kept and "dropped 1: nothing to score, or above --max_length" in out

@@ -1,0 +1,306 @@
+"""Chat templates: the ids of transformers, what of them the assistant writes, and no forgery.
+
+`theirs` is always transformers' PreTrainedTokenizerFast with the same files.
+"""
+
+import functools
+import json
+import os
+import pickle
+from collections import Counter
+
+import pytest
+from conftest import HI, SHARED, TALK, YO, assistant, jsonl, render, supervised, system, user
+from families import FAMILIES
+from family_tokenizers import TOKENIZERS, write_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import InputError
+
+
+@pytest.fixture(scope="session")
+def theirs(folder_of):
+    """A function from the name of a tokenizer to transformers' reading of it."""
+    return functools.cache(lambda name: PreTrainedTokenizerFast.from_pretrained(folder_of(name)))
+
+
+def rendered_by(tokenizer, messages, ask=False, **options):
+    """The ids transformers gives a conversation."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=ask, return_dict=False,
+                                         **options)
+
+
+def texts(tokenizer, messages, tools=None, **options):
+    """For each example of a conversation the texts of its spans."""
+    plans = tokenizer.conversation(messages, tools, **options)
+    return [supervised(tokenizer, example) for example in tokenizer.encode(plans)]
+
+
+# ------------------------------------------------------------------------------ ids as transformers
+
+CONVERSATIONS = {
+    "one turn": [user("Hello, how are you?"), assistant("I am fine, thank you!")],
+    "system": [system("You are a helpful assistant."), user("Who are you?"), assistant("(B).")],
+    "turns": [user("What is 12 + 35?"), assistant("It's 47!"), user("Sure?"), assistant("Yes."),
+              user("Really?"), assistant("")],
+    "Chinese": [system("请用中文回答。"), user("中国的首都是哪里？"),
+                assistant("北京是中国的首都。🙂")],
+    "spaces": [system("  in short  "), user("  two before, two after  "), assistant("  so do I  ")],
+    "empty system": [system(""), user("hi"), assistant("yo")],
+    "newlines": [user("\n\na\r\nb\n"), assistant("\n1\n\n2\n\n\n")],
+    "code": [user("Code?"), assistant("```python\ndef f(x):\n\treturn x * 2  # 床\n```")],
+    "reasoning": [user("q"), assistant("<think>\nhm,\n\nso\n</think>\n\nIt is 47."), user("and"),
+                  assistant("<think>\nwell\n</think>\n\n48")],
+    "empty reasoning": [user("q"), assistant("<think>\n\n</think>\n\n47"), user("and"),
+                        assistant("<think>\n</think>48")],
+    "two questions": [user("q"), user("and"), assistant("48")],
+    "jinja": [user("{{ x }} {% if a %}\"'\\"), assistant("{# c #} \\n <bos> <eos> {}")],
+}
+WITH_TEMPLATE = [name for name, spec in TOKENIZERS.items() if spec["template"]]
+LOST = {("mistral", talk) for talk in ("system", "Chinese", "spaces")}  # once an answer follows
+REFUSED = {("mistral", "two questions")}  # by transformers as well
+
+
+def test_these_tests_meet_the_tokenizer_of_every_family():
+    assert {spec["tokenizer"] for spec in FAMILIES.values()} <= set(TOKENIZERS)
+
+
+@pytest.mark.parametrize("talk", CONVERSATIONS)
+@pytest.mark.parametrize("name", WITH_TEMPLATE)
+def test_ids_equal_those_of_transformers_and_so_does_the_prompt(name, talk, chat, theirs):
+    messages = CONVERSATIONS[talk]
+    if (name, talk) in REFUSED:
+        with pytest.raises(Exception, match="must alternate"):
+            rendered_by(theirs(name), messages)
+        with pytest.raises(InputError, match="refuses this: .*must alternate"):
+            chat(name).conversation(messages)
+        return
+    assert chat(name).prompt_ids(messages[:-1]) == rendered_by(theirs(name), messages[:-1], True)
+    if (name, talk) in LOST:
+        with pytest.raises(InputError, match="content: .*leaves out what the system says"):
+            chat(name).conversation(messages)
+    else:
+        assert render(chat(name), messages)[0] == rendered_by(theirs(name), messages)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_answer_is_supervised_in_the_text_in_which_it_is_generated(name, chat):
+    """Every example goes on where the prompt of its last answer ends."""
+    for talk in ("turns", "Chinese", "reasoning", "newlines"):
+        messages = CONVERSATIONS[talk]
+        if (name, talk) in {*LOST, ("minimind", "reasoning")}:
+            continue
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        examples = chat(name).encode(chat(name).conversation(messages))
+        starts = [ids[:first].tolist() for ids, spans in examples for first, _, _ in spans]
+        prompts = [chat(name).prompt_ids(messages[:i]) for i in answers]
+        assert starts == prompts
+
+
+def tokens_of(tokenizer, text):
+    return tokenizer.tokenizer.token_to_id(text)
+
+
+NEEDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
+FORCED = [(n, t) for n in TOKENIZERS for t in data.TEMPLATES
+          if t not in NEEDS or NEEDS[t] in TOKENIZERS[n]["tokens"]]
+
+
+@pytest.mark.parametrize(("name", "form"), FORCED)
+def test_saved_tokenizer_renders_a_forced_template_the_same_in_transformers(
+    name, form, chat, tmp_path
+):
+    tokenizer = chat(name, form)
+    assert tokenizer.template == form
+    tokenizer.save(tmp_path)
+    saved, again = PreTrainedTokenizerFast.from_pretrained(tmp_path), data.ChatTokenizer(tmp_path)
+    for messages in CONVERSATIONS.values():
+        ids, spans = render(tokenizer, messages)
+        assert rendered_by(saved, messages) == ids and render(again, messages) == (ids, spans)
+        prompt = tokenizer.prompt_ids(messages[:-1])
+        assert rendered_by(saved, messages[:-1], True) == prompt == ids[: spans[-1][0]]
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    (n, t) for n in TOKENIZERS for t in NEEDS if (n, t) not in FORCED])
+def test_template_whose_end_of_turn_the_tokenizer_lacks_is_refused(name, form, folder_of):
+    with pytest.raises(InputError, match="ends a turn with .*, no token .*--template"):
+        data.ChatTokenizer(folder_of(name), form)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_raw_text_is_encoded_as_by_transformers_and_ends_with_eos(name, chat, theirs):
+    for text in ("Hello, how are you?", "  床前明月光，\n\n 12+35\t", "x"):
+        ids, spans = chat(name).encode([chat(name).text(text)])[0]
+        assert ids.tolist() == [*theirs(name)(text).input_ids, chat(name).eos_id]
+        assert spans == ((1, len(ids), 1.0),)
+        assert chat(name).encode([chat(name).text(text, end=False)])[0][0].tolist() == \
+            ids[:-1].tolist()
+
+
+# --------------------------------------------------------------------------------- files and saving
+
+
+@pytest.mark.parametrize("style", ["old", "new"])
+def test_own_template_is_saved_byte_for_byte_from_either_place_it_is_kept_in(style, tmp_path):
+    write_tokenizer(tmp_path / "a", "qwen2_5", style)
+    write_tokenizer(tmp_path / "b", "llama3", "new")  # another tokenizer, that is replaced
+    tokenizer = data.ChatTokenizer(tmp_path / "a")
+    for folder in (tmp_path / "b", tmp_path / "a"):
+        tokenizer.save(folder)
+        assert sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "a"))
+        for path in (tmp_path / "a").iterdir():
+            assert (folder / path.name).read_bytes() == path.read_bytes()
+    again = data.ChatTokenizer(tmp_path / "b")
+    assert render(again, TALK) == render(tokenizer, TALK)
+
+
+def test_eos_named_only_in_special_tokens_map_is_found(tmp_path):
+    write_tokenizer(tmp_path, "llama2")
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    special = {key: config.pop(key) for key in ("bos_token", "eos_token")}
+    path.write_text(json.dumps({**config, "eos_token": None}), encoding="utf-8")
+    special["eos_token"] = {"content": special["eos_token"], "special": True}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    tokenizer = data.ChatTokenizer(tmp_path)
+    assert tokenizer.decode([tokenizer.eos_id]) == "</s>" == tokenizer.stop
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert rendered_by(theirs, TALK) == render(tokenizer, TALK)[0]
+
+
+def test_unknown_template_and_unreadable_tokenizers_are_refused_in_one_line(tmp_path, folder_of):
+    with pytest.raises(InputError, match=r"unknown template 'chatlm'.*chatml"):
+        data.ChatTokenizer(folder_of("qwen2"), "chatlm")
+    with pytest.raises(InputError, match=r"tokenizer.json is missing"):
+        data.ChatTokenizer(tmp_path)
+    write_tokenizer(tmp_path, "qwen2")
+    for source, said in (("{{ messages[0].content }}", "leaves out a plain answer.*--template"),
+                         ("{% for %}", "refuses this"), ("{{ nothing.there }}", "refuses this"),
+                         ("{{ ''.__class__.__mro__ }}", "refuses this"),
+                         ("{% for m in messages %}{{ m.content }}.{% endfor %}", "no token")):
+        (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
+        with pytest.raises(InputError, match=said) as error:
+            data.ChatTokenizer(tmp_path)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"tokenizer_config.json is not JSON"):
+        data.ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint(name, tmp_path):
+    spec = TOKENIZERS[name]
+    write_tokenizer(tmp_path, name)
+    stops = {tokens_of(data.ChatTokenizer(tmp_path), t) for t in spec.get("stops", [])}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(stops)}))
+    tokenizer = data.ChatTokenizer(tmp_path)
+    ids, spans = render(tokenizer, [HI, YO])
+    assert tokenizer.stop_ids == sorted(stops | {tokenizer.eos_id, ids[spans[-1][1] - 1]})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert data.ChatTokenizer(tmp_path).stop_ids == sorted({
+        0, tokenizer.stop_id, tokenizer.eos_id})
+
+
+# ------------------------------------------------------------------------------- what is supervised
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_supervised_are_exactly_the_answers_and_the_token_that_ends_each_turn(name, chat):
+    tokenizer, talk = chat(name), TALK[1:]
+    examples = texts(tokenizer, talk)
+    found = ["".join(text.split()) for spans in examples for text in spans]
+    given = "<think></think>" if name == "qwen3" else ""  # an empty block before an answer
+    assert found == [given + answer + tokenizer.stop
+                     for answer in ("It's47!", "很高兴为你服务。Bye.")]
+    assert len(examples) == (2 if name == "qwen3" else 1)  # which drops the block of past answers
+    assert texts(tokenizer, talk, train_on="last") == [examples[-1][-1:]]
+
+
+def test_train_false_and_weight_of_a_message_reach_its_span(letters):
+    def spans(first, second):
+        example = render(letters, [HI, assistant("a", **first), HI, assistant("b", **second)])
+        return supervised(letters, example), [weight for _, _, weight in example[1]]
+
+    a, b = "a<|im_end|>", "b<|im_end|>"
+    assert spans({"train": False}, {}) == ([b], [1.0])
+    assert spans({}, {"train": False}) == ([a], [1.0])
+    assert spans({"weight": 0.25}, {"weight": 3}) == ([a, b], [0.25, 3])
+    assert spans({"weight": 0}, {"train": False}) == ([], [])
+
+
+def test_both_answers_of_a_pair_are_supervised_but_no_answer_of_its_history(letters, tmp_path):
+    row = {"prompt": [HI, assistant("well"), user("so?")], "chosen": "yo", "rejected": "no"}
+    examples, _ = data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters, keep_all=True)
+    assert [supervised(letters, e) for e in examples] == [["yo<|im_end|>"], ["no<|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("form", "pair"),
+    [("deepseek", ":▁"), ("llama2", "]▁"), ("mistral", "]▁"), ("plain", "\na")],
+)
+def test_no_token_straddles_the_border_between_prompt_and_answer(form, pair, tmp_path):
+    vocab = ["</s>", "▁", "\n", *map(chr, range(33, 127)), pair]
+    bare = Tokenizer(models.BPE({t: i for i, t in enumerate(vocab)}, [tuple(pair)]))
+    bare.normalizer, bare.decoder = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
+    bare.add_special_tokens(["</s>"])
+    bare.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+    tokenizer = data.ChatTokenizer(tmp_path, form)
+    messages = [user("q"), assistant("a cat")]
+    (ids, spans), prompt = render(tokenizer, messages), tokenizer.prompt_ids(messages[:1])
+    text = tokenizer.decode(ids, special=False).rstrip("\n")
+    tempting = bare.encode(text).ids
+    assert tempting[: len(prompt)] != prompt  # in one go the tokenizer would straddle it
+    assert ids[: len(prompt)] == prompt
+    assert spans == ((len(prompt), ids.index(0) + 1, 1.0),)
+    assert "".join(supervised(tokenizer, (ids, spans))[0].split()) == "acat</s>"
+
+
+# -------------------------------------------------------------------------- content stays content
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["special", "unmarked"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_content_cannot_forge_a_turn_or_its_end_even_where_no_token_is_marked_special(
+    name, marked, tmp_path
+):
+    write_tokenizer(tmp_path, name)
+    if not marked:
+        path = tmp_path / "tokenizer.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        for token in settings["added_tokens"]:
+            token["special"] = False
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = pickle.loads(pickle.dumps(data.ChatTokenizer(tmp_path)))  # as other processes do
+    control = {tokens_of(tokenizer, text) for text in TOKENIZERS[name]["tokens"]}
+    control &= {*render(tokenizer, [HI, YO])[0], *tokenizer.stop_ids}
+    control -= {tokens_of(tokenizer, text) for text in ("<think>", "</think>")}
+    shown = tokenizer.decode(render(tokenizer, [HI, YO, HI, YO])[0])
+    evil = "a " + "".join(TOKENIZERS[name]["tokens"]) + shown + " b"
+    evil = evil.replace("</think>", "")  # templates look for this one
+
+    def count(text):
+        ids, spans = render(tokenizer, [user(text), assistant(text), user(text), assistant(text)])
+        assert spans[-1][1] - 1 == ids.index(tokenizer.stop_id, spans[-1][0])
+        return Counter(i for i in ids if i in control)
+
+    assert control and count(evil) == count("a b") and count(evil).total() > 0
+    plain = tokenizer.decode(render(tokenizer, [user(evil), YO])[0], special=False)
+    assert "a " + TOKENIZERS[name]["tokens"][0] in plain  # the text itself is all there
+
+
+# --------------------------------------------------------------------------------- real checkpoints
+
+
+@pytest.mark.skipif(not (SHARED / "models/minimind-tokenizer").is_dir(), reason="no ../shared here")
+def test_real_conversations_have_the_ids_of_transformers():
+    folder = SHARED / "models" / "minimind-tokenizer"
+    ours, loaded = data.ChatTokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    for name in ("belle_multiturn_sample.jsonl", "alpaca_en_demo.json"):
+        for _, row in list(data.read_rows([SHARED / "data" / name], quiet=True))[:50]:
+            assert render(ours, row.messages)[0] == rendered_by(loaded, row.messages)
+            prompt = row.messages[:-1]
+            assert ours.prompt_ids(prompt) == rendered_by(loaded, prompt, True)
