@@ -855,12 +855,20 @@ def import_world():
     return labs.world
 
 
+def find_demo(c: Config):
+    """labs/world.py if this is the built-in demo, whose files it makes anew; else None."""
+    if c.model != "out/demo/base" or any(Path(p).parent != Path("out/demo") for p in c.data):
+        return None
+    world = import_world()
+    return world if c.data == world.SFT_DEMO["data"] else None
+
+
 def main() -> None:
     """Read the flags, prepare, train, report."""
     c = resolve_config(Config, sys.argv[1:], RECIPES, lambda: import_world().SFT_DEMO)
     start_step, hardware = find_start_step(c), setup_hardware(c.dtype)
     quiet = hardware.rank > 0
-    world = import_world() if c.model == "out/demo/base" else None
+    world = find_demo(c)
     if world:
         if not quiet:
             world.make_demo(Path(c.model).parent)

@@ -521,6 +521,16 @@ def test_overwrite_replaces_a_finished_run_and_leaves_what_is_not_its_own(work):
     assert len(records) == 1 and stranger.read_text() == "somebody's"
 
 
+def test_checkpoint_in_the_demos_place_is_not_made_anew_for_other_data(work, monkeypatch):
+    (work / "place").mkdir()
+    monkeypatch.chdir(work / "place")
+    shutil.copytree(work / "base", "out/demo/base")
+    shutil.copyfile(work / "rows.jsonl", "out/demo/mine.jsonl")
+    before = contents(work / "place")
+    train(work, "placed", "--model", "out/demo/base", "--data", "out/demo/mine.jsonl", "--steps", 1)
+    assert contents(work / "place") == before
+
+
 def test_disk_that_is_full_is_said_in_one_line(work):
     """A limit on the size of files stands for it: small ones fit, the weights do not."""
     code = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (99_000, 99_000)); "
