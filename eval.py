@@ -8,16 +8,20 @@
 
 An exam asks which of four letters has the highest log-probability after a prompt. First comes how
 it asks, how an answer scores and what a score is worth; then the other three commands; then files,
-tables and flags. labs/exams.py adds MMLU, more protocols, answers in words and figures.
+and flags. labs/exams.py adds MMLU, more protocols and answers in words, labs/scores.py the table.
 
 Without --model a command takes the checkpoint the SFT demo leaves (out/sft), `exam` that of
 train_dpo.py if it is there (out/dpo); without --data `exam` takes the demo's exam.
 """
 
+import contextlib
 import csv
+import hashlib
+import importlib
 import json
 import math
 import os
+import select
 import sys
 import time
 from collections import Counter
@@ -59,6 +63,8 @@ class Exam(Common):
     protocol: Literal["official", "lm_eval", "qwen", "cot", "steel"] = "official"  # PROTOCOLS
     subject_names: Literal["zh", "handle"] = "zh"  # in C-Eval's header; its code writes the handle
     chat: bool = False  # ask in the checkpoint's chat template, shots as earlier turns
+    thinking: Literal["auto", "on", "off"] = "auto"  # reason before the letter; auto: as it does
+    thinking_tokens: int = 2048  # of reasoning and answer; at most half of the context
     skip_bad_rows: bool = False  # list and leave out questions that cannot be read
     output_dir: str = "out/exam"  # results.json, predictions.jsonl, accuracy.png
 
@@ -128,7 +134,11 @@ def prompt_plan(tokenizer: data.ChatTokenizer, subject: Subject, question: dict,
     for answer, text in zip(answers, asked[1:], strict=True):
         messages.append({"role": "assistant", "content": answer.strip()})
         messages.append({"role": "user", "content": text})
-    return (tokenizer.prompt(messages), "") if p.tokens else tokenizer.answer_prompt(messages)
+
+    # A letter is scored where an answer without reasoning begins. Words may begin with reasoning.
+    if p.scored == "text":
+        return tokenizer.prompt(messages), ""
+    return tokenizer.answer_prompt(messages)
 
 
 def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: Protocol,
@@ -158,15 +168,19 @@ class Sheet(NamedTuple):
     """A subject in a checkpoint's tokens."""
 
     subject: Subject
+    protocol: Protocol
     prompts: list  # ids of each question's prompt; None where it does not fit even alone
     shots: list  # how many of the shots are in it, or None
     options: list[tuple]  # ids of A, B, C, D after a prompt; none where the answer is words
     first: str  # the first prompt as text
 
 
-def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context: int) -> Sheet:
+def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context: int,
+               thinking: bool = False) -> Sheet:
     """Encode every prompt whole; one longer than the context loses whole shots, oldest first."""
     p = PROTOCOLS[c.protocol][c.benchmark]
+    if thinking:
+        p = p._replace(scored="text", tokens=min(c.thinking_tokens, context // 2))
     plans = []
     for question in subject.questions:
         plan, space = prompt_plan(tokenizer, subject, question, c.shots, p, c.chat)
@@ -184,9 +198,8 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
         fits = len(ids) <= room
         prompts.append(ids.tolist() if fits else None)
         kept.append(shots if fits else None)
-
     first = tokenizer.decode(plans[0].start) + plans[0].text
-    return Sheet(subject, prompts, kept, options, first)
+    return Sheet(subject, p, prompts, kept, options, first)
 
 
 # ==== read: how an answer scores ==================================================================
@@ -250,7 +263,7 @@ def choose_letter(logprobs: list[float]) -> dict:
             "logprobs": dict(zip(LETTERS, logprobs, strict=True))}
 
 
-def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet, p: Protocol,
+def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet,
                  micro_tokens: int) -> list[dict]:
     """The lines of predictions.jsonl of a subject."""
     lines = []
@@ -263,9 +276,9 @@ def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet, p: Protocol
     for shots in set(sheet.shots) - {None}:
         places = [i for i, kept in enumerate(sheet.shots) if kept == shots]
         prompts = [sheet.prompts[i] for i in places]
-        if p.scored == "text":
-            words = exams_lab("an answer in words")
-            found = words.answer_in_words(model, tokenizer, prompts, p, micro_tokens)
+        if sheet.protocol.scored == "text":
+            words = lab("exams", "an answer in words")
+            found = words.answer_in_words(model, tokenizer, prompts, sheet.protocol, micro_tokens)
         else:
             scores = score_options(model, prompts, sheet.options, micro_tokens)
             found = map(choose_letter, scores.tolist())
@@ -274,8 +287,21 @@ def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet, p: Protocol
     return lines
 
 
+def let_think(model, tokenizer: data.ChatTokenizer, c: Exam, sheets: list[Sheet]) -> list[Sheet]:
+    """Other sheets for a checkpoint that reasons before it answers: with prompts that let it.
+
+    A score is to be what the checkpoint would answer; behind an empty block of reasoning, where
+    the letters are scored, it would answer something else.
+    """
+    exams = lab("exams") if c.thinking == "auto" and c.chat else None
+    if exams is None or not exams.thinks(model, tokenizer, sheets):
+        return sheets
+    context = model.config.max_position_embeddings
+    return [make_sheet(tokenizer, sheet.subject, c, context, thinking=True) for sheet in sheets]
+
+
 def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: int,
-                  split: str = "", quiet: bool = True) -> tuple[Protocol, list[Sheet]]:
+                  split: str = "", quiet: bool = True) -> tuple[Exam, list[Sheet]]:
     """How an exam is asked during training: in the chat template, without shots."""
     c = resolve_exam(Exam(data=str(folder), split=split, shots=0, chat=True))
     sheets = [make_sheet(tokenizer, subject, c, context) for subject in read_exam(c)]
@@ -287,17 +313,17 @@ def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: in
     if not quiet and (lost or long):
         print(f"exam: {lost:.1%} of its characters are lost by the tokenizer, {long} questions do "
               "not fit")
-    return PROTOCOLS[c.protocol][c.benchmark], sheets
+    return c, sheets
 
 
 def count_right(model, tokenizer: data.ChatTokenizer, folder: str | Path, split: str = "",
                 micro_tokens: int = 8192, rank: int = 0, world: int = 1) -> tuple[int, int]:
     """(right, questions) of a training_exam; of several ranks each asks its share of subjects."""
     context = model.config.max_position_embeddings
-    p, sheets = training_exam(tokenizer, folder, context, split)
+    sheets = let_think(model, tokenizer, *training_exam(tokenizer, folder, context, split))
     right = count = 0
     for sheet in sheets[rank::world]:
-        for line in answer_sheet(model, tokenizer, sheet, p, micro_tokens):
+        for line in answer_sheet(model, tokenizer, sheet, micro_tokens):
             right += line["prediction"] == line["answer"]
             count += 1
     return right, count
@@ -325,16 +351,6 @@ def mcnemar(lost: int, won: int) -> float:
     if n < 25:
         return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
     return math.erfc(math.sqrt(max(abs(lost - won) - 1, 0) ** 2 / n / 2))
-
-
-def compare(before: list[dict], after: list[dict]) -> dict:
-    """Questions that a second checkpoint lost and won against a first, and McNemar's p."""
-    lost = won = 0
-    for a, b in zip(before, after, strict=True):
-        was, now = a["prediction"] == a["answer"], b["prediction"] == b["answer"]
-        lost += was and not now
-        won += now and not was
-    return {"lost": lost, "won": won, "p": mcnemar(lost, won)}
 
 
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
@@ -375,6 +391,7 @@ def summarize(benchmark: str, subjects: list[Subject], answers: list[dict]) -> d
         **total, "interval": wilson(total["correct"], n) if labelled else None,
         "floor": {"letter": best, "micro": times / n} if labelled else None,
         "letters": {x: letters[x] / n for x in LETTERS}, "invalid": letters[None] / n,
+        "unfinished": sum(a.get("unfinished", False) for a in answers),
         "shortened": sum(a["shots"] not in (None, len(subjects[0].shots)) for a in answers),
         "too_long": sum(a["shots"] is None for a in answers),
         "categories": {name: averages(handles) for name, handles in groups.items() if handles},
@@ -487,19 +504,19 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
         reference = row.chosen[-1]["content"]
     elif messages and messages[-1]["role"] == "assistant":
         reference = messages.pop()["content"]
-    check(messages and messages[-1]["role"] == "user",
+    check(messages and messages[-1]["role"] in ("user", "tool"),
           f"{row.where}: expected a conversation in which the user asks last")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return Asked(row, messages, reference, tokenizer.prompt(messages, row.tools))
 
 
-def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, number: int, sample: int,
+def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, k: int, n: int,
                 ids: list[int]) -> str:
-    """A line of the output: sample `sample` of row `number`, a training row again."""
+    """A line of the output: sample k, as a row that can be trained on again."""
     stopped = bool(ids) and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids)
-    line = {"row": number, "sample": sample, "finish": "stop" if stopped else "length"}
+    line = {"row": k // n, "sample": k % n, "finish": "stop" if stopped else "length"}
     if asked.row.text is not None:
         line["text"] = asked.row.text + text
     else:
@@ -509,7 +526,11 @@ def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, number: int, sample
 
 
 def generate_command(c: Generate) -> None:
-    """`eval.py generate`."""
+    """`eval.py generate`. Sample k belongs to row k // n; what is drawn for it depends on k alone.
+
+    Lines are written as they come, in order, beside the output's place; after a stop the same
+    command goes on behind them.
+    """
     check_flags(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
     rows = data.read_rows(c.data, parse=partial(data.parse_row, ask=True))
@@ -517,28 +538,67 @@ def generate_command(c: Generate) -> None:
     prompts = [ids.tolist() for ids, _ in tokenizer.encode([a.plan for a in asked])]
     for a, ids in zip(asked, prompts, strict=True):
         check(ids, f"{a.row.where}: expected some text to go on from")
+    lengths = [len(ids) + c.max_new_tokens for ids in prompts for _ in range(c.n)]
+    path, done = partial_output(c, prompts)
     model = open_model(c, tokenizer)
+    warn_of_context(model, max(lengths))
+    bar = tqdm(total=len(lengths), initial=done, desc="generate", unit=" samples",
+               disable=not sys.stderr.isatty())
+    try:
+        while done < len(lengths):
+            # The samples that fit one forward pass, at least one.
+            end, size = done + 1, lengths[done]
+            while end < len(lengths) and size + lengths[end] <= c.micro_tokens:
+                size += lengths[end]
+                end += 1
+            samples = range(done, end)
+            answers = modeling.generate(model, [prompts[k // c.n] for k in samples],
+                                        c.max_new_tokens, stop_ids=tokenizer.stop_ids,
+                                        sampling=c.sampling(), samples=samples)
+            with open(path, "a", encoding="utf-8") as file:
+                for k, ids in zip(samples, answers, strict=True):
+                    file.write(answer_line(tokenizer, asked[k // c.n], k, c.n, ids))
+            bar.update(end - done)
+            done = end
+    except KeyboardInterrupt:
+        print(f"\nstopped after {done} of {len(lengths)} samples; the same command goes on there")
+        sys.exit(130)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
-    # Sample k belongs to row k // n; what is drawn for it depends on k, not on its batch.
-    lengths = [len(p) + c.max_new_tokens for p in prompts for _ in range(c.n)]
-    lines, stopped = [""] * len(lengths), 0
-    chunks = data.micro_batches(lengths, c.micro_tokens)[0]
-    for chunk in tqdm(chunks, desc="generate", unit=" batches", disable=not sys.stderr.isatty()):
-        out = modeling.generate(model, [prompts[k // c.n] for k in chunk], c.max_new_tokens,
-                                stop_ids=tokenizer.stop_ids, sampling=c.sampling(), samples=chunk)
-        for k, ids in zip(chunk, out, strict=True):
-            lines[k] = answer_line(tokenizer, asked[k // c.n], k // c.n, k % c.n, ids)
-            stopped += bool(ids) and ids[-1] in tokenizer.stop_ids
-    modeling.write_lines(Path(c.output), lines)
-    print(f"{len(lines)} samples of {len(asked)} rows in {c.output}; {stopped} ended themselves")
+    os.replace(path, c.output)
+    stopped = Path(c.output).read_text(encoding="utf-8").count('"finish": "stop"')
+    print(f"{done} samples of {len(prompts)} rows in {c.output}; {stopped} ended themselves")
 
 
-def stream_answer(model, tokenizer: data.ChatTokenizer, messages: list[dict], c: SamplingFlags,
+def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
+    """(the file that grows until the output is whole, how many lines an earlier run left in it).
+
+    Other flags, prompts or weights give it another name: no answers of theirs stand in it.
+    """
+    times = [path.stat().st_mtime_ns for path in modeling.weight_files(Path(c.model))]
+    job = repr((replace(c, output="", micro_tokens=1), prompts, times))
+    key, output = hashlib.sha256(job.encode()).hexdigest()[:12], Path(c.output)
+    path = output.with_name(f".{output.name}.{key}.partial")
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    modeling.write_lines(path, (line + "\n" for line in whole))  # a stop may cut the last one
+    return path, len(whole)
+
+
+def warn_of_context(model, tokens: int) -> None:
+    """Say that prompt and answer may be longer than what the checkpoint was trained for."""
+    context = model.config.max_position_embeddings
+    if tokens > context:
+        print(f"prompt and answer may reach {tokens} tokens; beyond the context of {context} "
+              "answers are unreliable")
+
+
+def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: SamplingFlags,
                   write) -> str:
     """Generate one answer, calling write(text) as it grows; half of a UTF-8 character waits."""
     ids, shown = [], ""
-    steps = modeling.generate_steps(model, [tokenizer.prompt_ids(messages)], c.max_new_tokens,
-                                    stop_ids=tokenizer.stop_ids, sampling=c.sampling())
+    steps = modeling.generate_steps(model, [prompt], c.max_new_tokens, tokenizer.stop_ids,
+                                    sampling=c.sampling())
     for (token,) in steps:
         if token in tokenizer.stop_ids:
             break
@@ -552,6 +612,14 @@ def stream_answer(model, tokenizer: data.ChatTokenizer, messages: list[dict], c:
     return text
 
 
+def read_question() -> str:
+    """A question from the terminal: a line, or all lines of a pasted text, which come at once."""
+    lines = [input("> ")]
+    while sys.stdin.isatty() and os.name == "posix" and select.select([0], [], [], 0.05)[0]:
+        lines.append(input())
+    return "\n".join(lines).strip()
+
+
 def chat_command(c: Chat) -> None:
     """`eval.py chat`."""
     check_flags(c)
@@ -559,11 +627,13 @@ def chat_command(c: Chat) -> None:
     model = open_model(c, tokenizer)
     start = [{"role": "system", "content": c.system}] if c.system else []
     messages = list(start)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() then has line editing and a history)
     print(f"{c.model}, template {tokenizer.template}; /reset forgets, /quit ends")
 
     while True:
         try:
-            question = input("> ").strip()
+            question = read_question()
         except (EOFError, KeyboardInterrupt):
             question = "/quit"
 
@@ -578,8 +648,10 @@ def chat_command(c: Chat) -> None:
             print(f"unknown command {question}; /reset forgets, /quit ends")
         elif question:
             messages.append({"role": "user", "content": question})
+            prompt = tokenizer.prompt_ids(messages)
+            warn_of_context(model, len(prompt) + c.max_new_tokens)
             try:
-                answer = stream_answer(model, tokenizer, messages, c,
+                answer = stream_answer(model, tokenizer, prompt, c,
                                        lambda text: print(text, end="", flush=True))
                 messages.append({"role": "assistant", "content": answer})
             except KeyboardInterrupt:  # ends this answer, not the conversation
@@ -620,15 +692,19 @@ traditional_chinese_medicine 中医中药
 """
 
 
-def exams_lab(wanted: str = ""):
-    """labs/exams.py, its protocols added; without it None, or InputError if `wanted` needs it."""
+def lab(name: str, wanted: str = ""):
+    """labs/NAME.py; where it is missing None, or InputError if something `wanted` needs it.
+
+    labs/exams.py adds its protocols to the table.
+    """
     try:
-        from labs import exams
+        module = importlib.import_module(f"labs.{name}")
     except ImportError:
-        check(not wanted, f"{wanted} needs labs/exams.py, which is missing here")
+        check(not wanted, f"{wanted} needs labs/{name}.py, which is missing here")
         return None
-    exams.add_protocols(PROTOCOLS)
-    return exams
+    if name == "exams":
+        module.add_protocols(PROTOCOLS)
+    return module
 
 
 def named_subjects(text: str) -> dict[str, tuple[str, str]]:
@@ -647,7 +723,7 @@ def subject_table(c: Exam) -> dict[str, tuple[str, str]]:
     if c.benchmark == "cmmlu":
         return named_subjects(CMMLU_SUBJECTS)
     if c.benchmark == "mmlu" or not path.exists():
-        table = exams_lab(f"{c.benchmark} in {c.data}").more_subjects(c.benchmark)
+        table = lab("exams", f"{c.benchmark} in {c.data}").more_subjects(c.benchmark)
     else:
         table = {}
         for handle, entry in modeling.read_json(path).items():
@@ -715,10 +791,12 @@ def read_questions(path: Path, columns: list[str], skip_bad_rows: bool) -> list[
 
 
 def recognize_benchmark(folder: Path) -> str:
-    """What a folder's files look like: C-Eval's, MMLU's or, otherwise, CMMLU's."""
-    if (folder / "subject_mapping.json").exists() or (folder / "dev/accountant_dev.csv").exists():
+    """Whose layout a folder has: C-Eval's files name their columns, MMLU's do not."""
+    if (folder / "subject_mapping.json").exists():
         return "ceval"
-    return "mmlu" if any(folder.glob("test/*_test.csv")) else "cmmlu"
+    for path in (*folder.glob("val/*_val.csv"), *folder.glob("test/*_test.csv")):
+        return "ceval" if b"question" in path.read_bytes().partition(b"\n")[0] else "mmlu"
+    return "cmmlu"
 
 
 def resolve_exam(c: Exam) -> Exam:
@@ -736,10 +814,11 @@ def resolve_exam(c: Exam) -> Exam:
                 split=c.split or ("val" if benchmark == "ceval" else "test"))
 
     if c.benchmark not in PROTOCOLS.get(c.protocol, {}):
-        exams_lab(f"--protocol {c.protocol} with {c.benchmark}")
+        lab("exams", f"--protocol {c.protocol} with {c.benchmark}")
     known = PROTOCOLS[c.protocol]
     check(c.benchmark in known, f"--protocol {c.protocol} is for {', '.join(known)} only")
     check(0 <= c.shots <= most, f"--shots {c.shots}: with --protocol {c.protocol} at most {most}")
+    check(c.chat or c.thinking != "on", "--thinking on needs --chat")
     check(c.benchmark == "ceval" or c.subject_names == "zh",
           "--subject_names is for C-Eval, whose table has both names")
     check(len(set(map(short_name, c.model))) == len(c.model),
@@ -750,15 +829,16 @@ def resolve_exam(c: Exam) -> Exam:
 def read_exam(c: Exam) -> list[Subject]:
     """The subjects of a resolved Exam, with its shots.
 
-    C-Eval's table says which files must be there; of the others any subjects are an exam.
+    A subject_mapping.json says which files must be there; else any subjects are an exam.
     """
     table, folder = subject_table(c), Path(c.data)
+    mapped = c.benchmark == "ceval" and (folder / "subject_mapping.json").exists()
 
     def path(split: str, handle: str) -> Path:
         ending = "" if c.benchmark == "cmmlu" else f"_{split}"
         return folder / split / f"{handle}{ending}.csv"
 
-    there = [h for h in table if c.benchmark == "ceval" or path(c.split, h).exists()]
+    there = [h for h in table if mapped or path(c.split, h).exists()]
     check(there, f"{folder / c.split} has no file of {c.benchmark}, such as "
           f"{path(c.split, next(iter(table), 'SUBJECT')).name}")
     unknown = [h for h in c.subjects if h not in table]
@@ -801,49 +881,6 @@ def short_name(folder: str) -> str:
     return str(Path(folder)).strip("./").replace("/", "-") or "model"
 
 
-def score_lines(r: dict) -> dict[str, tuple]:
-    """The table's column of a checkpoint: {label: (questions, cell)}, shares in percent."""
-
-    def percent(*shares, digits: int = 2) -> str:
-        return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
-
-    lines = {"accuracy in %": ("questions", short_name(r["model"]))}
-    for handle, row in r["subjects"].items():
-        lines[handle] = row["questions"], percent(row["accuracy"])
-    for name, row in {**r["categories"], "all": r}.items():
-        lines[f"{name}: macro / micro"] = row["questions"], percent(row["macro"], row["micro"])
-    if r["floor"]:
-        lines["95% interval of micro, low / high"] = "", percent(*r["interval"])
-        floor = percent(r["floor"]["micro"])
-        lines[f"floor of micro: always {r['floor']['letter']}"] = "", floor
-    lines["answered A / B / C / D"] = "", percent(*r["letters"].values(), digits=0)
-    lines["invalid"] = "", percent(r["invalid"])
-    lines["seconds"] = "", f"{r['seconds']:.1f}"
-    return lines
-
-
-def print_scores(results: list[dict], comparisons: list[dict]) -> None:
-    """One line per subject, one column per checkpoint; then what a reader must know."""
-    columns = [score_lines(r) for r in results]
-    table = []
-    for label, (count, _) in columns[0].items():
-        table.append((label, count, *(column[label][1] for column in columns)))
-    data.print_table(table)
-
-    for r in results:
-        name = short_name(r["model"])
-        if r["shortened"] or r["too_long"]:
-            print(f"{name}: {r['shortened']} prompts longer than the context lost shots; "
-                  f"{r['too_long']} questions do not fit even alone and count as wrong")
-        if r["characters_lost"]:
-            print(f"{name}: the tokenizer loses {r['characters_lost']:.1%} of the characters of "
-                  "the questions; the score means nothing")
-    for row in comparisons:
-        verdict = "a difference" if row["p"] < 0.05 else "which may be noise"
-        print(f"{row['first']} -> {row['second']}: {row['lost']} questions lost, {row['won']} won; "
-              f"McNemar p = {row['p']:.2g}, {verdict}")
-
-
 def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> None:
     """Say exactly what is asked."""
     count = sum(len(s.questions) for s in subjects)
@@ -875,17 +912,15 @@ def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None
                 form[a["subject"]][a["id"]] = a["prediction"] or ""
             modeling.write_json(folder / "submission.json", form)
 
-    comparisons = []
-    for i in range(1, len(results) if labelled else 0):
-        names = {"first": short_name(c.model[i - 1]), "second": short_name(c.model[i])}
-        comparisons.append(names | compare(answers[i - 1], answers[i]))
-    print_scores(results, comparisons)
-    if comparisons:
-        modeling.write_json(output / "comparison.json", {"mcnemar": comparisons})
+    report = lab("scores")
+    if report:
+        report.report(output, results, answers)
+    else:
+        for r in results:
+            print(f"{short_name(r['model'])}: {r['correct']} of {r['questions']} questions right; "
+                  f"interval {r['interval']}, floor {r['floor']}")
     if not labelled:
         print("the split has no labels: no accuracy, but a submission.json")
-    elif exams_lab():
-        exams_lab().draw_exam(output / "accuracy.png", results)
     print(f"results in {output}")
 
 
@@ -893,10 +928,10 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
                      world: int) -> tuple[list[dict], dict]:
     """(answers in order, what results.json says); every rank answers some of the subjects."""
     model, began = open_model(c, tokenizer), time.perf_counter()
+    sheets = let_think(model, tokenizer, c, sheets)
     mine = tqdm(sheets[rank::world], desc=str(tokenizer.folder), unit=" subjects",
                 disable=rank > 0 or not sys.stderr.isatty())
-    p = PROTOCOLS[c.protocol][c.benchmark]
-    parts = [[answer_sheet(model, tokenizer, sheet, p, c.micro_tokens) for sheet in mine]]
+    parts = [[answer_sheet(model, tokenizer, sheet, c.micro_tokens) for sheet in mine]]
 
     # Only the answers travel: subject i was asked by rank i % world, as its number i // world.
     if world > 1:
@@ -909,7 +944,8 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
     asked = {name: getattr(c, name) for name in (
         "data", "benchmark", "split", "protocol", "shots", "chat", "subject_names")}
     subjects = [sheet.subject for sheet in sheets]
-    return answers, {**asked, "dtype": str(model.head.dtype).removeprefix("torch."),
+    return answers, {**asked, "thinking": sheets[0].protocol != PROTOCOLS[c.protocol][c.benchmark],
+                     "dtype": str(model.head.dtype).removeprefix("torch."),
                      "seconds": time.perf_counter() - began,
                      "characters_lost": characters_lost(tokenizer, subjects),
                      **summarize(c.benchmark, subjects, answers)}
@@ -923,8 +959,8 @@ def exam_command(c: Exam) -> None:
     for tokenizer in tokenizers:
         config = modeling.load_config(tokenizer.folder)
         tokenizer.check_size(config.vocab_size)
-        sheets.append([make_sheet(tokenizer, subject, c, config.max_position_embeddings)
-                       for subject in subjects])
+        sheets.append([make_sheet(tokenizer, subject, c, config.max_position_embeddings,
+                                  c.thinking == "on") for subject in subjects])
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
@@ -949,7 +985,7 @@ def exam_command(c: Exam) -> None:
 def check_flags(c) -> None:
     """Raise InputError for values that make no sense, before anything is loaded."""
     least = {"micro_tokens": 1, "max_new_tokens": 1, "n": 1, "max_length": 2, "temperature": 0,
-             "top_k": 0}
+             "top_k": 0, "thinking_tokens": 1}
     for name, smallest in least.items():
         value = getattr(c, name, smallest)
         check(smallest <= value < math.inf,
@@ -961,14 +997,10 @@ def check_flags(c) -> None:
         check(c.output, "--output FILE.jsonl is missing")
         check(c.n == 1 or c.temperature > 0,
               "--n above 1 needs --temperature above 0: greedy samples are all alike")
-
-    # What will be written must have a place.
+    inputs = getattr(c, "data", [])
     for flag in ("output", "output_dir"):
-        path = Path(getattr(c, flag, ""))
-        file = next((p for p in (path, *path.parents) if p.is_file()), None)
-        bad = path.is_dir() if flag == "output" else file == path
-        check(not path.name or not (bad or file not in (None, path)),
-              f"--{flag} {path} cannot be written: a file or folder is in its way")
+        if output := getattr(c, flag, ""):
+            modeling.check_output(f"--{flag}", output, [] if isinstance(inputs, str) else inputs)
 
 
 def open_model(c: Common, tokenizer: data.ChatTokenizer) -> modeling.Llama:

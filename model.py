@@ -228,6 +228,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.checkpoint_activations = config, False
+        self.stop_ids = ()  # the tokens that end an answer; `load` fills them in
         self.model = nn.ModuleDict({  # the checkpoint's names of these weights begin with `model.`
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, window) for window in config.windows),
@@ -718,13 +719,16 @@ def read_prompts(model: Llama, texts: list[list[int]]) -> tuple[Tensor, Cache]:
 
 
 @torch.no_grad()
-def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids=(),
-                   sampling: Sampling | None = None, samples=()) -> Iterator[list[int | None]]:
+def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids=None,
+                   temperature: float = 0.0, sampling: Sampling | None = None,
+                   samples=()) -> Iterator[list[int | None]]:
     """Yield a token for each prompt per step; after its stop id a prompt gets None.
 
+    `stop_ids` are the checkpoint's own by default. `sampling` says more than a temperature.
     `samples` names the prompts for the noise of sampling; by default they are numbered.
     """
-    how, rope = sampling or Sampling(), model.config.rope
+    how, rope = sampling or Sampling(temperature), model.config.rope
+    stop_ids = model.stop_ids if stop_ids is None else stop_ids
     samples = list(samples or range(len(prompts)))
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
@@ -1012,6 +1016,12 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -
             raise InputError(f"{path} cannot be read: {error}") from None
     first = next(iter(missing), None)
     check(not missing, f"{folder}: {len(missing)} weights are missing, the first is {first}")
+
+    # What ends an answer by the checkpoint's own word: one id or a list of them.
+    path = folder / "generation_config.json"
+    settings = {**model.config.source, **(read_json(path) if path.exists() else {})}
+    stop = settings.get("eos_token_id")
+    model.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""One exam, five prompts: more ways to ask, MMLU, answers in words, figures.
+"""One exam, five prompts: more ways to ask, MMLU, answers in words.
 
 The idea: a score belongs to its prompt. The same checkpoint on the same questions differs by whole
 percent points between the code of a benchmark's authors, EleutherAI's harness and a paper's own
@@ -18,11 +18,18 @@ arXiv:2502.06635.
 """
 
 import re
-from pathlib import Path
 
 import data
 import model as modeling
-from eval import CATEGORIES, CEVAL, FOUR, Protocol, named_subjects, short_name
+from eval import (
+    CATEGORIES,
+    CEVAL,
+    FOUR,
+    Protocol,
+    Sheet,
+    named_subjects,
+    prompt_plan,
+)
 
 # ---------------------------------------------------------------------------------------- protocols
 
@@ -140,63 +147,50 @@ def extract(text: str) -> str | None:
 
 def answer_in_words(model, tokenizer: data.ChatTokenizer, prompts: list[list[int]], p: Protocol,
                     micro_tokens: int) -> list[dict]:
-    """Greedy answers to prompts, and the letter that each of them gives."""
+    """Greedy answers to prompts, and the letter that each of them gives after its reasoning."""
     found = [{} for _ in prompts]
     for chunk in data.micro_batches([len(ids) + p.tokens for ids in prompts], micro_tokens)[0]:
         answers = modeling.generate(model, [prompts[k] for k in chunk], p.tokens,
                                     stop_ids=tokenizer.stop_ids)
         for k, ids in zip(chunk, answers, strict=True):
-            text = tokenizer.decode(ids, special=False)
-            # A shot ends with a blank line; after it a base model makes up the next question.
-            answer = text.split("\n\n")[0] if p.begin else text
-            found[k] = {"prediction": extract(answer), "text": text}
+            text = tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
+            # R1's prompt opens the block of reasoning.
+            opened = "<think>" if tokenizer.decode(prompts[k]).rstrip().endswith("<think>") else ""
+            answer = after_reasoning(opened + text)
+            line = {"prediction": None, "text": text, "unfinished": answer is None}
+            if answer is not None and p.begin:
+                # A shot ends with a blank line; then a base model makes up the next question.
+                answer = answer.split("\n\n")[0]
+            if answer is not None:
+                line["prediction"] = extract(answer)
+            found[k] = line
     return found
 
 
-# ------------------------------------------------------------------------------------------ figures
+def after_reasoning(text: str) -> str | None:
+    """What an answer says after its reasoning; None if it ends while it is still reasoning."""
+    _, closed, answer = text.rpartition("</think>")
+    return None if "<think>" in text and not closed else answer
 
 
-def draw_exam(path: Path, results: list[dict]) -> None:
-    """Bars by subject; of one run's checkpoints, whose names end in their steps, a curve."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    names = [short_name(r["model"]) for r in results]
-    floor = 100 * results[0]["floor"]["micro"]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    ends = [re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", name) for name in names]
-    if len(names) > 1 and all(ends) and len({end[1] for end in ends}) == 1:
-        draw_curve(axes, [int(end[2]) for end in ends], results)
-        axes.axhline(floor, color="gray", linestyle="--")
-    else:
-        figure.set_figheight(2 + 0.2 * len(results[0]["subjects"]))
-        draw_bars(axes, names, results)
-        axes.axvline(floor, color="gray", linestyle="--", label="floor")
-        figure.legend(loc="outside lower center", ncols=3)
-    modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+def thinks(model, tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> bool:
+    """Does a checkpoint reason before it answers? Most of eight first questions decide.
 
-
-def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
-    """The accuracy of one run over its steps, in the band of its interval."""
-    points = []
-    for step, r in zip(steps, results, strict=True):
-        low, high = r["interval"]
-        points.append((step, 100 * r["micro"], 100 * low, 100 * high))
-    steps, micro, low, high = zip(*sorted(points), strict=True)
-    axes.plot(steps, micro, marker=".")
-    axes.fill_between(steps, low, high, alpha=0.2)
-    axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
-
-
-def draw_bars(axes, names: list[str], results: list[dict]) -> None:
-    """One bar per subject and checkpoint."""
-    handles, thick = list(results[0]["subjects"]), 0.8 / len(names)
-    for k, (name, r) in enumerate(zip(names, results, strict=True)):
-        shares = [100 * r["subjects"][h]["accuracy"] for h in handles]
-        places = [i + k * thick for i in range(len(handles))]
-        axes.barh(places, shares, thick, align="edge", label=name)
-    axes.set_yticks([i + 0.4 for i in range(len(handles))], handles, fontsize=7)
-    axes.set_xlabel("accuracy in %")
-    axes.invert_yaxis()
+    It does if its greedy answer opens a block of reasoning and does not close it at once, as
+    checkpoints do that learned answers without reasoning.
+    """
+    if "</think>" not in tokenizer.source:
+        return False
+    prompts = []
+    for sheet in sheets[:8]:
+        words = sheet.protocol._replace(scored="text")
+        plan, _ = prompt_plan(tokenizer, sheet.subject, sheet.subject.questions[0], 0, words, True)
+        prompts.append(plan)
+    encoded = [ids.tolist() for ids, _ in tokenizer.encode(prompts)]
+    answers = modeling.generate(model, encoded, 24, stop_ids=tokenizer.stop_ids)
+    count = 0
+    for plan, ids in zip(prompts, answers, strict=True):
+        text = plan.text.rstrip()[-len("<think>") :] + tokenizer.decode(ids).lstrip()
+        _, opened, thought = text.partition("<think>")
+        count += bool(opened) and not thought.lstrip().startswith("</think>")
+    return 2 * count > len(answers)

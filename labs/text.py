@@ -336,7 +336,7 @@ def match(messages: list[dict], answer: str, reference: str) -> float:
 
 def exam(messages: list[dict], answer: str, reference: str) -> float:
     """1 if the answer, in words or alone, gives the reference's letter; else 0."""
-    extract = evaluation.exams_lab("--reward exam").extract
+    extract = evaluation.lab("exams", "--reward exam").extract
     letter = extract(answer)
     return float(letter is not None and letter == extract(reference))
 

@@ -261,6 +261,58 @@ def test_template_flag_changes_the_prompt(letters, tmp_path):
     assert read(output)[0]["messages"] == [HI, assistant(answer)]
 
 
+def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch):
+    """Ctrl-C after three of eight samples; the same command gives what it gives in one go."""
+    flags = ["--n", 2, "--micro_tokens", 1]
+    rows = ASKED[:4]
+    wanted = sample(letters, tmp_path, *flags, rows=rows, name="whole.jsonl")
+    generate, calls = modeling.generate, []
+
+    def interrupted(*arguments, **how):
+        calls.append(how["samples"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*arguments, **how)
+
+    monkeypatch.setattr(modeling, "generate", interrupted)
+    path = jsonl(tmp_path / "asked.jsonl", *rows)
+    status, out, _ = command(
+        "eval.py", "generate", "--model", letters[0], "--data", path, "--output",
+        tmp_path / "out.jsonl", "--temperature", 9, "--max_new_tokens", 40, *flags)
+    assert status == 130 and "stopped after 3 of 8" in out
+    assert not (tmp_path / "out.jsonl").exists()
+    (part,) = tmp_path.glob(".out.jsonl.*.partial")
+    with open(part, "a", encoding="utf-8") as file:
+        file.write('{"half of a line')
+    assert sample(letters, tmp_path, *flags, rows=rows) == wanted
+    assert list(map(list, calls[4:])) == [[3], [4], [5], [6], [7]]
+    assert not part.exists()
+
+
+def test_prompts_beyond_the_context_are_said(letters, tmp_path):
+    path = jsonl(tmp_path / "asked.jsonl", {"prompt": "x" * 3000})
+    _, out, _ = command("eval.py", "generate", "--model", letters[0], "--data", path, "--output",
+                        tmp_path / "out.jsonl", "--max_new_tokens", 1)
+    assert "beyond the context of 2048" in out
+    _, out, _ = command("eval.py", "chat", "--model", letters[0], "--max_new_tokens", 2,
+                        stdin="hi\n" + "x" * 2100 + "\n")
+    assert out.count("beyond the context of 2048") == 1
+
+
+def test_from_python_generate_stops_at_the_checkpoints_own_ids_and_takes_a_temperature(letters):
+    """generation_config.json names what ends an answer, as it does for transformers."""
+    folder, reference, tokenizer = letters
+    model = modeling.load(folder)
+    assert model.stop_ids == (tokenizer.stop_id,)
+    prompt = tokenizer.prompt_ids([HI])
+    for sample in range(9):  # at this temperature tokens are nearly uniform: some answers stop
+        (ids,) = modeling.generate(model, [prompt], 300, temperature=9.0, samples=[sample])
+        assert tokenizer.stop_id not in ids[:-1]
+        assert len(ids) == 300 or ids[-1] == tokenizer.stop_id
+    assert any(len(modeling.generate(model, [prompt], 300, temperature=9.0, samples=[k])[0]) < 300
+               for k in range(9))
+
+
 # --------------------------------------------------------------------------------------------- chat
 
 
@@ -302,7 +354,7 @@ def stream(letters, monkeypatch, tokens):
     """What stream_answer shows, piece by piece, and returns if the model gives these tokens."""
     monkeypatch.setattr(modeling, "generate_steps", lambda *_, **__: ([t] for t in tokens))
     shown = []
-    text = evaluation.stream_answer(None, letters[2], [HI], evaluation.Chat(), shown.append)
+    text = evaluation.stream_answer(None, letters[2], [1], evaluation.Chat(), shown.append)
     assert "".join(shown) == text
     return [piece for piece in shown if piece], text
 
@@ -377,6 +429,10 @@ BAD = {
                            "DIR"),
     "output below a file": (["generate", "--model", "MODEL", "--data", "GOOD", "--output",
                              "GOOD/x.jsonl", "--max_new_tokens", "2"], "good.jsonl"),
+    "output is the data": (["generate", "--model", "MODEL", "--data", "GOOD", "--output", "GOOD"],
+                           "is the input"),
+    "logprobs over the data": (["logprobs", "--model", "MODEL", "--data", "GOOD", "--output",
+                                "GOOD"], "is the input"),
     "no weights": (["chat", "--model", "BARE"], "config.json"),
 }
 

@@ -199,12 +199,12 @@ def test_prompts_scores_and_predictions_are_those_of_lm_eval(
     c, (subject,), p = asked(source, protocol="lm_eval", shots=shots, subjects=[handle])
     tokenizer = data.ChatTokenizer(folder)
     sheet = evaluation.make_sheet(tokenizer, subject, c, 10**6)
-    found = evaluation.answer_sheet(modeling.load(folder), tokenizer, sheet, p, 8192)
+    found = evaluation.answer_sheet(modeling.load(folder), tokenizer, sheet, 8192)
     requests = []
     for doc, question in zip(task.eval_docs, subject.questions, strict=True):
         context = task.fewshot_context(doc, shots)
-        assert context == text_of(evaluation.prompt_plan(
-                tokenizer, subject, question, shots, p, False)[0], tokenizer)
+        plan, _ = evaluation.prompt_plan(tokenizer, subject, question, shots, p, False)
+        assert context == text_of(plan, tokenizer)
         requests += task.construct_requests(doc, context)
     scores = torch.tensor([r[0] for r in lm.loglikelihood(requests, disable_tqdm=True)]).view(-1, 4)
     ours = torch.tensor([list(a["logprobs"].values()) for a in found])
@@ -227,8 +227,8 @@ def test_scores_on_a_prefix_are_those_of_full_prompts_by_transformers(
     assert len(by_id) == len(predictions) == sum(SIZES.values())
     for subject in subjects:
         for question in subject.questions:
-            prompt = text_of(evaluation.prompt_plan(
-                tokenizer, subject, question, shots, p, False)[0], tokenizer)
+            plan, _ = evaluation.prompt_plan(tokenizer, subject, question, shots, p, False)
+            prompt = text_of(plan, tokenizer)
             before = tokenizer.tokenizer.encode(prompt).ids
             expected = {}
             for letter in "ABCD":
@@ -361,7 +361,7 @@ def test_long_prompts_lose_whole_shots_oldest_first(place, tmp_path):
     context = length(law.questions[1], 0)
     sheet = evaluation.make_sheet(tokenizer, law, c, context)
     assert sheet.shots == [0, 0, None] and sheet.prompts[2] is None
-    answers = evaluation.answer_sheet(modeling.load(place / "one"), tokenizer, sheet, p, 8192)
+    answers = evaluation.answer_sheet(modeling.load(place / "one"), tokenizer, sheet, 8192)
     assert answers[2]["prediction"] is None and answers[0]["prediction"]
     results = evaluation.summarize("ceval", [law], answers)
     assert (results["shortened"], results["too_long"], results["invalid"]) == (2, 1, 1 / 3)
@@ -378,7 +378,7 @@ def test_prompts_with_fewer_shots_score_as_alone(place):
     whole = evaluation.make_sheet(tokenizer, subjects[0], c, 4096)
     sheet = evaluation.make_sheet(tokenizer, subjects[0], c, len(whole.prompts[3]))
     assert set(sheet.shots) == {4, 5}
-    answers = evaluation.answer_sheet(model, tokenizer, sheet, p, 8192)
+    answers = evaluation.answer_sheet(model, tokenizer, sheet, 8192)
     for ids, answer in zip(sheet.prompts, answers, strict=True):
         alone = evaluation.score_options(model, [ids], sheet.options, 8192)[0].tolist()
         assert list(answer["logprobs"].values()) == pytest.approx(alone, abs=NO_EFFECT)
@@ -583,7 +583,7 @@ REFUSED = {  # name: (a file of the exam, what is done to it, flags, what the me
                                     ["subject_mapping.json", "law"]),
     "no folder": ("", None, "--data nowhere", ["nowhere"]),
     "no exam in it": ("", None, "--data one", ["one"]),
-    "another benchmark": ("", None, "--data cmmlu --benchmark ceval", ["_dev.csv"]),
+    "another benchmark": ("", None, "--data cmmlu --benchmark ceval", ["no file of ceval"]),
     "no such split": ("", None, "--data cmmlu --split val", ["cmmlu"]),
     "unknown subject": ("", None, "--subjects law lau", ["lau", "logic"]),
     "absent subject": ("", None, "--data cmmlu --subjects nutrition", ["nutrition.csv"]),
@@ -622,6 +622,20 @@ def test_what_cannot_be_scored_ends_with_one_line_and_status_2(name, place, tmp_
     assert err.startswith("eval.py: ")
     assert all(part in err for part in said), err
     assert not (tmp_path / "out").exists()
+
+
+def test_c_eval_without_its_mapping_or_with_a_byte_order_mark_in_it_is_met_as_it_is(
+        place, tmp_path):
+    """The zip on the hub has no subject_mapping.json, and Windows editors write the mark."""
+    shutil.copytree(place / "ceval", tmp_path / "ceval")
+    mapping = tmp_path / "ceval/subject_mapping.json"
+    whole = asked(tmp_path / "ceval", shots=5)[1]
+    mapping.write_bytes(b"\xef\xbb\xbf" + mapping.read_bytes())
+    assert asked(tmp_path / "ceval", shots=5)[1] == whole
+    mapping.unlink()
+    c, subjects, _ = asked(tmp_path / "ceval", shots=5)
+    assert c.benchmark == "ceval"
+    assert sorted(subjects) == sorted(whole)
 
 
 def test_a_bad_question_can_be_left_out(place, tmp_path):

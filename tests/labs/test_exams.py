@@ -1,13 +1,12 @@
-"""What labs/exams.py adds: MMLU, protocols, answers in words, figures."""
+"""What labs/exams.py adds: MMLU, protocols, answers in words, checkpoints that reason."""
 
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SHARED, command
+from conftest import REPO, SHARED, command, jsonl, read, train
 from exam_files import (
     asked,
     exam,
@@ -16,8 +15,11 @@ from exam_files import (
     make_model,
     write_ceval,
     write_cmmlu,
+    write_csv,
     write_mmlu,
 )
+from families import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 import eval as evaluation
@@ -145,7 +147,7 @@ def test_without_the_lab_the_core_scores_and_says_what_needs_it(place, tmp_path)
         return done.returncode, done.stdout + done.stderr
 
     status, said = run("--data", place / "cmmlu")
-    assert status == 0 and "accuracy in %" in said
+    assert status == 0 and "D: 4 of 12 questions right" in said
     for flags in (["--data", place / "ceval", "--protocol", "cot"], ["--data", place / "mmlu"]):
         status, said = run(*flags)
         assert (status, said.count("\n")) == (2, 1) and "labs/exams.py" in said
@@ -177,12 +179,13 @@ def test_generated_answers_without_a_letter_are_invalid_and_wrong(place, monkeyp
     texts = iter(["所以答案是A。", "不知道", "选C", "A和B都有可能"] * 9)
     monkeypatch.setattr(modeling, "generate",
                         lambda model, prompts, count, stop_ids: [[0]] * len(prompts))
-    monkeypatch.setattr(data.ChatTokenizer, "decode", lambda self, ids, special=True: next(texts))
+    monkeypatch.setattr(data.ChatTokenizer, "decode",
+                        lambda self, ids, special=True: next(texts) if ids == [0] else "")
     c, subjects, p = asked(place / "ceval", protocol="cot", shots=1)
     tokenizer, answers = data.ChatTokenizer(place / "one"), []
     for subject in subjects:
         sheet = evaluation.make_sheet(tokenizer, subject, c, 4096)
-        answers += evaluation.answer_sheet(None, tokenizer, sheet, p, 8192)
+        answers += evaluation.answer_sheet(None, tokenizer, sheet, 8192)
     assert {a["text"]: a["prediction"] for a in answers} == {
         "所以答案是A。": "A", "不知道": None, "选C": "C", "A和B都有可能": None}
     results = evaluation.summarize("ceval", subjects, answers)
@@ -203,29 +206,59 @@ def test_answers_in_words_of_a_model_that_says_d(protocol, shots, tokens, place,
     assert out.index("law val 第0题") < out.index("accuracy in %")
 
 
-# ------------------------------------------------------------------------------------------ figures
+# ----------------------------------------------------------------------- checkpoints that reason
 
 
-def test_curve_is_drawn_only_for_names_that_end_in_steps(monkeypatch, tmp_path):
-    """It has the interval as a band and the floor as a line."""
-    figure = pytest.importorskip("matplotlib.figure")
-    shown = []
-    monkeypatch.setattr(figure.Figure, "savefig",
-                        lambda self, path, format: [shown.append(self), Path(path).touch()])
-    scores = {"law": {"accuracy": 0.5}}
-    for names in (["run/step-100", "run/step-20"], ["out/run1", "out/run2"],
-                  ["a/step-100", "b/step-20"], ["run/step-100"]):
-        exams.draw_exam(tmp_path / "x.png", [
-            {"model": n, "micro": 0.5, "interval": [0.4, 0.6], "subjects": scores,
-             "floor": {"micro": 0.26}} for n in names])
-    assert [f.axes[0].get_xlabel() == "step" for f in shown] == [True, False, False, False]
-    accuracy, floor = shown[0].axes[0].lines
-    assert list(accuracy.get_xdata()) == [20, 100] and set(floor.get_ydata()) == {26}
-    band = shown[0].axes[0].collections[0].get_paths()[0].vertices[:, 1]
-    assert (min(band), max(band)) == pytest.approx((40, 60))
+def write_quiz(folder):
+    """Twelve questions of one subject in C-Eval's layout: their rows."""
+    table = [{"id": str(i), "question": f"{'甲乙丙丁戊己庚辛壬癸子丑'[i]}？", "A": "1", "B": "2",
+              "C": "3", "D": "4", "answer": "ABDCBADCCDAB"[i]} for i in range(12)]
+    write_csv(folder / "val/law_val.csv", [list(table[0]), *(list(q.values()) for q in table)])
+    (folder / "subject_mapping.json").write_text('{"law": ["Law", "法学", "Humanities"]}')
+    return table
 
 
-def test_a_run_draws_its_figure(place, tmp_path):
-    pytest.importorskip("matplotlib")
-    exam(tmp_path / "out", "--model", place / "one", "--data", place / "cmmlu", "--shots", 0)
-    assert (tmp_path / "out/accuracy.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.mark.parametrize("thought", ["", "B不对，不选C，看A。"])
+def test_training_exam_and_filter_agree_with_what_a_checkpoint_of_qwen3_generates(
+        thought, tmp_path):
+    """It learns twelve answers by heart, behind an empty block of reasoning or a full one.
+
+    The letter was looked for where the block belongs, and letters within the block counted: such a
+    checkpoint had 12 of 12 right in what it generated, and a score of 41.7%.
+    """
+    table = write_quiz(tmp_path / "quiz")
+    form = exams.CEVAL.format(subject="法学") + "{question}" + exams.FOUR + "\n答案："
+    block = f"<think>\n{thought}\n</think>\n\n" if thought else ""
+    rows = [{"prompt": form.format(**q), "completion": block + q["answer"]} for q in table]
+    path = jsonl(tmp_path / "rows.jsonl", *rows)
+    tokenizer = make_tokenizer(tmp_path / "base", "qwen3")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+        initializer_range=0.1, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id("<|im_end|>"))).save_pretrained(tmp_path / "base")
+
+    records, _ = train(
+        tmp_path, "run", "--model", tmp_path / "base", "--data", path, "--steps", 100,
+        "--batch_size", 12, "--learning_rate", 1e-2, "--warmup", 10, "--exam_data",
+        tmp_path / "quiz")
+    model = ["--model", tmp_path / "run"]
+    quiz = [*model, "--data", tmp_path / "quiz", "--chat", "--shots", 0]
+    results, predictions, out = exam(tmp_path / "exam", *quiz)
+    command("eval.py", "generate", *model, "--data", path, "--output", tmp_path / "out.jsonl",
+            "--max_new_tokens", 60)
+    answers = [row["messages"][-1]["content"] for row in read(tmp_path / "out.jsonl")]
+    right = sum(a == f"<think>\n{thought}\n</think>\n\n{q['answer']}"
+                for a, q in zip(answers, table, strict=True))
+    status, kept, err = command("labs/filter.py", tmp_path / "out.jsonl", "--output",
+                                tmp_path / "kept.jsonl", "--answer_matches")
+    assert (right, results["correct"], round(12 * records[-1]["exam_accuracy"])) == (12, 12, 12)
+    assert len(read(tmp_path / "kept.jsonl")) == 12
+    assert results["thinking"] == bool(thought) == ("reasons before it answers" in out)
+
+    # Asked to reason it scores the same; with too few tokens it never comes to an answer.
+    assert exam(tmp_path / "on", *quiz, "--thinking", "on")[0]["correct"] == 12
+    cut, _, out = exam(tmp_path / "cut", *quiz, "--thinking", "on", "--thinking_tokens", 2)
+    assert (cut["correct"], cut["unfinished"], cut["invalid"]) == (0, 12, 1)
+    assert "12 answers did not come to an end" in out

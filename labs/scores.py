@@ -1,0 +1,191 @@
+"""What a score is worth: the table of an exam, McNemar's test, a figure.
+
+The idea: a score says nothing without three numbers beside it. The *floor* is what the letter gets
+that is right most often: on C-Eval's val split 26.30%, not 25%. The *interval* is what chance does
+to n questions: about 2.3 points either way for 1,346 (Wilson 1927). And two checkpoints that took
+the same exam differ only on the questions that one of them alone has right; of these n each side
+has half by chance (McNemar 1947):
+
+    p = 2 sum_(k <= min(lost, won)) C(n, k) / 2^n
+
+    python eval.py exam --model out/sft out/dpo    # prints this table by itself
+    python -m labs.scores out/exam out/other       # again, and of exams that ran one by one
+
+What you should see: the demo's DPO loses about as many questions as it wins, p far above 0.05.
+
+Exercise. A checkpoint loses 1 question and wins 9. Is it better?
+    Solution: p = 2 (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024 = 0.02: most likely.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import model as modeling
+from eval import mcnemar, short_name
+from model import check
+
+
+@dataclass
+class Config:
+    """Print the table of exams that have been taken, and compare them in turn."""
+
+    folders: list[str]  # output folders of `eval.py exam`
+    output: str = ""  # folder of comparison.json and accuracy.png; empty: none
+
+
+# ==== read: two checkpoints on the same questions =================================================
+
+
+def compare(before: list[dict], after: list[dict]) -> dict:
+    """Questions that a second checkpoint lost and won against a first, and McNemar's p."""
+    lost = won = 0
+    for a, b in zip(before, after, strict=True):
+        was, now = a["prediction"] == a["answer"], b["prediction"] == b["answer"]
+        lost += was and not now
+        won += now and not was
+    return {"lost": lost, "won": won, "p": mcnemar(lost, won)}
+
+
+def compare_in_turn(results: list[dict], answers: list[list[dict]]) -> list[dict]:
+    """Each checkpoint with the one before it; nothing where the questions have no labels."""
+    found = []
+    for i in range(1, len(results) if results[0]["floor"] else 0):
+        names = {"first": short_name(results[i - 1]["model"]),
+                 "second": short_name(results[i]["model"])}
+        found.append(names | compare(answers[i - 1], answers[i]))
+    return found
+
+
+# ==== read: the table =============================================================================
+
+
+def score_lines(r: dict) -> dict[str, tuple]:
+    """The table's column of a checkpoint: {label: (questions, cell)}, shares in percent."""
+
+    def percent(*shares, digits: int = 2) -> str:
+        return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
+
+    lines = {"accuracy in %": ("questions", short_name(r["model"]))}
+    for handle, row in r["subjects"].items():
+        lines[handle] = row["questions"], percent(row["accuracy"])
+    for name, row in {**r["categories"], "all": r}.items():
+        lines[f"{name}: macro / micro"] = row["questions"], percent(row["macro"], row["micro"])
+    if r["floor"]:
+        lines["95% interval of micro, low / high"] = "", percent(*r["interval"])
+        floor = percent(r["floor"]["micro"])
+        lines[f"floor of micro: always {r['floor']['letter']}"] = "", floor
+    lines["answered A / B / C / D"] = "", percent(*r["letters"].values(), digits=0)
+    lines["invalid"] = "", percent(r["invalid"])
+    lines["seconds"] = "", f"{r['seconds']:.1f}"
+    return lines
+
+
+def print_scores(results: list[dict], comparisons: list[dict]) -> None:
+    """One line per subject, one column per checkpoint; then what a reader must know."""
+    columns = [score_lines(r) for r in results]
+    table = []
+    for label, (count, _) in columns[0].items():
+        table.append((label, count, *(column[label][1] for column in columns)))
+    data.print_table(table)
+
+    for r in results:
+        name = short_name(r["model"])
+        if r["shortened"] or r["too_long"]:
+            print(f"{name}: {r['shortened']} prompts longer than the context lost shots; "
+                  f"{r['too_long']} questions do not fit even alone and count as wrong")
+        if r["thinking"]:
+            print(f"{name}: reasons before it answers; {r['unfinished']} answers did not come to "
+                  "an end (--thinking_tokens)")
+        if r["characters_lost"]:
+            print(f"{name}: the tokenizer loses {r['characters_lost']:.1%} of the characters of "
+                  "the questions; the score means nothing")
+    for row in comparisons:
+        verdict = "a difference" if row["p"] < 0.05 else "which may be noise"
+        print(f"{row['first']} -> {row['second']}: {row['lost']} questions lost, {row['won']} won; "
+              f"McNemar p = {row['p']:.2g}, {verdict}")
+
+
+# ---- skip on a first reading: the figure ---------------------------------------------------------
+
+
+def draw_exam(path: Path, results: list[dict]) -> None:
+    """Bars by subject; of one run's checkpoints, whose names end in their steps, a curve."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    names = [short_name(r["model"]) for r in results]
+    floor = 100 * results[0]["floor"]["micro"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    ends = [re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", name) for name in names]
+    if len(names) > 1 and all(ends) and len({end[1] for end in ends}) == 1:
+        draw_curve(axes, [int(end[2]) for end in ends], results)
+        axes.axhline(floor, color="gray", linestyle="--")
+    else:
+        figure.set_figheight(2 + 0.2 * len(results[0]["subjects"]))
+        draw_bars(axes, names, results)
+        axes.axvline(floor, color="gray", linestyle="--", label="floor")
+        figure.legend(loc="outside lower center", ncols=3)
+    modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
+    """The accuracy of one run over its steps, in the band of its interval."""
+    points = []
+    for step, r in zip(steps, results, strict=True):
+        low, high = r["interval"]
+        points.append((step, 100 * r["micro"], 100 * low, 100 * high))
+    steps, micro, low, high = zip(*sorted(points), strict=True)
+    axes.plot(steps, micro, marker=".")
+    axes.fill_between(steps, low, high, alpha=0.2)
+    axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
+
+
+def draw_bars(axes, names: list[str], results: list[dict]) -> None:
+    """One bar per subject and checkpoint."""
+    handles, thick = list(results[0]["subjects"]), 0.8 / len(names)
+    for k, (name, r) in enumerate(zip(names, results, strict=True)):
+        shares = [100 * r["subjects"][h]["accuracy"] for h in handles]
+        places = [i + k * thick for i in range(len(handles))]
+        axes.barh(places, shares, thick, align="edge", label=name)
+    axes.set_yticks([i + 0.4 for i in range(len(handles))], handles, fontsize=7)
+    axes.set_xlabel("accuracy in %")
+    axes.invert_yaxis()
+
+
+# ---- skip on a first reading: plumbing -----------------------------------------------------------
+
+
+def report(output: Path | None, results: list[dict], answers: list[list[dict]]) -> None:
+    """Print the table; write comparison.json and accuracy.png into `output`."""
+    comparisons = compare_in_turn(results, answers)
+    print_scores(results, comparisons)
+    if output and comparisons:
+        modeling.write_json(output / "comparison.json", {"mcnemar": comparisons})
+    if output and results[0]["floor"]:
+        draw_exam(output / "accuracy.png", results)
+
+
+def main(c: Config) -> None:
+    """`python -m labs.scores`."""
+    results, answers = [], []
+    for folder in map(Path, c.folders):
+        files = sorted([*folder.glob("results.json"), *folder.glob("*/results.json")])
+        check(files, f"{folder} holds no results.json of `eval.py exam`")
+        for path in files:
+            results.append(modeling.read_json(path))
+            lines = path.with_name("predictions.jsonl").read_text(encoding="utf-8").split("\n")
+            answers.append([json.loads(line) for line in lines if line])
+    asked = [[(a["subject"], a["id"]) for a in lines] for lines in answers]
+    check(asked.count(asked[0]) == len(asked), "the folders are of different exams")
+    report(Path(c.output) if c.output else None, results, answers)
+
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        main(Config(**data.parse_flags(Config, sys.argv[1:], "folders")))

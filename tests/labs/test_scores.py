@@ -1,0 +1,47 @@
+"""labs/scores.py: the table of exams, their comparison, the figure."""
+
+from pathlib import Path
+
+import pytest
+from conftest import command
+from exam_files import exam, make_model, write_cmmlu
+
+from labs import scores
+
+
+def test_curve_is_drawn_only_for_names_that_end_in_steps(monkeypatch, tmp_path):
+    """It has the interval as a band and the floor as a line."""
+    figure = pytest.importorskip("matplotlib.figure")
+    shown = []
+    monkeypatch.setattr(figure.Figure, "savefig",
+                        lambda self, path, format: [shown.append(self), Path(path).touch()])
+    subjects = {"law": {"accuracy": 0.5}}
+    for names in (["run/step-100", "run/step-20"], ["out/run1", "out/run2"],
+                  ["a/step-100", "b/step-20"], ["run/step-100"]):
+        scores.draw_exam(tmp_path / "x.png", [
+            {"model": n, "micro": 0.5, "interval": [0.4, 0.6], "subjects": subjects,
+             "floor": {"micro": 0.26}} for n in names])
+    assert [f.axes[0].get_xlabel() == "step" for f in shown] == [True, False, False, False]
+    accuracy, floor = shown[0].axes[0].lines
+    assert list(accuracy.get_xdata()) == [20, 100] and set(floor.get_ydata()) == {26}
+    band = shown[0].axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert (min(band), max(band)) == pytest.approx((40, 60))
+
+
+def test_exams_that_ran_one_by_one_compare_as_in_one_run(tmp_path):
+    write_cmmlu(tmp_path / "exam")
+    folders = [make_model(tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    flags = ["--data", tmp_path / "exam", "--shots", 0]
+    _, _, together = exam(tmp_path / "both", "--model", *folders, *flags)
+    for folder in folders:
+        exam(tmp_path / "out" / folder.name, "--model", folder, *flags)
+    for where in ([tmp_path / "both"], [tmp_path / "out/one", tmp_path / "out/two"]):
+        status, out, err = command("labs/scores.py", *where, "--output", tmp_path / "again")
+        assert (status, err) == (0, "")
+        table = together[together.index("accuracy in %") :].splitlines()[:-1]
+        assert [line for line in out.splitlines() if not line.startswith("seconds")] == [
+            line for line in table if not line.startswith("seconds")]
+    for name in ("comparison.json", "accuracy.png"):
+        if name == "comparison.json" or (tmp_path / "both" / name).exists():
+            assert (tmp_path / "again" / name).exists()
+    assert command("labs/scores.py", tmp_path / "exam")[0] == 2
