@@ -621,7 +621,7 @@ def prepare(c, load, hardware: Hardware) -> tuple[ChatTokenizer, RunData, dict]:
     load(files, tokenizer, c, quiet) gives preferences and what was dropped by reason.
     """
     quiet = hardware.rank > 0
-    tokenizer = ChatTokenizer(c.model, c.template)
+    tokenizer = ChatTokenizer(c.model, c.template, system=c.system)
     config, other = modeling.load_config(c.model), modeling.load_config(c.reference or c.model)
     tokenizer.check_size(min(config.vocab_size, other.vocab_size))
     floor = train_sft.try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0

@@ -56,7 +56,8 @@ class Config:
     temperature: float = 2.0  # of --mix temperature: 1 is proportional, large is equal
     cap: int = 0  # examples a file counts for at most under --mix temperature (T5's K); 0: all
     weights: list[float] = field(default_factory=list)  # of --mix weights, one a file
-    template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    template: str = ""  # a built-in one, such as chatml or plain; empty: the checkpoint's own
+    system: str = ""  # system message of conversations that have none
     eot: str = ""  # token such as <|end|> that ends an answer instead of EOS (LIMA); added if new
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
@@ -876,7 +877,7 @@ def main() -> None:
         hardware.barrier()
 
     # All that can be wrong with the input is found before the model is loaded.
-    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot)
+    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot, c.system)
     config = modeling.load_config(c.model)
     tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     floor = try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0

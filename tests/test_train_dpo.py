@@ -548,6 +548,15 @@ def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference
     assert not any(p.name.startswith(".") for p in (work / "reference").rglob("*"))
 
 
+def test_system_text_stands_where_a_prompt_has_none(work):
+    rows = [{**row, "system": "You are Tiao."} for row in read(work / "pairs.jsonl")]
+    flags = ["--steps", 1, "--loss", "simpo"]
+    flag, _ = run(work, "flag", *inputs(work), *flags, "--system", "You are Tiao.")
+    told = jsonl(work / "told.jsonl", *rows)
+    written, _ = run(work, "written", "--model", work / "base", "--data", told, *flags)
+    assert (flag[0]["loss"], flag[0]["tokens"]) == (written[0]["loss"], written[0]["tokens"])
+
+
 def test_mixer_serves_preferences_too(work):
     records, _ = run(work, "mixed", *inputs(work, "pairs.jsonl", "more.jsonl"), "--mix", "equal",
                      "--epochs", 1, "--batch_size", 10)

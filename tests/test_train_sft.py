@@ -284,6 +284,18 @@ def test_validation_does_not_touch_the_curve(work, reference):
     assert curve(records) == curve(reference[0])
 
 
+def test_system_text_stands_where_a_conversation_has_none(work):
+    """The same rows with the message written out give the same steps."""
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    told = [{"messages": [{"role": "system", "content": "You are Tiao."}, *row["messages"]]}
+            for row in rows]
+    (work / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    flag, _ = train(work, "flag", *inputs(work), *BASIC, "--system", "You are Tiao.")
+    written, _ = train(work, "written", *inputs(work, "told.jsonl"), *BASIC)
+    assert curve(flag) == curve(written)
+    assert [r["tokens"] for r in flag] == [r["tokens"] for r in written]
+
+
 def test_raw_text_and_conversations_train_together(work):
     records, text = train(work, "mixed", *inputs(work, "rows.jsonl", "text.txt"), "--epochs", 1,
                         "--mix", "equal", "--batch_size", 10)
