@@ -15,8 +15,8 @@ conversation where only the second answer counts.
         --steps 60 --learning_rate 7e-4
 
 What you should see: the demo's pairs prefer polite answers to rude ones. Of the 40 questions of
-out/demo/pairs_val.jsonl the trained model answers 9 rudely if "好的回答：" (a good answer) stands
-below them, and 38 if "不好的回答：" (a bad one) does.
+out/demo/pairs_val.jsonl the trained model answers none rudely with "好的回答：" (a good answer)
+below them, and all 40 with "不好的回答：" (a bad one); out/sft, asked plainly, 22.
 
 Exercise. Ask the trained model and add "A bad answer:". What should it do, and what does it mean
 if nothing changes?
