@@ -198,7 +198,8 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
         fits = len(ids) <= room
         prompts.append(ids.tolist() if fits else None)
         kept.append(shots if fits else None)
-    first = tokenizer.decode(plans[0].start) + plans[0].text
+    plan, _ = prompt_plan(tokenizer, subject, subject.questions[0], kept[0] or 0, p, c.chat)
+    first = tokenizer.decode(plan.start) + plan.text
     return Sheet(subject, p, prompts, kept, options, first)
 
 

@@ -355,6 +355,7 @@ def test_long_prompts_lose_whole_shots_oldest_first(place, tmp_path):
     context = length(law.questions[0], 3)  # others are longer
     sheet = evaluation.make_sheet(tokenizer, law, c, context)
     assert sheet.shots == [3, 2, 2]
+    assert sheet.first == tokenizer.decode(sheet.prompts[0])  # what is printed is what is asked
     text = tokenizer.decode(sheet.prompts[0])
     assert text.startswith(HEAD + " law dev 第2题") and "law dev 第4题" in text
     assert [len(ids) <= context for ids in sheet.prompts] == [True] * 3
