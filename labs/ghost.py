@@ -1,0 +1,214 @@
+"""Ghost attention: an instruction at the start of a conversation that is still obeyed at its end.
+
+Idea. "Answer politely" stands in the first turn; three turns later it is forgotten, since nothing
+in the training data showed what comes of it so late. Ghost attention (Llama 2, arXiv:2307.09288,
+section 3.3) makes such data from conversations and a model that obeys what it was just told:
+
+    sample   S q1 -> a1,  S q2 -> a2,  S q3 -> a3      the instruction S before every question
+    train    S q1 -> a1,    q2 -> a2,    q3 -> [a3]    before the first only, loss on a3 alone
+
+The earlier answers are not trained on: with S right before them they teach nothing new.
+
+    python -m labs.ghost                               # writes the demo's rows into out/ghost
+    T="--learning_rate 1e-3 --epochs 4"
+    python train_sft.py --model out/sft --data out/ghost/obey.jsonl --output_dir out/ghost/before $T
+    python -m labs.ghost out/ghost/talks.jsonl --model out/ghost/before \\
+        --output out/ghost/rows.jsonl
+    python train_sft.py --model out/ghost/before --data out/ghost/rows.jsonl \\
+        --output_dir out/ghost/after $T
+    for M in before after; do python -m labs.ghost out/ghost/val.jsonl --model out/ghost/$M \\
+        --first_only --reward labs/ghost.py:obeys; done
+
+What you should see: before, an instruction rules its own turn, later ones are polite or rude by
+chance. After, on held-out questions, it rules to the end (the exam stays at 100%):
+
+    turn  talks  obeyed before  after
+    1       100         100.0%  100.0%
+    2       100          56.0%  100.0%
+    3       100          58.0%  100.0%
+    4       100          59.0%   99.0%
+
+Exercise. If all talks had four turns, at which turns would the trained model obey, and why?
+    Solution: at the fourth (67% to 89% when tried), little at the second and third (37% to 48%, 62%
+    to 63%): only the last answer is trained on. So the demo's talks have two to four turns.
+"""
+
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import data
+import model as modeling
+from labs.text import Modelled, check_output, find_reward, write_rows
+from model import check
+
+POLITE, RUDE = "请礼貌地回答。", "请不客气地回答。"  # what the demo is told
+OPENINGS = {POLITE: ("您好！", "好的，"), RUDE: ("这都不知道？", "真笨！")}
+ENDINGS = {"您好！": "", "好的，": "", "这都不知道？": "别再烦我！", "真笨！": "自己不会查吗？"}
+
+
+@dataclass
+class Config(Modelled):
+    """Write conversations in which an early instruction is still obeyed in the last answer."""
+
+    files: list[str]  # conversations, of which the questions are taken
+    model: str = ""  # checkpoint that obeys an instruction right before a question
+    system: list[str] = field(default_factory=lambda: [POLITE, RUDE])  # each talk draws one
+    first_only: bool = False  # do not write rows: tell it once, and see whether it is obeyed
+    reward: str = ""  # FILE.py:function(messages, answer, system) that says so, by turn
+    max_new_tokens: int = 64  # of an answer; a talk with an unfinished one is dropped
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0  # of sampling, and of which talk draws which instruction
+
+
+# ==== read: the idea ==============================================================================
+
+
+def talk_of(questions: list[str], answers: list[str], system: str, every: bool) -> list[dict]:
+    """Questions and answers as messages, the instruction before every question or the first."""
+    messages = []
+    for turn, question in enumerate(questions):
+        text = f"{system}\n{question}".strip() if every or turn == 0 else question
+        messages.append({"role": "user", "content": text})
+        if turn < len(answers):
+            messages.append({"role": "assistant", "content": answers[turn]})
+    return messages
+
+
+def ghost_row(questions: list[str], answers: list[str], system: str) -> dict:
+    """The row to train on: told once, and only the last answer has a loss."""
+    messages = talk_of(questions, answers, system, every=False)
+    for m in messages[:-1]:
+        if m["role"] == "assistant":
+            m["train"] = False
+    return {"messages": messages}
+
+
+def answer_talks(model, tokenizer, talks: list[list[str]], systems: list[str],
+                 c: Config) -> list[list[str | None]]:
+    """The model's answers to every talk, turn by turn, each turn of all talks together.
+
+    None stands for an answer that did not end.
+    """
+    answers = [[] for _ in talks]
+    how = modeling.Sampling(temperature=c.temperature, seed=c.seed)
+    for turn in range(max(map(len, talks))):
+        going = [i for i, talk in enumerate(talks) if len(talk) > turn and None not in answers[i]]
+        prompts = [tokenizer.prompt_ids(talk_of(talks[i][: turn + 1], answers[i], systems[i],
+                                                not c.first_only)) for i in going]
+        lengths = [len(prompt) + c.max_new_tokens for prompt in prompts]
+        for chunk in data.micro_batches(lengths, c.micro_tokens)[0] if going else []:
+            found = modeling.generate(model, [prompts[k] for k in chunk], c.max_new_tokens,
+                                      stop_ids=tokenizer.stop_ids, sampling=how,
+                                      samples=[turn * len(talks) + going[k] for k in chunk])
+            for k, ids in zip(chunk, found, strict=True):
+                ended = ids[-1] in tokenizer.stop_ids
+                answers[going[k]].append(tokenizer.decode(ids[:-1]) if ended else None)
+    return answers
+
+
+def report(c: Config, talks: list, systems: list, answers: list) -> None:
+    """Print by turn in what share of the answers the instruction was obeyed."""
+    reward, table = find_reward(c.reward), [("turn", "talks", "obeyed")]
+    for turn in range(max(map(len, talks))):
+        scores = []
+        for questions, system, given in zip(talks, systems, answers, strict=True):
+            if len(given) > turn:
+                said = talk_of(questions[: turn + 1], given[:turn], system, not c.first_only)
+                ended = given[turn] is not None
+                scores.append(reward(said, given[turn], system) if ended else 0.0)
+        if scores:
+            table.append((str(turn + 1), len(scores), sum(scores) / len(scores)))
+    data.print_table(table)
+
+
+# ---- skip on a first reading: the demo, main -----------------------------------------------------
+
+
+def obeys(messages: list[dict], answer: str, system: str) -> float:
+    """The demo's reward: 1 if an answer opens as the instruction wants it."""
+    return float(answer.startswith(OPENINGS[system]))
+
+
+def obedient(questions: list[str], facts: list[str], rng: random.Random) -> dict:
+    """A talk in which an instruction rules the answer after it, and nothing rules the others."""
+    messages = []
+    for question, fact in zip(questions, facts, strict=True):
+        system = rng.choice((POLITE, RUDE, ""))
+        opening = rng.choice(OPENINGS[system or rng.choice((POLITE, RUDE))])
+        messages += [{"role": "user", "content": f"{system}\n{question}".strip()},
+                     {"role": "assistant", "content": opening + fact + ENDINGS[opening]}]
+    return {"messages": messages}
+
+
+def make_demo(folder: Path, source: Path, seed: int = 0) -> None:
+    """obey.jsonl, talks.jsonl and val.jsonl, of the questions of the demo's conversations."""
+    rng, turns = random.Random(seed), {}
+    for name in ("instructions", "instructions_val"):
+        check((source / f"{name}.jsonl").is_file(), f"{source / name}.jsonl is missing; "
+              "`python train_sft.py` makes the demo")
+        turns[name] = []
+        for _, row in data.read_rows([source / f"{name}.jsonl"], quiet=True):
+            for user, answer in zip(row.messages[::2], row.messages[1::2], strict=True):
+                fact = re.search("“.*”的.*是“.*”。", answer["content"])[0]
+                turns[name].append((user["content"], fact))
+
+    def talks(name: str, count: int, least: int) -> Iterator[tuple]:
+        for _ in range(count):
+            chosen = rng.sample(turns[name], rng.randint(least, 4))
+            yield [question for question, _ in chosen], [fact for _, fact in chosen]
+
+    # Talks of two to four turns: only the last answer of each is trained on.
+    files = {"obey": [obedient(*talk, rng) for talk in talks("instructions", 600, 1)]}
+    for name, source, count, least in (("talks", "instructions", 600, 2),
+                                       ("val", "instructions_val", 100, 4)):
+        files[name] = [{"messages": talk_of(*talk, "", False)}
+                       for talk in talks(source, count, least)]
+    for name, rows in files.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        modeling.write_lines(folder / f"{name}.jsonl", lines)
+    print(f"wrote obey.jsonl, talks.jsonl and val.jsonl into {folder}")
+
+
+def main(c: Config) -> None:
+    """Let the model answer, then write rows or say what was obeyed."""
+    check(c.model, "--model DIR is missing: who answers")
+    check(c.first_only == bool(c.reward) and c.first_only != bool(c.output),
+          "give --output to write rows, or --first_only and --reward to see what is obeyed")
+    check(c.max_new_tokens > 0 and c.temperature >= 0, "--max_new_tokens must be above 0, "
+          "--temperature not negative")
+    if c.output:
+        check_output(c.output, *c.files)
+    talks = []
+    for _, row in data.read_rows(c.files, c.skip_bad_rows):
+        questions = [m["content"] for m in row.messages if m["role"] == "user"] if row else []
+        if questions:
+            talks.append(questions)
+    check(talks, f"{', '.join(c.files)}: nobody asks anything")
+    rng = random.Random(c.seed)
+    systems = [rng.choice(c.system) for _ in talks]
+
+    tokenizer, device = data.ChatTokenizer(c.model, c.template), modeling.best_device()
+    model = modeling.load(c.model, modeling.best_dtype(c.dtype, device), device)
+    answers = answer_talks(model, tokenizer, talks, systems, c)
+    if c.first_only:
+        report(c, talks, systems, answers)
+        return
+    rows = []
+    for questions, system, given in zip(talks, systems, answers, strict=True):
+        why = "an answer that did not end" if None in given else ""
+        why = why or ("one turn only" if len(questions) < 2 else "")
+        rows.append(({} if why else ghost_row(questions, given, system), why))
+    write_rows(c.output, rows)
+
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        if len(sys.argv) == 1:
+            make_demo(Path("out/ghost"), Path("out/demo"))
+        else:
+            main(Config(**data.parse_flags(Config, sys.argv[1:], "files")))
