@@ -437,6 +437,7 @@ TEMPLATES = {
 
 # Characters that Unicode keeps for a program's own use: no text holds them, so none imitates ours.
 SIGN, BORDER, BEGIN, END, PROBE, KEPT = OURS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
+UNMARK = re.compile(f"[{BEGIN}{END}]").sub
 THOUGHT = f"<think>\n{PROBE}\n</think>\n\n{PROBE}"
 CONTROL = re.compile(r"<\|[^|\s]+\|>|<｜[^｜\s]+｜>|\[/?[A-Z_]+\]")  # how control tokens look
 OTHER = f"; --template takes another one: {', '.join(TEMPLATES)}"
@@ -496,16 +497,18 @@ class ChatTemplate:
         self.control = re.compile("|".join(texts))
         self.forged = re.compile("|".join([*texts, *OURS]))
 
-        # A placeholder for an answer shows which token ends a turn: the first one after it.
-        # (Not the last one: Phi-3 ends the conversation with another.)
+        # The end of a turn is what stands behind a placeholder for an answer, whether a question
+        # follows or not (Phi-3 writes one more token where none does); its last token ends turns.
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
         text = self.render([question, answer])
         check(PROBE in text, f"the chat template leaves out a plain answer{OTHER}")
-        stop = self.control.search(text, text.rindex(PROBE))
-        end = text.rpartition(PROBE)[2].strip()
-        check(stop, f"the chat template ends a turn with {end!r:.40}, no token of the "
+        last = text.rpartition(PROBE)[2]
+        middle = self.render([question, answer, question]).rpartition(PROBE)[2]
+        find = self.control.findall
+        stops = find(os.path.commonprefix([last, middle])) or find(last)[:1]
+        check(stops, f"the chat template ends a turn with {last.strip()!r:.40}, no token of the "
               f"tokenizer{OTHER}")
-        self.stop = stop[0]
+        self.stop = stops[-1]
 
         # DeepSeek-R1's template drops the reasoning even of the answer that is to be learnt.
         thought = self.render([question, {**answer, "content": THOUGHT}])
@@ -573,28 +576,28 @@ class ChatTemplate:
                       content: str = PROBE, **options) -> str:
         """What the template writes before the content of an answer to prepared messages."""
         answer = {"role": "assistant", "content": content}
-        return self.render([*messages, answer], tools, **options).partition(PROBE)[0]
+        return UNMARK("", self.render([*messages, answer], tools, **options)).partition(PROBE)[0]
 
     def answer_place(self, text: str, messages: list[dict], tools: list | None) -> tuple[int, int]:
         """(begin, end) of the last message, an answer, in the text of all these messages."""
-        history, before = messages[:-1], None
+        history, bare, before = messages[:-1], UNMARK("", text), None
 
         # It begins behind the prompt that asks for it. Where a finished answer does not keep all of
         # that prompt (R1's ends with <think>), it begins behind what stands before a placeholder.
         if history:
-            before = self.render(history, tools, add_generation_prompt=True)
-        if before is None or not text.startswith(before):
+            before = UNMARK("", self.render(history, tools, add_generation_prompt=True))
+        if before is None or not bare.startswith(before):
             before = self.before_answer(history, tools).rstrip(" ")  # the space is the answer's
-        if not text.startswith(before):
+        if not bare.startswith(before):
             before = self.before_answer(history, tools, THOUGHT)
-        check(text.startswith(before), "the chat template writes what stands before an answer "
+        check(bare.startswith(before), "the chat template writes what stands before an answer "
               f"differently once it is there{OTHER}")
         begin = len(before)
 
-        # The template's own marks win.
+        # The template's own marks win: the first one that ends behind this place.
         if "endgeneration" in self.source:
-            marks = re.finditer(f"{BEGIN}[^{END}]*", text)
-            begin = next((mark.start() for mark in marks if mark.end() > begin), None)
+            marks = enumerate(re.finditer(f"{BEGIN}[^{END}]*", text))
+            begin = next((m.start() for k, m in marks if m.end() - 2 * k - 1 > begin), None)
             check(begin, "the chat template marks no part of an answer with {% generation %}")
 
         # It ends with the last token that ends turns; a call of tools may end with another token.
