@@ -188,6 +188,7 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
     options = [] if p.scored == "text" else option_ids(tokenizer, plans[0], space, p, c.chat)
     room = context - (p.tokens or max(map(len, options)) - 1)
 
+    # Whole shots go, since half a shot would teach the wrong form.
     prompts, kept = [], []
     for question, (ids, _) in zip(subject.questions, tokenizer.encode(plans), strict=True):
         shots = c.shots
@@ -198,6 +199,8 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
         fits = len(ids) <= room
         prompts.append(ids.tolist() if fits else None)
         kept.append(shots if fits else None)
+
+    # What is printed is what is asked.
     plan, _ = prompt_plan(tokenizer, subject, subject.questions[0], kept[0] or 0, p, c.chat)
     first = tokenizer.decode(plan.start) + plan.text
     return Sheet(subject, p, prompts, kept, options, first)
@@ -418,6 +421,7 @@ def example_logprobs(model, examples: list[data.Example], micro_tokens: int):
     chunks = data.micro_batches([len(e.ids) for e in examples], micro_tokens)[0]
     hidden = not sys.stderr.isatty()
     for chunk in tqdm(chunks, desc="log-probabilities", unit=" batches", disable=hidden):
+        # Examples end to end: no padding, one head pass at the supervised positions.
         batch = data.collate([examples[i] for i in chunk], model.device)
         logp = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
         yield from zip(chunk, logp.split([examples[i].targets for i in chunk]), strict=True)
@@ -426,6 +430,7 @@ def example_logprobs(model, examples: list[data.Example], micro_tokens: int):
 def logprobs_command(c: Logprobs) -> None:
     """`eval.py logprobs`."""
     check_flags(c)
+    # All that can be wrong with the input is said before the weights are read.
     tokenizer = data.ChatTokenizer(c.model, c.template)
     examples, counts = data.load_examples(c.data, tokenizer, c.train_on, c.max_length, quiet=False,
                                           keep_all=True)
@@ -446,6 +451,8 @@ def logprobs_command(c: Logprobs) -> None:
         modeling.write_lines(Path(c.output), (
             json.dumps({"token_ids": e.ids.tolist(), "logprobs": r}) + "\n"
             for e, r in zip(examples, results, strict=True)))
+
+    # A file without supervised tokens has no loss.
     counts["supervised tokens"] = sum(e.targets for e in examples)
     print(f"{len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()), sep=", ")
     loss = total / weights if weights else math.nan
@@ -534,6 +541,7 @@ def generate_command(c: Generate) -> None:
     """
     check_flags(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
+    # Rows may lack an answer here.
     rows = data.read_rows(c.data, parse=partial(data.parse_row, ask=True))
     asked = [ask_row(row, tokenizer, c.system) for _, row in rows]
     prompts = [ids.tolist() for ids, _ in tokenizer.encode([a.plan for a in asked])]
@@ -567,6 +575,7 @@ def generate_command(c: Generate) -> None:
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
+    # Only a whole output gets its name.
     os.replace(path, c.output)
     stopped = Path(c.output).read_text(encoding="utf-8").count('"finish": "stop"')
     print(f"{done} samples of {len(prompts)} rows in {c.output}; {stopped} ended themselves")
@@ -598,6 +607,7 @@ def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Sa
                   write) -> str:
     """Generate one answer, calling write(text) as it grows; half of a UTF-8 character waits."""
     ids, shown = [], ""
+    # The tokens so far are decoded anew at every step: a token may end in half a character.
     steps = modeling.generate_steps(model, [prompt], c.max_new_tokens, tokenizer.stop_ids,
                                     sampling=c.sampling())
     for (token,) in steps:
@@ -750,6 +760,7 @@ def read_csv(path: Path) -> Iterator[tuple]:
     except (OSError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
+    # Every benchmark names its columns in its own way, or not at all.
     names = ["question", *LETTERS, "answer"]
     if table and {"question", "Question"} & set(table[0][1]):
         usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
@@ -780,6 +791,7 @@ def read_questions(path: Path, columns: list[str], skip_bad_rows: bool) -> list[
     """The questions of a CSV file."""
     found = data.read_rows([path], skip_bad_rows, parse=partial(parse_question, columns),
                            read=read_csv)
+    # Answers are joined to questions by subject and id: an id must be one question.
     questions, first = [], {}
     for _, question in found:
         if question:
@@ -846,6 +858,7 @@ def read_exam(c: Exam) -> list[Subject]:
     check(not unknown, f"{', '.join(unknown)}: no subject of {c.benchmark}; it has "
           f"{', '.join(table)}")
 
+    # What a question needs; a solved one needs its answer too.
     columns = ["question", *LETTERS] if c.benchmark == "mmlu" else ["id", "question", *LETTERS]
     solved = [*columns, "answer", *(["explanation"] if c.protocol == "cot" else [])]
     subjects = []
@@ -857,6 +870,7 @@ def read_exam(c: Exam) -> list[Subject]:
                   f"{path('dev', h)}: {len(shots)} rows are too few for {c.shots} shots")
         questions = read_questions(path(c.split, h), columns, c.skip_bad_rows)
         subjects.append(Subject(h, *table[h], shots, questions))
+    # A test split has no answers at all; one that has some is broken.
     labelled = {"answer" in question for s in subjects for question in s.questions}
     check(len(labelled) == 1, f"{folder / c.split}: some files have a column answer, some do not")
     return subjects
@@ -869,6 +883,7 @@ def characters_lost(tokenizer: data.ChatTokenizer, subjects: list[Subject]) -> f
     """Share of the questions' characters that the tokenizer drops or has no token for."""
     count = Counter("".join(row[column] for s in subjects for row in (*s.shots, *s.questions)
                             for column in ("question", *LETTERS)))
+    # Each character alone, once: a tokenizer that drops it drops it everywhere.
     lost, unknown = 0, tokenizer.names.get("unk_token")
     for character in filter(str.strip, count):
         ids = tokenizer.tokenizer.encode(character, add_special_tokens=False).ids
@@ -888,6 +903,7 @@ def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> N
     chat = ", in the chat template" if c.chat else ""
     print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of its "
           f"{len(subject_table(c))} subjects; protocol {c.protocol}, {c.shots} shots{chat}")
+    # Checkpoints with one tokenizer get one prompt: it is printed once.
     shown = {}  # first prompt and options: the checkpoints that get them
     for name, (first, *_) in zip(c.model, sheets, strict=True):
         options = f", options {[list(ids) for ids in first.options]}" if first.options else ""
@@ -902,6 +918,7 @@ def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None
     labelled, output = results[0]["floor"] is not None, Path(c.output_dir)
     for stale in ("accuracy.png", "comparison.json", "submission.json"):  # of an earlier exam
         (output / stale).unlink(missing_ok=True)
+    # One checkpoint writes into the folder itself.
     for r, lines in zip(results, answers, strict=True):
         folder = output / short_name(r["model"]) if len(results) > 1 else output
         modeling.write_json(folder / "results.json", r)
@@ -928,6 +945,7 @@ def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None
 def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet], rank: int,
                      world: int) -> tuple[list[dict], dict]:
     """(answers in order, what results.json says); every rank answers some of the subjects."""
+    # One checkpoint at a time is in memory.
     model, began = open_model(c, tokenizer), time.perf_counter()
     sheets = let_think(model, tokenizer, c, sheets)
     mine = tqdm(sheets[rank::world], desc=str(tokenizer.folder), unit=" subjects",
@@ -956,6 +974,7 @@ def exam_command(c: Exam) -> None:
     """`eval.py exam`."""
     c = resolve_exam(c)
     subjects, sheets = read_exam(c), []
+    # Every prompt of every checkpoint is encoded first, so that nothing fails in the middle.
     tokenizers = [data.ChatTokenizer(folder, c.template) for folder in c.model]
     for tokenizer in tokenizers:
         config = modeling.load_config(tokenizer.folder)
@@ -987,6 +1006,7 @@ def check_flags(c) -> None:
     """Raise InputError for values that make no sense, before anything is loaded."""
     least = {"micro_tokens": 1, "max_new_tokens": 1, "n": 1, "max_length": 2, "temperature": 0,
              "top_k": 0, "thinking_tokens": 1}
+    # A flag that this command does not have passes.
     for name, smallest in least.items():
         value = getattr(c, name, smallest)
         check(smallest <= value < math.inf,

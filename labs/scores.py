@@ -92,6 +92,7 @@ def print_scores(results: list[dict], comparisons: list[dict]) -> None:
         table.append((label, count, *(column[label][1] for column in columns)))
     data.print_table(table)
 
+    # What makes a score mean less than it seems.
     for r in results:
         name = short_name(r["model"])
         if r["shortened"] or r["too_long"]:
@@ -120,6 +121,7 @@ def draw_exam(path: Path, results: list[dict]) -> None:
         return
     names = [short_name(r["model"]) for r in results]
     floor = 100 * results[0]["floor"]["micro"]
+    # A run is a curve over its steps; anything else is bars.
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     ends = [re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", name) for name in names]
