@@ -145,6 +145,7 @@ def objective(c: Config, policy: Tensor, reference: Tensor,
     A reward is beta times what enters the margin; `length` [B, 2] counts tokens.
     """
     ratio = policy - reference  # [B, 2]
+    # A sum grows with the length of an answer, a mean does not.
     if c.length_normalize:
         ratio = ratio / length  # [B, 2]
     chosen, rejected = ratio[:, 0], ratio[:, 1]  # [B]
@@ -206,6 +207,7 @@ def answer_logprobs(model, items: list[Preference], forward=None,
                                            answers.lengths, device)
     alpha = noise.alpha if noise else 0.0
 
+    # The prompts once, then both answers as continuations of them.
     _, prefix = model.hidden(prompts.ids, prompts.lengths, keep_kv=True, noise=prompt_noise,
                              neftune_alpha=alpha, full_lengths=longest)
     prefix = prefix.select(row)
@@ -241,6 +243,8 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
     indices, visits = zip(*run.step(step, c.batch_size), strict=True)
     items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
     length = torch.tensor([p.lengths for p in items]).float()  # [items, 2]
+
+    # Every rank deals the whole step in the same way and takes its own hand.
     sizes = [p.tokens for p in items]
     mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
 
@@ -262,6 +266,7 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
         scaler.scale(loss * hardware.world).backward()
         policy[chunk] += weight * logp.detach().cpu()
 
+    # Each rank has filled in its own rows, so the sum is the whole step.
     metrics = measure(c, hardware.sum_tensor(policy), reference, length)
     return {**metrics, "tokens": sum(sizes), "target_tokens": int(length.sum())}
 
@@ -345,6 +350,7 @@ def check_first_loss(c: Config, record: dict) -> None:
     """
     if c.loss == "simpo":  # has no reference
         return
+    # No answer has become likelier: every margin is 0.
     zero = torch.zeros(1, 2)
     expected = objective(c, zero, zero, torch.ones(1, 2))[0].item()
     found = record["loss"] - c.nll_weight * record.get("nll", 0.0)
@@ -474,6 +480,7 @@ def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
         for ids, spans in whole:
             shared = min(shared, spans[0][0] if spans else len(ids))
 
+        # What is too long loses the beginning of the prompt, but not more than half the window.
         longest = max(len(ids) for ids, _ in whole)
         start = max(0, min(shared - max_length // 2, longest - max_length))
         prompt = whole[0][0][start : shared - 1]
@@ -513,6 +520,8 @@ def explain(records: list[dict]) -> None:
     records = [r for r in records if "reward_margin" in r]  # not step 0
     if len(records) < 2:
         return
+
+    # A single step is noisy: the mean of a tenth of them tells more.
     n = max(1, len(records) // 10)
     a = {key: mean_of(records[:n], key) for key in records[-1]}
     b = {key: mean_of(records[-n:], key) for key in records[-1]}
@@ -589,6 +598,7 @@ def check_preferences(c: Config) -> None:
     check(c.loss != "simpo" or not c.reference, "--loss simpo takes no --reference")
     check(not c.recipe or c.loss == "sigmoid", f"--recipe {c.recipe} is for --loss sigmoid")
 
+    # Each loss has its own scale: a sum is some hundred times a mean.
     if c.length_normalize is None:
         c.length_normalize = c.loss in ("ipo", "simpo")
     per_token = c.loss == "sigmoid" and c.length_normalize

@@ -150,6 +150,7 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
     by the sum of all weights without asking the others. Where weights are signed their sum means
     nothing, and a `divisor` is given instead.
     """
+    # The denominator is known before the first forward pass.
     examples = [run.train[index] for index, _ in run.step(step, c.batch_size)]
     total = 0.0
     for e in examples:
@@ -192,6 +193,7 @@ def clip_and_step(model, optimizer, scaler, c: Config, loss: float, run: RunData
         raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
                          f"was updated; lower --learning_rate, or look at its rows: {rows}")
 
+    # No gradient is kept for the next step: None saves the memory of zeros.
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -314,6 +316,7 @@ def set_learning_rate(optimizer, step: int, steps: int, c: Config) -> float:
 
 def make_optimizer(model, c: Config) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) on fp32 weights; norms and biases are not decayed."""
+    # Decay pulls towards 0, which is neutral for a matrix but switches a norm off.
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay},
@@ -353,6 +356,7 @@ class Hardware(NamedTuple):
         """A tensor on the CPU summed over the ranks, element by element."""
         if self.world == 1:
             return values
+        # In fp64 the order of the ranks changes no digit that matters.
         total = values.to(self.device, torch.float64)
         dist.all_reduce(total)
         return total.to("cpu", values.dtype)
@@ -477,6 +481,7 @@ def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
 
 def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
     """All a resumed run needs in one file: fp32 weights, both Adam moments, step and scaler."""
+    # By name, so that another number of ranks or another version of torch can read it.
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"weight.{name}"] = p.detach()
@@ -578,6 +583,7 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
 def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
              hardware: Hardware) -> None:
     """Print what is about to be trained, and every flag that is not empty."""
+    # Flags at 0 or empty are off.
     count, config = sum(p.numel() for p in model.parameters()), model.config
     kind = str(hardware.dtype).removeprefix("torch.")
     print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
@@ -630,6 +636,7 @@ class Log:
 
     def earlier(self, start_step: int) -> list[dict]:
         """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
+        # What comes after the saved step is computed, and written, once more.
         lines = self.path.read_text(encoding="utf-8").splitlines() if start_step else []
         records = []
         for line in lines:

@@ -98,6 +98,7 @@ def add_mismatched(items: list[Labelled], max_length: int) -> list[Labelled]:
     """
     out = []
     for i, item in enumerate(items):
+        # The next answer to another prompt, or the one before.
         way = 1 if item.label else -1
         neighbours = (items[(i + way * k) % len(items)] for k in range(1, len(items)))
         other = next((p for p in neighbours if p.key != item.key), None)
@@ -144,6 +145,8 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
     indices, visits = zip(*run.step(step, c.batch_size), strict=True)
     items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
     length, liked = lengths_and_likes(items)  # [items]
+
+    # Every rank deals the whole step in the same way and takes its own hand.
     sizes = [p.tokens for p in items]
     mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
     z = kl_point(model, items, reference, mine, hardware)
@@ -155,6 +158,7 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
     for k, chunk in enumerate(chunks, 1):
         noise = Noise(c.seed, [visits[i] for i in chunk], [indices[i] for i in chunk],
                       c.neftune_alpha)
+        # The mismatched answers have done their work in z; only the own ones are trained.
         own = [items[i]._replace(answers=items[i].answers[:1]) for i in chunk]
         wrapped.require_backward_grad_sync = k == len(chunks)  # gradients travel once per step
         with hardware.autocast():
@@ -164,6 +168,7 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
         scaler.scale(loss * hardware.world).backward()  # DDP averages, the loss is a sum
         policy[chunk] += weight * logp.detach().cpu()
 
+    # Each rank has filled in its own rows, so the sum is the whole step.
     metrics = measure(c, hardware.sum_tensor(policy), reference[:, 0], length, liked, z)
     return {**metrics, "kl": z, "tokens": sum(sizes), "target_tokens": int(length.sum())}
 
@@ -182,6 +187,7 @@ def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked:
     for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
         for side, mask in (("chosen", liked), ("rejected", ~liked)):
             out[f"{name}_{side}"] = values[mask].mean().item() if mask.any() else None
+    # A margin needs both sides; a short step may have only one.
     if None not in out.values():
         out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
     if c.nll_weight:
@@ -223,6 +229,7 @@ def train(c: Config, tokenizer, run: RunData, references: list[Tensor], start_st
                    "grad_norm": norm, **metrics,
                    "tokens_per_second": round(metrics["tokens"] / seconds, 1), **measured(step)})
 
+        # A run that is asked to stop finishes its step, saves, and can be resumed.
         stop = hardware.sum(len(signals))[0]
         if stop or train_sft.is_due(c.save_every, step, run.steps):
             train_sft.save_run(c, tokenizer, model, optimizer, scaler, step, hardware)

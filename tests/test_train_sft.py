@@ -122,14 +122,15 @@ def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
     # SmolLM2 pads with the token that ends a turn; transformers then drops that row's gradient
     theirs.model.embed_tokens.padding_idx = None
     rows = write_rows(tmp_path / "rows.jsonl", 6)
-    flags = ["--batch_size", 6, "--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1,
+    tokenizer = data.ChatTokenizer(tmp_path / "base")
+    examples, _ = data.load_examples([str(rows)], tokenizer)
+    count = len(examples)  # Qwen3's template rewrites earlier turns: a row can be two examples
+    flags = ["--batch_size", count, "--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1,
              "--schedule", "constant", "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 100]
     records, _ = train(tmp_path, "out", "--model", tmp_path / "base", "--data", rows, *flags)
 
-    tokenizer = data.ChatTokenizer(tmp_path / "base")
-    examples, _ = data.load_examples([str(rows)], tokenizer)
     length = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), length, dtype=torch.long)
+    ids = torch.zeros(count, length, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row, e in enumerate(examples):
         ids[row, : len(e.ids)] = torch.from_numpy(e.ids).long()
