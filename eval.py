@@ -223,7 +223,7 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
     prefix = None
     if shared:
         ids = torch.tensor(prompts[0][:shared], device=model.device)
-        _, prefix = model.hidden(ids, [shared], keep_kv=True)
+        _, prefix = model.hidden(ids, [shared], keep_kv=True, wanted=ids[:0])  # no states
 
     score = score_letters if max(map(len, options)) == 1 else score_texts
     scores = torch.empty(len(prompts), len(options))
@@ -239,9 +239,9 @@ def score_letters(model, rests: list[list[int]], options: list[tuple], prefix) -
     """Options of one token: one pass, each option read off the next token's distribution."""
     lengths = [len(rest) for rest in rests]
     ids = torch.tensor([t for rest in rests for t in rest])  # [T]
-    states, _ = model.hidden(modeling.send(ids, model.device), lengths, prefix)  # [T, D]
     last = modeling.send(torch.tensor(lengths).cumsum(0) - 1, model.device)  # [B]
-    logp = model.next_logits(states[last]).log_softmax(-1)  # [B, V]
+    states, _ = model.hidden(modeling.send(ids, model.device), lengths, prefix, wanted=last)
+    logp = model.next_logits(states).log_softmax(-1)  # [B, V]
     return logp[:, [option[0] for option in options]]  # [B, options]
 
 

@@ -215,10 +215,17 @@ class Block(nn.Module):
         changed = self.mlp(self.post_attention_layernorm(x))  # [T, D]
         return x + dropout(changed, self.dropout, noise, 1)
 
-    def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None):
-        """x [T, D] -> [T, D], and with `keep_kv` this layer's (keys, values) [T, K, Dh]."""
+    def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None,
+                wanted: Tensor | None = None):
+        """x [T, D] -> [T, D], and with `keep_kv` this layer's (keys, values) [T, K, Dh].
+
+        Of the tokens `wanted` [N] alone, if given: the others are then but keys and values.
+        """
         q, k, v = self.before(x, layout.cos, layout.sin)
         attended = attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
+        if wanted is not None:
+            x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)  # [N, ...]
+            noise = None if noise is None else noise.index_select(0, wanted)  # [N]
         return self.after(x, attended, noise), (k, v) if keep_kv else None
 
 
@@ -237,13 +244,15 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def hidden(self, ids, lengths, prefix: "Prefix | Cache | None" = None, keep_kv: bool = False,
-               noise: Tensor | None = None, neftune_alpha: float = 0.0, full_lengths=None):
+               noise: Tensor | None = None, neftune_alpha: float = 0.0, full_lengths=None,
+               wanted: Tensor | None = None):
         """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
 
         Examples do not see each other. `prefix` (B rows) stands before them. `noise` [T] from
         `noise_keys` switches on NEFTune and dropout, in training mode only; `full_lengths` [B] are
-        then the lengths of the examples if these tokens are but a part of them. Returns the states,
-        and with `keep_kv` a Prefix of these tokens, else None.
+        then the lengths of the examples if these tokens are but a part of them. `wanted` [N] are
+        the flat indices of the tokens whose states are asked for: the last layer spares itself the
+        others. Returns the states, and with `keep_kv` a Prefix of these tokens, else None.
         """
         x = self.model.embed_tokens(ids)  # [T, D]
         layout = Layout(self.config, lengths, prefix, x.device, product_dtype(x))
@@ -255,15 +264,17 @@ class Llama(nn.Module):
             x = x + added.to(x.dtype)
 
         kept = []
+        last = len(self.model.layers) - 1
         for i, layer in enumerate(self.model.layers):
             past = prefix.layers[i] if prefix is not None else None
             drops = noise is not None and layer.dropout > 0
             mine = combine(noise, i + 1) if drops else None  # [T] each layer draws its own
+            arguments = x, layout, past, keep_kv, mine, wanted if i == last else None
             if self.checkpoint_activations and self.training:  # noise needs no RNG state to replay
-                x, kv = checkpoint(layer, x, layout, past, keep_kv, mine, use_reentrant=False,
+                x, kv = checkpoint(layer, *arguments, use_reentrant=False,
                                    preserve_rng_state=False)
             else:
-                x, kv = layer(x, layout, past, keep_kv, mine)  # [T, D]
+                x, kv = layer(*arguments)  # [T, D]
             kept.append(kv)
         return self.model.norm(x), Prefix(kept, list(lengths)) if keep_kv else None
 
@@ -273,9 +284,9 @@ class Llama(nn.Module):
 
         A target is predicted from the state just before it, so an example's first token is none.
         """
-        states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha, full_lengths)
-        wanted = states.index_select(0, targets - 1)  # [N, D]
-        return token_logprobs(wanted, self.head, ids[targets], equal_weights)
+        states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha, full_lengths,
+                                wanted=targets - 1)  # [N, D]
+        return token_logprobs(states, self.head, ids[targets], equal_weights)
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Scores of every next token in fp32, for generation and exams: [B, D] -> [B, V]."""
@@ -343,7 +354,7 @@ class Layout:
     def __init__(self, config: ModelConfig, lengths: list[int], prefix: "Prefix | Cache | None",
                  device: torch.device, dtype: torch.dtype):
         B, T = len(lengths), sum(lengths)
-        self.prefix, rows, before = prefix, [None] * B, [0] * B
+        self.prefix, self.masks, rows, before = prefix, {}, [None] * B, [0] * B
         if prefix is not None:
             rows = prefix.rows or list(range(B))
             before = [prefix.lengths[row] for row in rows]
@@ -366,6 +377,14 @@ class Layout:
             self.place = send(torch.stack((torch.arange(B), start)), device)  # [2, B] row, column
         elif self.varlen:
             self.plan_varlen(count, start, rows, device)
+
+    def mask(self, L: int, S: int, window: int | None, q: Tensor) -> Tensor:
+        """[L, S] what to add to the scores of the last L of S tokens: 0, or -inf where unseen."""
+        key = L, S, window, q.dtype
+        if key not in self.masks:  # worked out in the first layer, used by all
+            seen = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
+            self.masks[key] = q.new_zeros(L, S).masked_fill(~seen, -torch.inf)
+        return self.masks[key]
 
     def plan_varlen(self, count: Tensor, start: Tensor, rows: list, device) -> None:
         """What `varlen_attn` asks: where examples end among the queries and among the keys."""
@@ -408,7 +427,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: Layout, window: int
         if L < SHORT and q.device.type == "cpu":
             q_, k_, v_ = (t.float() for t in (q_, k_, v_))
         if (window or S) < S or L < S - L:
-            mask = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
+            mask = layout.mask(L, S, window, q_)  # [L, S]
         elif L < S:  # a causal kernel skips what a mask would hide: worth some empty queries
             q_ = F.pad(q_, (0, 0, 0, 0, S - L, 0))  # [b, S, H, Dh]
         found = attend(q_, k_, v_, mask)[:, -L:]  # [b, L, H, Dh]
@@ -713,9 +732,9 @@ def read_prompts(model: Llama, texts: list[list[int]]) -> tuple[Tensor, Cache]:
     rows = [different.index(tuple(text)) for text in texts]  # [B]
     lengths = [len(text) for text in different]
     ids = torch.tensor(list(itertools.chain(*different)), device=model.device)  # [T]
-    states, prefix = model.hidden(ids, lengths, keep_kv=True)  # [T, D]
-    ends = list(itertools.accumulate(lengths))
-    return states[[ends[row] - 1 for row in rows]], Cache(prefix.select(rows))
+    last = send(torch.tensor(lengths).cumsum(0) - 1, model.device)  # [G]
+    states, prefix = model.hidden(ids, lengths, keep_kv=True, wanted=last)  # [G, D]
+    return states[rows], Cache(prefix.select(rows))
 
 
 @torch.no_grad()

@@ -209,7 +209,8 @@ def answer_logprobs(model, items: list[Preference], forward=None,
 
     # The prompts once, then both answers as continuations of them.
     _, prefix = model.hidden(prompts.ids, prompts.lengths, keep_kv=True, noise=prompt_noise,
-                             neftune_alpha=alpha, full_lengths=longest)
+                             neftune_alpha=alpha, full_lengths=longest,
+                             wanted=prompts.ids[:0])  # keys and values, but no states
     prefix = prefix.select(row)
     logp = (forward or model)(answers.ids, answers.lengths, answers.targets, prefix=prefix,
                               noise=answer_noise, neftune_alpha=alpha, full_lengths=full)  # [N]
