@@ -110,67 +110,76 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
     A message is {role, content}, maybe with reasoning_content, tool_calls, tool_call_id, name,
     train and weight. A row without an answer is refused unless `ask`. Raises InputError.
     """
-    check(not isinstance(row, Exception), f"{where}: {row}")
-    row = {"messages": row} if isinstance(row, list) else row
-    check(isinstance(row, dict), f"{where}: expected an object, found {row!r:.80}")
-    parts = parts_of(where, row, ROW_KEYS)
+    try:
+        check(not isinstance(row, Exception), str(row))  # a line that could not be read
+        row = {"messages": row} if isinstance(row, list) else row
+        check(isinstance(row, dict), f"expected an object, found {row!r:.80}")
+        return Row(where, **read_row(row, ask))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def read_row(row: dict, ask: bool) -> dict:
+    """The fields of a Row: those of a preference pair, of a conversation, or of raw text."""
+    parts = parts_of(row, ROW_KEYS)
     values = {meaning: part.value for meaning, part in parts.items()}
     label, tools = values.get("label"), values.get("tools")
 
     # A preference pair: two answers, or two conversations.
     if "chosen" in parts or "rejected" in parts:
-        check(label is None, f"{where}: 'label' beside chosen and rejected")
-        messages, chosen, rejected = read_pair(where, parts)
-        return Row(where, messages, chosen=chosen, rejected=rejected, tools=tools)
+        check(label is None, "'label' beside chosen and rejected")
+        return {**read_pair(parts), "tools": tools}
 
     # A conversation; with a label, an unpaired preference.
     if parts.keys() & {"messages", "question", "input"}:
         answers = [key for key, (meaning, _) in ROW_KEYS.items() if meaning == "answer"]
         null = [f"{key} (null)" for key in answers if key in row]
         check(ask or parts.keys() & {"messages", "answer"},
-              f"{where}: expected an answer under {', '.join(null or answers)}")
-        return Row(where, read_conversation(where, parts), label=label, tools=tools)
+              f"expected an answer under {', '.join(null or answers)}")
+        return {"messages": read_conversation(parts), "label": label, "tools": tools}
 
     # Raw text: nothing beside it asks a question. A completion alone is one, too.
     if "text" not in values and "completion" in row:
-        values["text"] = as_text(where, "completion", row["completion"])
-    check("text" in values, f"{where}: expected messages, a question and an answer, chosen and "
-          f"rejected, or text; found the keys {', '.join(row) or '(none)'}")
-    check(label is None and not tools, f"{where}: 'label' and 'tools' go with answers only")
-    return Row(where, [], text=values["text"])
+        values["text"] = as_text(row["completion"])
+    check("text" in values, "expected messages, a question and an answer, chosen and rejected, or "
+          f"text; found the keys {', '.join(row) or '(none)'}")
+    check(label is None and not tools, "'label' and 'tools' go with answers only")
+    return {"messages": [], "text": values["text"]}
 
 
-def parts_of(where: str, row: dict, table: dict) -> dict[str, Part]:
+def parts_of(row: dict, table: dict) -> dict[str, Part]:
     """{meaning: Part} of a row or a message, read as KEYS says; null is absent."""
     found = {}
     for key, value in row.items():
         meaning, kind = table.get(key.lower(), ("", ""))
         if not meaning or value in (None, [], {}) or (value == "" and meaning not in MAY_BE_EMPTY):
             continue
-        check(meaning != "refused", f"{where}: {key!r} would change what is trained, and is not "
-              "read: remove the key, or the row")
+        check(meaning != "refused", f"{key!r} would change what is trained, and is not read: "
+              "remove the key, or the row")
 
         # Of two keys that mean the same, one may be empty; else they must agree.
         known, before, _ = found.get(meaning, ("", "", ""))
         check("" in (value, before) or value == before,
-              f"{where}: {key!r} and {known!r} both give the {meaning}")
-        if meaning not in found or before == "":
+              f"{key!r} and {known!r} both give the {meaning}")
+        if before == "":
             found[meaning] = key, value, kind
 
     parts = {}
     for meaning, (key, value, kind) in found.items():
-        value = (READERS[kind](where, key, value) if kind in READERS else
-                 as_messages(where, key, value, role=kind))
+        try:
+            value = READERS[kind](value) if kind in READERS else as_messages(value, role=kind)
+        except InputError as error:
+            raise InputError(f"{key!r}: {error}") from None
         parts[meaning] = Part(key, value)
     return parts
 
 
-def read_question(where: str, parts: dict[str, Part]) -> list[dict]:
+def read_question(parts: dict[str, Part]) -> list[dict]:
     """What comes before an answer: system text, history or messages, question with its input."""
     values = {meaning: part.value for meaning, part in parts.items()}
     system, messages = values.get("system", []), values.get("messages")
     if messages:
-        check_beside(where, parts, {"history", "question", "input"}, messages)
+        check_beside(parts, {"history", "question", "input"}, messages)
         return messages if messages[:1] == system else system + messages
 
     # Alpaca's `input` and dolly's `context` stand below the question; either may be empty.
@@ -183,52 +192,53 @@ def read_question(where: str, parts: dict[str, Part]) -> list[dict]:
     return system + values.get("history", []) + question
 
 
-def read_conversation(where: str, parts: dict[str, Part]) -> list[dict]:
+def read_conversation(parts: dict[str, Part]) -> list[dict]:
     """All messages of a row, its answer included if there is one."""
-    messages = read_question(where, parts)
+    messages = read_question(parts)
     answered = "messages" in parts and messages[-1]["role"] == "assistant"
     if "answer" in parts and not answered:
         messages = messages + parts["answer"].value
-    check_beside(where, parts, {"answer", "text"}, messages)
+    check_beside(parts, {"answer", "text"}, messages)
     return messages
 
 
-def read_pair(where: str, parts: dict[str, Part]) -> tuple[list, list, list]:
-    """(messages, chosen, rejected) of a preference pair; the messages are what both begin with."""
-    messages = read_question(where, parts)
+def read_pair(parts: dict[str, Part]) -> dict:
+    """The fields of a pair: two answers, and the messages with which both conversations begin."""
+    messages, beside = read_question(parts), {"answer", "text"}
 
     # ms-swift writes `rejected_response` beside an ordinary answer, or beside messages with one.
-    first, second = parts.get("chosen", parts.get("answer")), parts.get("rejected")
-    if first is None and messages and messages[-1]["role"] == "assistant":
-        first = Part("messages", messages[-1:])
-    check(first and second, f"{where}: expected both chosen and rejected, neither empty")
-    for key, side in (first, second):
-        check(side[-1]["role"] == "assistant", f"{where}: {key!r} must end with an answer")
-    whole, other = (side[0]["role"] in ("system", "user") for _, side in (first, second))
-    check(whole == other, f"{where}: one of chosen and rejected is a whole conversation, the other "
-          "an answer")
+    chosen, rejected = (parts[key].value if key in parts else [] for key in ("chosen", "rejected"))
+    if not chosen and "answer" in parts:
+        chosen = parts["answer"].value
+    elif not chosen and messages and messages[-1]["role"] == "assistant":
+        chosen = messages[-1:]
+    check(chosen and rejected, "expected both chosen and rejected, neither empty")
+    check(chosen[-1]["role"] == rejected[-1]["role"] == "assistant",
+          "chosen and rejected must end with an answer")
+    whole, other = (side[0]["role"] in ("system", "user") for side in (chosen, rejected))
+    check(whole == other, "one of chosen and rejected is a whole conversation, the other an answer")
 
-    # Whole conversations win over a prompt beside them, which may differ by a space.
-    beside = {"answer", "text"}
+    # Whole conversations win over a prompt beside them, which may differ by a space: only a system
+    # text that they do not have is kept of it.
     if whole:
         beside |= {"system", "history", "messages", "input"}
-        said = first.value[0]["role"] == "system"
+        said = chosen[0]["role"] == "system"
         messages = [m for m in messages[:1] if m["role"] == "system" and not said]
     elif messages and messages[-1]["role"] == "assistant":
-        check(messages[-1] in first.value + second.value, f"{where}: the messages before chosen "
-              "and rejected end with an answer of their own")
+        check(messages[-1] in chosen + rejected,
+              "the messages before chosen and rejected end with an answer of their own")
         messages = messages[:-1]
 
-    shared = common_prefix([first.value[:-1], second.value[:-1]])
-    messages = messages + first.value[:shared]
-    chosen, rejected = first.value[shared:], second.value[shared:]
-    asked = any(m["role"] != "system" for m in messages)
-    check(asked or whole, f"{where}: expected a prompt beside chosen and rejected")
-    check_beside(where, parts, beside, messages + chosen)
-    return messages, chosen, rejected
+    # What both sides share comes before the answers, but for the last message of each.
+    shared = common_prefix([chosen[:-1], rejected[:-1]])
+    messages = messages + chosen[:shared]
+    check(whole or any(m["role"] != "system" for m in messages),
+          "expected a prompt beside chosen and rejected")
+    check_beside(parts, beside, messages + chosen[shared:])
+    return {"messages": messages, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-def check_beside(where: str, parts: dict[str, Part], beside: set, messages: list[dict]) -> None:
+def check_beside(parts: dict[str, Part], beside: set, messages: list[dict]) -> None:
     """Refuse what stands beside a conversation unless it repeats it, whole or in part."""
     texts = [" ".join(m["content"].split()) for m in messages]
     for meaning in beside & parts.keys():
@@ -236,44 +246,42 @@ def check_beside(where: str, parts: dict[str, Part], beside: set, messages: list
         for m in value if meaning != "text" else [{"content": value}]:
             words = " ".join(m["content"].split())
             repeated = words in " ".join(texts) or all(text in words for text in texts)
-            check(repeated, f"{where}: {key!r} says what the conversation beside it does not: "
-                  "remove one of the two")
+            check(repeated, f"{key!r} says what the conversation beside it does not: remove one of "
+                  "the two")
 
 
-def as_messages(where: str, key: str, value, role: str) -> list[dict]:
+def as_messages(value, role: str) -> list[dict]:
     """Messages from a text of `role`, a dialogue, a message, or a list of messages or of turns."""
     if isinstance(value, str):
-        return dialogue(as_text(where, key, value)) or [{"role": role, "content": value}]
-    turns = [value] if isinstance(value, dict) else value
-    check(isinstance(turns, list), f"{where}: expected a text or messages under {key!r}, found "
-          f"{value!r:.60}")
+        return dialogue(as_text(value)) or [{"role": role, "content": value}]
+    check(isinstance(value, dict | list), f"expected a text or messages, found {value!r:.60}")
     messages = []
-    for turn in turns:
-        # history's [question, answer], Firefly's {human, assistant}
-        if isinstance(turn, list):
-            check(len(turn) == 2, f"{where}: expected [question, answer] pairs under {key!r}")
+    for turn in [value] if isinstance(value, dict) else value:
+        # history's [question, answer]
+        if isinstance(turn, list) and len(turn) == 2:
             turn = {"user": turn[0], "assistant": turn[1]}
-        check(isinstance(turn, dict), f"{where}: expected messages under {key!r}, found "
+        check(isinstance(turn, dict), f"expected messages or pairs [question, answer], found "
               f"{turn!r:.60}")
+
+        # Firefly's {human, assistant}, or a message
         if turn and turn.keys() <= ROLES.keys():
-            messages += [{"role": ROLES[name], "content": as_text(where, key, text)}
+            messages += [{"role": ROLES[name], "content": as_text(text)}
                          for name, text in turn.items() if text is not None]
         else:
-            messages.append(read_message(where, key, turn))
+            messages.append(read_message(turn))
     return messages
 
 
-def read_message(where: str, key: str, message: dict) -> dict:
+def read_message(message: dict) -> dict:
     """A message in OpenAI's or ShareGPT's keys, as `parse_row` describes it."""
-    parts = parts_of(where, message, MESSAGE_KEYS)
-    said = {meaning: part.value for meaning, part in parts.items()}
+    said = {meaning: part.value for meaning, part in parts_of(message, MESSAGE_KEYS).items()}
     name = said.pop("role", "").lower()
-    check(name in ROLES, f"{where}: expected a 'role' such as system, user, assistant or tool "
-          f"under {key!r}, found {message!r:.60}")
+    check(name in ROLES, "expected a 'role' such as system, user, assistant or tool, found "
+          f"{message!r:.60}")
     check("content" in said or "tool_calls" in said,
-          f"{where}: expected a text under 'content' of {key!r}, found {message!r:.60}")
+          f"expected a text under 'content', found {message!r:.60}")
     if name == "function_call":  # LLaMA-Factory: the content is the call
-        said["tool_calls"] = functions(where, key, said.pop("content", ""))
+        said["tool_calls"] = functions(said.pop("content", ""))
     return {"role": ROLES[name], "content": "", **said}
 
 
@@ -288,17 +296,17 @@ def dialogue(text: str) -> list[dict]:
     return messages[:-1] if asks else messages
 
 
-def join_parts(where: str, key: str, value) -> str:
+def join_parts(value) -> str:
     """The text of a message, which may come in parts {type: text, text}."""
     texts = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, dict) and part.get("type", "text") == "text":
             part = part.get("text")
-        texts.append(as_text(where, key, part))
+        texts.append(as_text(part))
     return "".join(texts)
 
 
-def functions(where: str, key: str, value) -> list[dict]:
+def functions(value) -> list[dict]:
     """Tools or calls as [{type, function}]; rows have that, its inner part, or JSON text of it."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
@@ -307,28 +315,28 @@ def functions(where: str, key: str, value) -> list[dict]:
     out = []
     for item in value if isinstance(value, list) else [value]:
         check(isinstance(item, dict) and ("function" in item or "name" in item),
-              f"{where}: expected functions with a name under {key!r}, found {value!r:.60}")
+              f"expected functions with a name, found {value!r:.60}")
         out.append(item if "function" in item else {"type": "function", "function": item})
     return out
 
 
-def truth(where: str, key: str, value) -> bool:
+def truth(value) -> bool:
     """True, false, 1 or 0; exports of tables write 1.0 for 1."""
-    check(isinstance(value, bool | int | float) and value in (0, 1),
-          f"{where}: expected true or false under {key!r}, found {value!r:.40}")
+    known = isinstance(value, bool | int | float) and value in (0, 1)
+    check(known, f"expected true or false, found {value!r:.40}")
     return bool(value)
 
 
-def number(where: str, key: str, value) -> float:
+def number(value) -> float:
     """A weight."""
-    check(type(value) in (int, float) and 0 <= value < math.inf,
-          f"{where}: expected a number from 0 on under {key!r}, found {value!r:.40}")
+    known = type(value) in (int, float) and 0 <= value < math.inf
+    check(known, f"expected a number from 0 on, found {value!r:.40}")
     return value
 
 
-def as_text(where: str, key: str, value) -> str:
+def as_text(value) -> str:
     """A text."""
-    check(is_text(value), f"{where}: expected a text under {key!r}, found {value!r:.60}")
+    check(is_text(value), f"expected a text, found {value!r:.60}")
     return value
 
 
@@ -370,9 +378,7 @@ def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, par
     """(value, parse(where, value)) of every row of some files.
 
     A bad row raises InputError. With `skip_bad_rows` it gives None, and is listed unless `quiet`.
-    `skip_bad_rows=None`: the command has no such flag, so the message does not suggest it.
     """
-    hint = "" if skip_bad_rows is None else " (--skip_bad_rows leaves it out)"
     for path in map(Path, files):
         unused = set()
         for where, value in (read or read_values)(path):
@@ -380,7 +386,7 @@ def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, par
                 row = parse(where, value)
                 unused |= unused_keys(value) if isinstance(row, Row) else set()
             except InputError as error:
-                check(skip_bad_rows, f"{error}{hint}")
+                refuse_unless(skip_bad_rows, error)
                 row = None
                 if not quiet:
                     tqdm.write(f"dropped {error}")
@@ -389,49 +395,27 @@ def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, par
             tqdm.write(f"{path}: not used: {', '.join(sorted(unused))}")
 
 
+def refuse_unless(skip_bad_rows: bool | None, error: InputError) -> None:
+    """Raise the error of a bad row unless it may be skipped; None: the command has no such flag."""
+    hint = "" if skip_bad_rows is None else " (--skip_bad_rows leaves it out)"
+    check(skip_bad_rows, f"{error}{hint}")
+
+
 # ==== read: chat templates ========================================================================
 
-# Jinja strings for checkpoints without a template, and for --template. In Jinja `~` joins texts.
+# For checkpoints without a template, and for --template; more of them stand in labs/templates.
 TEMPLATES = {
     "chatml": r"""
-{%- for m in messages %}
-{{- '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}
+{%- for m in messages -%}
+    {{- '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' -}}
+{%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
-    "llama2": r"""
-{%- set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}
-{%- set ns.system = '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}
-{{- bos_token ~ '[INST] ' ~ (ns.system ~ m.content) | trim ~ ' [/INST]' }}{% set ns.system = '' %}
-{%- else %}{{ ' ' ~ m.content | trim ~ ' ' ~ eos_token }}{% endif %}{% endfor %}""",
-    "llama3": r"""
-{{- bos_token }}{% for m in messages %}
-{{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' ~ m.content | trim ~ '<|eot_id|>' }}
-{%- endfor %}{% if add_generation_prompt %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
-    "mistral": r"""
-{{- bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}
-{%- if m.role == 'system' %}{% set ns.system = m.content ~ '\n\n' %}{% elif m.role == 'user' %}
-{{- '[INST] ' ~ ns.system ~ m.content ~ '[/INST]' }}{% set ns.system = '' %}
-{%- else %}{{ ' ' ~ m.content | trim ~ eos_token }}{% endif %}{% endfor %}""",
-    "deepseek": r"""
-{{- bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' ~ m.content ~ '\n\n' }}
-{%- elif m.role == 'assistant' %}{{ 'Assistant: ' ~ m.content ~ eos_token }}
-{%- else %}{{ m.content ~ '\n\n' }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""",
-    "zephyr": r"""
-{%- for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ eos_token ~ '\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}""",
-    "vicuna": r"""
-{{- bos_token }}{% if not messages or messages[0].role != 'system' %}
-{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant ' }}
-{{- "gives helpful, detailed, and polite answers to the user's questions. " }}{% endif %}
-{%- for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' ~ m.content ~ ' ' }}
-{%- elif m.role == 'assistant' %}{{ 'ASSISTANT: ' ~ m.content ~ eos_token }}
-{%- else %}{{ m.content ~ ' ' }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
     "plain": r"""
-{{- bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User:\n' ~ m.content ~ '\n\n' }}
-{%- elif m.role == 'assistant' %}{{ 'Assistant:\n' ~ m.content ~ eos_token ~ '\n\n' }}
-{%- else %}{{ m.content ~ '\n\n' }}{% endif %}{% endfor %}
+{{- bos_token -}}
+{%- for m in messages -%}
+    {%- set name = {'user': 'User:\n', 'assistant': 'Assistant:\n'}.get(m.role, '') -%}
+    {{- name ~ m.content ~ (eos_token if m.role == 'assistant' else '') ~ '\n\n' -}}
+{%- endfor -%}
 {%- if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}""",
 }
 
@@ -440,7 +424,18 @@ SIGN, BORDER, BEGIN, END, PROBE, KEPT = OURS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\u
 UNMARK = re.compile(f"[{BEGIN}{END}]").sub
 THOUGHT = f"<think>\n{PROBE}\n</think>\n\n{PROBE}"
 CONTROL = re.compile(r"<\|[^|\s]+\|>|<｜[^｜\s]+｜>|\[/?[A-Z_]+\]")  # how control tokens look
-OTHER = f"; --template takes another one: {', '.join(TEMPLATES)}"
+OTHER = "; --template takes another one: chatml, plain, a name of labs/templates, a .jinja file"
+
+
+def named_template(name: str) -> str:
+    """The source of a template of ours, of labs/templates, or of a .jinja file; none: empty."""
+    if not name or name in TEMPLATES:
+        return TEMPLATES.get(name, "")
+    folder = Path(__file__).parent / "labs/templates"
+    path = Path(name) if name.endswith(".jinja") else folder / f"{name}.jinja"
+    known = ", ".join([*TEMPLATES, *sorted(p.stem for p in folder.glob("*.jinja"))])
+    check(path.is_file(), f"unknown template {name!r}: expected {known}, or a .jinja file")
+    return path.read_text(encoding="utf-8")
 
 
 class Generation(Extension):
@@ -667,8 +662,6 @@ class ChatTokenizer(ChatTemplate):
 
     def __init__(self, folder: str | Path, template: str = "", eot: str = "", system: str = ""):
         self.folder = folder = Path(folder)
-        check(template in ("", *TEMPLATES),
-              f"unknown template {template!r}; known are {', '.join(TEMPLATES)}")
         self.tokenizer, self.config = open_tokenizer(folder), self.read("tokenizer_config.json")
         added = {t.content: t for t in self.tokenizer.get_added_tokens_decoder().values()}
 
@@ -680,7 +673,7 @@ class ChatTokenizer(ChatTemplate):
                 names[key] = value
 
         # Only the template may write these. (Some tokenizers mark none of them as special.)
-        source = TEMPLATES.get(template) or self.own_template() or TEMPLATES["plain"]
+        source = named_template(template) or self.own_template() or TEMPLATES["plain"]
         control = {text for text, token in added.items() if token.special
                    or text in names.values() or (CONTROL.fullmatch(text) and text in source)}
         control -= {"<think>", "</think>"}  # templates look for these in contents
@@ -690,7 +683,8 @@ class ChatTokenizer(ChatTemplate):
                 super().__init__(self.end_turns_with(eot), names, control | {eot}, system)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
-        self.template = next((n for n, s in TEMPLATES.items() if s == self.source), "its own")
+        known = {source: name for name, source in TEMPLATES.items()}
+        self.template = template or known.get(self.source, "its own")
 
         self.eot_is_new = bool(eot) and eot not in added
         if self.eot_is_new:
@@ -866,30 +860,25 @@ def conversations(row: Row) -> list[list[dict]]:
     return [row.messages + side for side in sides]
 
 
-def render_row(row: Row, tokenizer: ChatTokenizer, train_on: str = "all") -> list[Plan]:
-    """What a row becomes: a raw text, or its conversations; of a pair only the answers are new."""
-    if row.text is not None:
-        return [tokenizer.text(row.text)]
-    train_on, plans = "last" if row.chosen else train_on, []
-    try:
-        for messages in conversations(row):
-            plans += tokenizer.conversation(messages, row.tools, train_on)
-    except InputError as error:
-        raise InputError(f"{row.where}: {error}") from None
-    return plans
+def render_rows(rows: list[Row], tokenizer: ChatTokenizer, train_on: str, counts: Counter,
+                skip_bad_rows: bool | None) -> list[tuple[Row, list[Plan]]]:
+    """Each row with what it becomes: a raw text, or its conversations.
 
-
-def render_rows(rows: list[Row], counts: Counter, skip_bad_rows: bool | None,
-                render) -> list[tuple[Row, list[Plan]]]:
-    """(row, render(row)) of each row; one that the chat template refuses is a bad row."""
+    A row that the chat template refuses is a bad row.
+    """
     rendered = []
     for row in rows:
+        plans = [] if row.text is None else [tokenizer.text(row.text)]
         try:
-            rendered.append((row, render(row)))
+            for messages in conversations(row) if row.text is None else ():
+                # The history of a pair is no answer of its own: only what differs is new.
+                plans += tokenizer.conversation(messages, row.tools,
+                                                "last" if row.chosen else train_on)
         except InputError as error:
-            hint = "" if skip_bad_rows is None else " (--skip_bad_rows leaves it out)"
-            check(skip_bad_rows, f"{error}{hint}")
+            refuse_unless(skip_bad_rows, InputError(f"{row.where}: {error}"))
             counts["dropped: bad row"] += 1
+        else:
+            rendered.append((row, plans))
     return rendered
 
 
@@ -904,12 +893,12 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
         check(keep_all or (row.chosen is None and row.label is None),
              f"{row.where}: a preference row; train_dpo.py trains on those")
     plans, examples = [], []
-    rendered = render_rows(rows, counts, skip_bad_rows,
-                           lambda row: render_row(row, tokenizer, train_on))
-    for row, parts in rendered:
+    for row, parts in render_rows(rows, tokenizer, train_on, counts, skip_bad_rows):
         plans += [(row, plan) for plan in parts]
         more = len(parts) - len(conversations(row))
         counts["more examples than conversations: the template rewrites past answers"] += more
+
+    # All texts in one call: the tokenizer's threads share them.
     encoded = tokenizer.encode([plan for _, plan in plans])
     for (row, _), (ids, spans) in zip(plans, encoded, strict=True):
         parts, change = [fit(ids, spans, max_length)], "truncated"
@@ -943,7 +932,9 @@ def convert_files(files: list[str], convert, skip_bad_rows: bool | None = None,
         before = len(items)
         rows = iter(tqdm(read_rows([path], skip_bad_rows, quiet), f"tokenize {Path(path).name}",
                          unit=" rows", disable=quiet or None))  # None: where stderr is no terminal
-        while some := list(itertools.islice(rows, 2000)):  # work for every thread, little memory
+
+        # So many rows at once are work for every thread of the tokenizer, and little memory.
+        while some := list(itertools.islice(rows, 2000)):
             good = [row for _, row in some if row]
             items += convert(good, source, counts)
             counts["dropped: bad row"] += len(some) - len(good)
@@ -956,11 +947,9 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
                   max_length: int = 2048, keep_all: bool = False,
                   skip_bad_rows: bool | None = None, quiet: bool = True):
     """(examples of some files, what was cut or dropped by reason), as `to_examples` makes them."""
-
-    def convert(rows: list[Row], source: int, counts: Counter) -> list[Example]:
-        return to_examples(rows, source, counts, tokenizer, train_on, max_length, keep_all,
-                           skip_bad_rows)
-
+    convert = functools.partial(
+        to_examples, tokenizer=tokenizer, train_on=train_on, max_length=max_length,
+        keep_all=keep_all, skip_bad_rows=skip_bad_rows)
     return convert_files(files, convert, skip_bad_rows, quiet)
 
 
@@ -969,6 +958,7 @@ def split_validation(examples: list[Example], fraction: float, seed: int):
 
     Preferences are told apart by their prompts, so that no prompt is on both sides.
     """
+    # The order of the hashes is a shuffle that does not depend on how often a copy stands where.
     salt = str(seed).encode()
     keys = [hashlib.sha256(salt + e.key).digest() for e in examples]
     distinct = sorted(set(keys))
@@ -980,10 +970,7 @@ def split_validation(examples: list[Example], fraction: float, seed: int):
 
 
 def overlap_count(training: list, validation: list) -> int:
-    """How many validation examples are copies of training ones; of preferences, have their prompt.
-
-    What was trained on is no test: a run says this number before it starts.
-    """
+    """How many validation examples are copies of training ones (of preferences: by prompt)."""
     known = {e.key for e in training}
     return sum(e.key in known for e in validation)
 
@@ -1179,7 +1166,7 @@ class Show:
     model: str = ""  # checkpoint whose tokenizer and template to use; empty: bytes and ChatML
     rows: int = 3  # rows of each file to print
     tokens: bool = False  # print one example as a table instead: id, text, supervised, ln p
-    template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
     steps: int = 0  # show what training for so many steps draws of each file; 0: do not
@@ -1191,59 +1178,47 @@ class Show:
     seed: int = 0  # of the order
 
 
-def check_show(c: Show) -> None:
-    """Raise InputError for flags of `show` that make no sense."""
+def show(c: Show) -> None:
+    """`data.py show`: some examples whole, then lengths, shares, and what is dropped and why."""
     least = {"rows": 0, "max_length": 2, "steps": 0, "batch_size": 1, "cap": 0, "seed": 0}
     for name, smallest in least.items():
         value = getattr(c, name)
         check(value >= smallest, f"--{name} must be at least {smallest}, not {value}")
     check_mix(c, c.files)
-
-
-def show(c: Show) -> None:
-    """`data.py show`: some examples whole, then lengths, shares, and what is dropped and why."""
-    check_show(c)
     with tempfile.TemporaryDirectory() as folder:
         if not c.model:
             byte_tokenizer(Path(folder))
             print("no --model: tokens are bytes, the template is ChatML")
         tokenizer = ChatTokenizer(c.model or folder, c.template)
-    first, sizes, counts = read_to_show(c, tokenizer)
-    for side, e in first:
-        print(f"--- {e.where}{side}: {len(e.ids)} tokens, {e.targets} supervised")
-        if c.tokens:
-            print_tokens(e, tokenizer, c.model)
-            return
-        print(marked(e, tokenizer, sys.stdout.isatty()))
+
+    # All files first: what is wrong with a row is said before anything is shown.
+    options = (c.train_on, c.max_length, True, c.skip_bad_rows)
+    examples, counts = load_examples(c.files, tokenizer, *options, quiet=False)
+    for path in c.files:
+        rows = (row for _, row in read_rows([path], c.skip_bad_rows, quiet=True) if row)
+        for row in itertools.islice(rows, max(c.rows, c.tokens)):
+            found = to_examples([row], 0, Counter(), tokenizer, *options)
+            for side, e in zip(itertools.cycle(sides_of(row)), found, strict=False):
+                print(f"--- {e.where}{side}: {len(e.ids)} tokens, {e.targets} supervised")
+                if c.tokens:
+                    print_tokens(e, tokenizer, c.model)
+                    return
+                print(marked(e, tokenizer, sys.stdout.isatty()))
+
     end = tokenizer.decode([tokenizer.stop_id])
     print(f"--- template {tokenizer.template}; a turn ends with {end}")
-    print_sizes(c.files, sizes, counts)
+    print_sizes(c.files, examples, counts)
     if c.steps:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
-        pairs = [(m, supervised) for m, _, supervised in sizes if supervised]
+        pairs = [(e.source, e.targets) for e in examples if e.targets]
         mix_files(c, c.files, pairs, c.steps * c.batch_size)
 
 
-def read_to_show(c: Show, tokenizer: ChatTokenizer) -> tuple[list, list, Counter]:
-    """(side, example) of the first rows, (source, tokens, supervised) of all examples, counts."""
-    first, rows_left = [], [max(c.rows, c.tokens)] * len(c.files)
-
-    def tokenize(rows: list[Row], source: int, counts: Counter) -> list[Example]:
-        return to_examples(rows, source, counts, tokenizer, c.train_on, c.max_length, True,
-                           c.skip_bad_rows)
-
-    def convert(rows: list[Row], source: int, counts: Counter) -> list[tuple]:
-        for row in rows[: rows_left[source]]:
-            rows_left[source] -= 1
-            sides = [", chosen", ", rejected"] if row.chosen else [""]
-            if row.label is not None:
-                sides = [", liked" if row.label else ", disliked"]
-            first.extend(zip(itertools.cycle(sides), tokenize([row], source, Counter()),
-                             strict=False))
-        return [(source, len(e.ids), e.targets) for e in tokenize(rows, source, counts)]
-
-    sizes, counts = convert_files(c.files, convert, c.skip_bad_rows, quiet=False)
-    return first, sizes, counts
+def sides_of(row: Row) -> list[str]:
+    """What the examples of a row are called, one after the other."""
+    if row.label is not None:
+        return [", liked" if row.label else ", disliked"]
+    return [", chosen", ", rejected"] if row.chosen else [""]
 
 
 def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
@@ -1260,10 +1235,10 @@ def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
 
 def print_tokens(example: Example, tokenizer: ChatTokenizer, folder: str) -> None:
     """An example as a table, a line per token; ln p if the folder holds a model's weights."""
-    batch = collate([example._replace(spans=((1, len(example.ids), 1.0),))])
     logps = [""] * len(example.ids)
     if folder and any(Path(folder).glob("*.safetensors")):
         model = modeling.load(folder, torch.float32, "cpu")
+        batch = collate([example._replace(spans=((1, len(example.ids), 1.0),))])
         with torch.no_grad():  # nothing predicts the first token
             found = model(batch.ids, batch.lengths, batch.targets).tolist()
         logps[1:] = [f"{logp:.3f}" for logp in found]
@@ -1277,20 +1252,21 @@ def print_tokens(example: Example, tokenizer: ChatTokenizer, folder: str) -> Non
     print_table(table)
 
 
-def print_sizes(files: list[str], sizes: list[tuple], counts: Counter) -> None:
-    """Shares and lengths of examples as (source, tokens, supervised tokens), and what was lost."""
-    source, lengths, targets = np.array(sizes).T
-    pairs = [(m, supervised) for m, _, supervised in sizes]
+def print_sizes(files: list[str], examples: list[Example], counts: Counter) -> None:
+    """Shares and lengths of the examples of each file, and what was lost."""
+    lengths = np.array([len(e.ids) for e in examples])
+    sources = np.array([e.source for e in examples])
     table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
-    for m, (name, row) in enumerate(shares(pairs, source_names(files)).items()):
-        tokens = lengths[source == m]
+    rows = shares([(e.source, e.targets) for e in examples], source_names(files))
+    for m, (name, row) in enumerate(rows.items()):
+        tokens = lengths[sources == m]
         table.append((name, *row.values(), round(np.median(tokens)), tokens.max()))
     print_table(table)
-    percentiles = (1, 5, 25, 50, 75, 95, 99, 100)
-    print(f"supervised: {targets.sum() / lengths.sum():.1%} of the tokens\n"
-          "tokens of an example, by percentiles:",
-          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in percentiles))
-    counts["nothing to supervise"] = int((targets == 0).sum())
+
+    supervised = sum(e.targets for e in examples) / lengths.sum()
+    print(f"supervised: {supervised:.1%} of the tokens\ntokens of an example, by percentiles:",
+          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
+    counts["nothing to supervise"] = sum(not e.spans for e in examples)
     for reason, count in (+counts).items():
         print(f"{reason}: {count}")
 
@@ -1310,6 +1286,9 @@ def byte_tokenizer(folder: Path) -> None:
 # ---- skip on a first reading: files of rows ------------------------------------------------------
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
+
+
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
     """(where, value) of every row of a .json, .jsonl, .ndjson or .txt file, gzipped or not.
 
@@ -1321,54 +1300,57 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
           f"{path}: expected a file called .json, .jsonl, .ndjson or .txt, maybe with .gz")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if kind != "txt" and holds_list(file, kind):
+            lines = (line.removeprefix(BYTE_ORDER_MARK) for line in file)
+            first = next((line.strip() for line in lines if line.strip()), b"")
+            file.seek(0)
+
+            # People call a list of rows .jsonl and lines of rows .json: the content decides.
+            if kind != "txt" and begins_list(first):
                 yield from read_list(path, file.read())
                 return
             for number, line in enumerate(file, 1):
-                try:
-                    line = line.decode("utf-8-sig")  # -sig drops a byte order mark
-                    if not line.strip():
-                        continue
-                    value = {"text": line.rstrip("\r\n")} if kind == "txt" else json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    value = ValueError(why_not_read(error))
-                yield f"{path} line {number}", value
+                if line.removeprefix(BYTE_ORDER_MARK).strip():
+                    yield f"{path} line {number}", decode(line, kind)[1]
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-def holds_list(file, kind: str) -> bool:
-    """Is a file one list of rows? Else it has a row per line, which may be a list of messages."""
-    first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
-    first = first.lstrip(b"\xef\xbb\xbf \t")
-    file.seek(0)
-    if kind == "json" or not first.startswith(b"["):
-        return kind == "json" and not first.startswith(b"{")
+def read_list(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
+    """The rows of a file that is one list; if it cannot be read, the error and its line."""
+    line, rows = decode(content, "json")
+    if isinstance(rows, list):
+        for number, row in enumerate(rows, 1):
+            yield f"{path} row {number}", row
+    else:
+        yield f"{path} line {line}", rows
+
+
+def begins_list(line: bytes) -> bool:
+    """Is a file with this first line one list of rows? Else it has a row per line.
+
+    Such a row may be a list as well: the messages of a conversation.
+    """
+    if not line.startswith(b"["):
+        return False
     try:
-        row = json.loads(first)
+        row = json.loads(line)
     except (ValueError, RecursionError):
         return True  # the list goes on in the next line
     return not (row and isinstance(row[0], dict) and row[0].keys() & {"role", "from"})
 
 
-def read_list(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
-    """The rows of a file that is one list."""
+def decode(content: bytes, kind: str) -> tuple[int, object]:
+    """(1, the value of a line or of a file), or (the line that is wrong, an error with why)."""
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")  # -sig drops a byte order mark
+        return 1, {"text": text.rstrip("\r\n")} if kind == "txt" else json.loads(text)
+    except UnicodeDecodeError as error:
+        why = (f"byte {error.object[error.start]:#x} is not UTF-8: convert the file with iconv -f "
+               "ENCODING -t UTF-8 (GB18030 for Chinese, WINDOWS-1252 for Western texts)")
+        return error.object.count(b"\n", 0, error.start) + 1, ValueError(why)
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", content.count(b"\n", 0, getattr(error, "start", 0)) + 1)
-        raise InputError(f"{path} line {line}: {why_not_read(error)}") from None
-    check(isinstance(rows, list), f"{path}: expected a list of rows, found {rows!r:.40}")
-    for number, row in enumerate(rows, 1):
-        yield f"{path} row {number}", row
-
-
-def why_not_read(error: Exception) -> str:
-    """What an error of decoding or of JSON means, and how to mend it."""
-    if isinstance(error, UnicodeDecodeError):
-        return (f"byte {error.object[error.start]:#x} is not UTF-8: convert the file with iconv "
-                "-f ENCODING -t UTF-8 (GB18030 for Chinese, WINDOWS-1252 for Western texts)")
-    return f"not JSON: {getattr(error, 'msg', error)}"
+        why = f"not JSON: {getattr(error, 'msg', error)}"
+        return getattr(error, "lineno", 1), ValueError(why)
 
 
 # ---- skip on a first reading: flags and errors on the command line -------------------------------

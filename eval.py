@@ -47,7 +47,7 @@ class Common:
     model: str = "out/sft"  # checkpoint folder in Hugging Face layout
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
-    template: str = ""  # chatml, llama2, llama3, mistral, deepseek, plain; empty: recognised
+    template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
 
 
 @dataclass

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import data
 import train_sft
-from data import ChatTokenizer, Row, common_prefix, cut, render_row, render_rows
+from data import ChatTokenizer, Row, common_prefix, cut, render_rows
 from model import InputError, check
 from train_sft import Hardware, RunData
 
@@ -467,8 +467,7 @@ def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     The conversations of a row, two of a pair, are cut at the same points: as in `data.fit`, the
     beginning of the prompt goes where it is long, then the end of the answers.
     """
-    rendered = render_rows(rows, counts, skip_bad_rows,
-                           lambda row: render_row(row, tokenizer, "last"))
+    rendered = render_rows(rows, tokenizer, "last", counts, skip_bad_rows)
     encoded, out = iter(tokenizer.encode([p for _, plans in rendered for p in plans])), []
     for row, plans in rendered:
         # A template may write on after the end of a turn: an answer ends with its last target.

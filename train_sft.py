@@ -56,7 +56,7 @@ class Config:
     temperature: float = 2.0  # of --mix temperature: 1 is proportional, large is equal
     cap: int = 0  # examples a file counts for at most under --mix temperature (T5's K); 0: all
     weights: list[float] = field(default_factory=list)  # of --mix weights, one a file
-    template: str = ""  # a built-in one, such as chatml or plain; empty: the checkpoint's own
+    template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
     system: str = ""  # system message of conversations that have none
     eot: str = ""  # token such as <|end|> that ends an answer instead of EOS (LIMA); added if new
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised

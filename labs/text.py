@@ -60,7 +60,7 @@ class Config(Files):
     """Say what a file holds: duplicates, answers, languages, repetition, lengths."""
 
     model: str = ""  # checkpoint whose tokenizer and template to use; empty: bytes and ChatML
-    template: str = ""  # force a built-in template; empty: the checkpoint's own
+    template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
     max_length: int = 2048  # tokens per example; longer ones are cut, by ifd dropped
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import HI, SHARED, TALK, YO, assistant, jsonl, render, supervised, system, user
+from conftest import HI, REPO, SHARED, TALK, YO, assistant, jsonl, render, supervised, system, user
 from families import FAMILIES
 from family_tokenizers import TOKENIZERS, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -108,7 +108,8 @@ def tokens_of(tokenizer, text):
 
 
 NEEDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-FORCED = [(n, t) for n in TOKENIZERS for t in data.TEMPLATES
+FORMS = [*data.TEMPLATES, *sorted(p.stem for p in (REPO / "labs/templates").glob("*.jinja"))]
+FORCED = [(n, t) for n in TOKENIZERS for t in FORMS
           if t not in NEEDS or NEEDS[t] in TOKENIZERS[n]["tokens"]]
 
 
@@ -418,14 +419,14 @@ def test_dates_do_not_change_overnight(tmp_path):
 # ------------------------------------------------------------------------- TRL's marks, where it is
 
 TRL = importlib.util.find_spec("trl")
-FORMS = sorted(Path(TRL.origin).parent.glob("chat_templates/*_training.jinja")) if TRL else []
+MARKS = sorted(Path(TRL.origin).parent.glob("chat_templates/*_training.jinja")) if TRL else []
 IMPOSSIBLE = {"idefics3", "llava_next", "smolvlm",  # contents must be parts
               "glm4moe"}  # no token ends a turn
 DROPPED = {"deepseekv3", "gptoss"}  # reasoning, and earlier turns, in other words than TRL's
 
 
-@pytest.mark.skipif(not FORMS, reason="TRL is not installed")
-@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem.removesuffix("_training"))
+@pytest.mark.skipif(not MARKS, reason="TRL is not installed")
+@pytest.mark.parametrize("path", MARKS, ids=lambda path: path.stem.removesuffix("_training"))
 def test_spans_are_trls_marks_but_for_what_stands_before_and_behind_an_answer(path, tmp_path):
     """TRL marks line ends (Phi-3: and EOS) behind a turn, and of some families the header too."""
     name = path.stem.removesuffix("_training")
