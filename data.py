@@ -97,13 +97,6 @@ class Row(NamedTuple):
     tools: list[dict] | None = None  # functions that the assistant may call, in OpenAI's form
 
 
-class Part(NamedTuple):
-    """What a row or a message says of one meaning."""
-
-    key: str  # under which it stands
-    value: object  # a list of messages where KEYS names a role
-
-
 def parse_row(where: str, row, ask: bool = False) -> Row:
     """Tell the format of a row by its keys and bring it to a Row.
 
@@ -121,22 +114,25 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
 
 def read_row(row: dict, ask: bool) -> dict:
     """The fields of a Row: those of a preference pair, of a conversation, or of raw text."""
-    parts = parts_of(row, ROW_KEYS)
-    values = {meaning: part.value for meaning, part in parts.items()}
+    values, keys = parts_of(row, ROW_KEYS)
     label, tools = values.get("label"), values.get("tools")
 
     # A preference pair: two answers, or two conversations.
-    if "chosen" in parts or "rejected" in parts:
+    if "chosen" in values or "rejected" in values:
         check(label is None, "'label' beside chosen and rejected")
-        return {**read_pair(parts), "tools": tools}
+        return {**read_pair(values, keys), "tools": tools}
 
     # A conversation; with a label, an unpaired preference.
-    if parts.keys() & {"messages", "question", "input"}:
+    if values.keys() & {"messages", "question", "input"}:
         answers = [key for key, (meaning, _) in ROW_KEYS.items() if meaning == "answer"]
         null = [f"{key} (null)" for key in answers if key in row]
-        check(ask or parts.keys() & {"messages", "answer"},
+        check(ask or values.keys() & {"messages", "answer"},
               f"expected an answer under {', '.join(null or answers)}")
-        return {"messages": read_conversation(parts), "label": label, "tools": tools}
+        messages = read_question(values, keys)
+        answered = "messages" in values and messages[-1]["role"] == "assistant"
+        messages = messages if answered else messages + values.get("answer", [])
+        check_beside(values, keys, {"answer", "text"}, messages)
+        return {"messages": messages, "label": label, "tools": tools}
 
     # Raw text: nothing beside it asks a question. A completion alone is one, too.
     if "text" not in values and "completion" in row:
@@ -147,10 +143,14 @@ def read_row(row: dict, ask: bool) -> dict:
     return {"messages": [], "text": values["text"]}
 
 
-def parts_of(row: dict, table: dict) -> dict[str, Part]:
-    """{meaning: Part} of a row or a message, read as KEYS says; null is absent."""
-    found = {}
+def parts_of(row: dict, table: dict) -> tuple[dict, dict]:
+    """{meaning: value} and {meaning: key} of a row or a message, read as KEYS says.
+
+    Where KEYS names a role, the value is a list of messages. null is absent.
+    """
+    values, keys = {}, {}
     for key, value in row.items():
+        # Tables with a fixed set of columns leave most of them empty.
         meaning, kind = table.get(key.lower(), ("", ""))
         if not meaning or value in (None, [], {}) or (value == "" and meaning not in MAY_BE_EMPTY):
             continue
@@ -158,28 +158,24 @@ def parts_of(row: dict, table: dict) -> dict[str, Part]:
               "remove the key, or the row")
 
         # Of two keys that mean the same, one may be empty; else they must agree.
-        known, before, _ = found.get(meaning, ("", "", ""))
+        before = row[keys[meaning]] if meaning in keys else ""
         check("" in (value, before) or value == before,
-              f"{key!r} and {known!r} both give the {meaning}")
-        if before == "":
-            found[meaning] = key, value, kind
-
-    parts = {}
-    for meaning, (key, value, kind) in found.items():
+              f"{key!r} and {keys.get(meaning)!r} both give the {meaning}")
+        if before != "":
+            continue
         try:
             value = READERS[kind](value) if kind in READERS else as_messages(value, role=kind)
         except InputError as error:
             raise InputError(f"{key!r}: {error}") from None
-        parts[meaning] = Part(key, value)
-    return parts
+        values[meaning], keys[meaning] = value, key
+    return values, keys
 
 
-def read_question(parts: dict[str, Part]) -> list[dict]:
+def read_question(values: dict, keys: dict) -> list[dict]:
     """What comes before an answer: system text, history or messages, question with its input."""
-    values = {meaning: part.value for meaning, part in parts.items()}
     system, messages = values.get("system", []), values.get("messages")
     if messages:
-        check_beside(parts, {"history", "question", "input"}, messages)
+        check_beside(values, keys, {"history", "question", "input"}, messages)
         return messages if messages[:1] == system else system + messages
 
     # Alpaca's `input` and dolly's `context` stand below the question; either may be empty.
@@ -192,25 +188,14 @@ def read_question(parts: dict[str, Part]) -> list[dict]:
     return system + values.get("history", []) + question
 
 
-def read_conversation(parts: dict[str, Part]) -> list[dict]:
-    """All messages of a row, its answer included if there is one."""
-    messages = read_question(parts)
-    answered = "messages" in parts and messages[-1]["role"] == "assistant"
-    if "answer" in parts and not answered:
-        messages = messages + parts["answer"].value
-    check_beside(parts, {"answer", "text"}, messages)
-    return messages
-
-
-def read_pair(parts: dict[str, Part]) -> dict:
+def read_pair(values: dict, keys: dict) -> dict:
     """The fields of a pair: two answers, and the messages with which both conversations begin."""
-    messages, beside = read_question(parts), {"answer", "text"}
+    messages, beside = read_question(values, keys), {"answer", "text"}
 
     # ms-swift writes `rejected_response` beside an ordinary answer, or beside messages with one.
-    chosen, rejected = (parts[key].value if key in parts else [] for key in ("chosen", "rejected"))
-    if not chosen and "answer" in parts:
-        chosen = parts["answer"].value
-    elif not chosen and messages and messages[-1]["role"] == "assistant":
+    chosen = values.get("chosen") or values.get("answer")
+    rejected = values.get("rejected")
+    if not chosen and messages and messages[-1]["role"] == "assistant":
         chosen = messages[-1:]
     check(chosen and rejected, "expected both chosen and rejected, neither empty")
     check(chosen[-1]["role"] == rejected[-1]["role"] == "assistant",
@@ -234,20 +219,21 @@ def read_pair(parts: dict[str, Part]) -> dict:
     messages = messages + chosen[:shared]
     check(whole or any(m["role"] != "system" for m in messages),
           "expected a prompt beside chosen and rejected")
-    check_beside(parts, beside, messages + chosen[shared:])
+    check_beside(values, keys, beside, messages + chosen[shared:])
     return {"messages": messages, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-def check_beside(parts: dict[str, Part], beside: set, messages: list[dict]) -> None:
+def check_beside(values: dict, keys: dict, beside: set, messages: list[dict]) -> None:
     """Refuse what stands beside a conversation unless it repeats it, whole or in part."""
+    # White space does not count: the same text is often stripped in one place only.
     texts = [" ".join(m["content"].split()) for m in messages]
-    for meaning in beside & parts.keys():
-        key, value = parts[meaning]
+    for meaning in beside & values.keys():
+        value = values[meaning]
         for m in value if meaning != "text" else [{"content": value}]:
             words = " ".join(m["content"].split())
             repeated = words in " ".join(texts) or all(text in words for text in texts)
-            check(repeated, f"{key!r} says what the conversation beside it does not: remove one of "
-                  "the two")
+            check(repeated, f"{keys[meaning]!r} says what the conversation beside it does not: "
+                  "remove one of the two")
 
 
 def as_messages(value, role: str) -> list[dict]:
@@ -274,7 +260,7 @@ def as_messages(value, role: str) -> list[dict]:
 
 def read_message(message: dict) -> dict:
     """A message in OpenAI's or ShareGPT's keys, as `parse_row` describes it."""
-    said = {meaning: part.value for meaning, part in parts_of(message, MESSAGE_KEYS).items()}
+    said, _ = parts_of(message, MESSAGE_KEYS)
     name = said.pop("role", "").lower()
     check(name in ROLES, "expected a 'role' such as system, user, assistant or tool, found "
           f"{message!r:.60}")
@@ -287,6 +273,7 @@ def read_message(message: dict) -> dict:
 
 def dialogue(text: str) -> list[dict]:
     """The messages of HH-RLHF's "\n\nHuman: ... \n\nAssistant: ...", or none of another text."""
+    # Splitting at a group keeps it: name, text, name, text, ... behind what comes first.
     start, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if start.strip() or turns[:1] != ["Human"] or "Assistant" not in turns[::2]:
         return []
@@ -308,6 +295,7 @@ def join_parts(value) -> str:
 
 def functions(value) -> list[dict]:
     """Tools or calls as [{type, function}]; rows have that, its inner part, or JSON text of it."""
+    # In tables, whose cells are texts, both are JSON in a text.
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -320,18 +308,9 @@ def functions(value) -> list[dict]:
     return out
 
 
-def truth(value) -> bool:
-    """True, false, 1 or 0; exports of tables write 1.0 for 1."""
-    known = isinstance(value, bool | int | float) and value in (0, 1)
-    check(known, f"expected true or false, found {value!r:.40}")
-    return bool(value)
-
-
-def number(value) -> float:
-    """A weight."""
-    known = type(value) in (int, float) and 0 <= value < math.inf
-    check(known, f"expected a number from 0 on, found {value!r:.40}")
-    return value
+def is_text(value) -> bool:
+    """A string that UTF-8 can hold (JSON allows lone surrogates)."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def as_text(value) -> str:
@@ -340,32 +319,40 @@ def as_text(value) -> str:
     return value
 
 
-def is_text(value) -> bool:
-    """A string that UTF-8 can hold (JSON allows lone surrogates)."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+def as_truth(value) -> bool:
+    """True, false, 1 or 0; exports of tables write 1.0 for 1."""
+    known = isinstance(value, bool | int | float) and value in (0, 1)
+    check(known, f"expected true or false, found {value!r:.40}")
+    return bool(value)
 
 
-READERS = {"text": as_text, "content": join_parts, "truth": truth, "number": number,
+def as_weight(value) -> float:
+    """How much a message counts in the loss."""
+    known = type(value) in (int, float) and 0 <= value < math.inf
+    check(known, f"expected a number from 0 on, found {value!r:.40}")
+    return value
+
+
+READERS = {"text": as_text, "content": join_parts, "truth": as_truth, "number": as_weight,
            "functions": functions}
 
 
 def common_prefix(lists: list[list]) -> int:
     """How many leading items all lists share."""
-    shared = 0
-    for items in zip(*lists, strict=False):
+    for shared, items in enumerate(zip(*lists, strict=False)):
         if any(item != items[0] for item in items):
-            break
-        shared += 1
-    return shared
+            return shared
+    return min(map(len, lists))
 
 
 def unused_keys(row) -> set[str]:
     """Keys of a row, and of the messages in it, that KEYS does not know."""
     unused, messages = set(), row if isinstance(row, list) else []
     for key, value in row.items() if isinstance(row, dict) else ():
-        if value is not None and key.lower() not in ROW_KEYS:
+        meaning, _ = ROW_KEYS.get(key.lower(), ("", ""))
+        if not meaning and value is not None:
             unused.add(key)
-        elif isinstance(value, list) and ROW_KEYS[key.lower()][0] != "tools":
+        elif isinstance(value, list) and meaning != "tools":
             messages = messages + value
     for message in messages:
         if isinstance(message, dict):
@@ -386,6 +373,7 @@ def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, par
                 row = parse(where, value)
                 unused |= unused_keys(value) if isinstance(row, Row) else set()
             except InputError as error:
+                # A dropped row is yielded too: who counts rows counts it.
                 refuse_unless(skip_bad_rows, error)
                 row = None
                 if not quiet:
@@ -445,6 +433,7 @@ class Generation(Extension):
 
     def parse(self, parser):
         """Write BEGIN before the marked part and END after it."""
+        # Jinja asks an extension for the nodes of its tag: here two texts around the body.
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         begin, end = (nodes.Output([nodes.TemplateData(sign)]) for sign in (BEGIN, END))
@@ -511,6 +500,7 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], tools: list | None = None, **options) -> str:
         """The text of prepared messages, as transformers renders it."""
+        # Templates ask for the special tokens by these names, and whether documents is none.
         options = {"add_generation_prompt": False, **self.names, **options}
         try:
             return compile_template(self.source).render(
@@ -528,11 +518,13 @@ class ChatTemplate:
 
     def prepare(self, messages: list[dict], tools: list | None) -> tuple[list, list | None]:
         """Messages and tools for `render`; InputError for what the template would pass over."""
+        # A template that never says `tools` would drop them without a word.
         calls = any(m.get("tool_calls") for m in messages)
         results = any(m["role"] == "tool" for m in messages)
         for key, used in (("tools", tools), ("tool_calls", calls), ("tool", results)):
             check(not used or key in self.source, f"{key}: the chat template writes none{OTHER}")
 
+        # Reasoning goes where the template looks for it: in a key of its own, or in the content.
         prepared = []
         for m in messages:
             m = {key: value for key, value in m.items() if key not in ("train", "weight")}
@@ -554,7 +546,8 @@ class ChatTemplate:
         for i, m in enumerate(messages):
             content, thought = m.get("content") or "", m.get("reasoning_content") or ""
             if m["role"] == "assistant" and i < len(messages) - 1:
-                content, thought = content.rpartition("</think>")[2], ""  # old reasoning may go
+                # The reasoning of past answers may go: many templates drop it on purpose.
+                content, thought = content.rpartition("</think>")[2], ""
             names = [c.get("function", c).get("name") or "" for c in m.get("tool_calls") or []]
             parts += [(part.strip(), m["role"]) for part in (content, thought, *names)]
 
@@ -573,21 +566,22 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": content}
         return UNMARK("", self.render([*messages, answer], tools, **options)).partition(PROBE)[0]
 
+    def openings(self, history: list[dict], tools: list | None) -> Iterator[str]:
+        """What may stand before an answer to these messages, the likeliest first."""
+        if history:
+            yield UNMARK("", self.render(history, tools, add_generation_prompt=True))
+
+        # A finished answer may not keep all of that prompt (R1's ends with <think>): then what
+        # stands before a placeholder. A space at its end belongs to the answer.
+        yield self.before_answer(history, tools).rstrip(" ")
+        yield self.before_answer(history, tools, THOUGHT)
+
     def answer_place(self, text: str, messages: list[dict], tools: list | None) -> tuple[int, int]:
         """(begin, end) of the last message, an answer, in the text of all these messages."""
-        history, bare, before = messages[:-1], UNMARK("", text), None
-
-        # It begins behind the prompt that asks for it. Where a finished answer does not keep all of
-        # that prompt (R1's ends with <think>), it begins behind what stands before a placeholder.
-        if history:
-            before = UNMARK("", self.render(history, tools, add_generation_prompt=True))
-        if before is None or not bare.startswith(before):
-            before = self.before_answer(history, tools).rstrip(" ")  # the space is the answer's
-        if not bare.startswith(before):
-            before = self.before_answer(history, tools, THOUGHT)
-        check(bare.startswith(before), "the chat template writes what stands before an answer "
+        bare, openings = UNMARK("", text), self.openings(messages[:-1], tools)
+        begin = next((len(before) for before in openings if bare.startswith(before)), None)
+        check(begin is not None, "the chat template writes what stands before an answer "
               f"differently once it is there{OTHER}")
-        begin = len(before)
 
         # The template's own marks win: the first one that ends behind this place.
         if "endgeneration" in self.source:
@@ -612,12 +606,14 @@ class ChatTemplate:
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         plans = []
         for i, m in enumerate(messages):
+            # Only answers, and the end of the conversation, need a rendering of their own.
             weight = 0.0
             if m["role"] == "assistant" and (train_on == "all" or i == last):
                 weight = m.get("weight", 1.0) * m.get("train", True)
             if not weight and i < len(messages) - 1:
                 continue
 
+            # A template that drops reasoning at </think> does not know its stand-in.
             said = shown[: offset + i + 1]
             if weight and self.drops_thought:
                 said[-1] = {**said[-1], "content": said[-1]["content"].replace("</think>", KEPT)}
@@ -634,6 +630,7 @@ class ChatTemplate:
 
     def prompt(self, messages: list[dict], tools: list | None = None, **options) -> Plan:
         """A conversation up to the answer to come; options such as enable_thinking=False."""
+        # A prompt loses nothing either: a system text left out would change every answer.
         shown, tools = self.prepare(messages, tools)
         text = self.render(shown, tools, **{"add_generation_prompt": True, **options})
         self.check_written(text, shown)
@@ -667,7 +664,7 @@ class ChatTokenizer(ChatTemplate):
 
         # Special tokens by name, such as eos_token. Old checkpoints keep them in a file apart.
         named, names = self.read("special_tokens_map.json"), {}
-        for key, value in (*named.items(), *self.config.items()):
+        for key, value in (*named.items(), *self.config.items()):  # the newer file wins
             value = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(value, str):
                 names[key] = value
@@ -683,9 +680,12 @@ class ChatTokenizer(ChatTemplate):
                 super().__init__(self.end_turns_with(eot), names, control | {eot}, system)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
-        known = {source: name for name, source in TEMPLATES.items()}
-        self.template = template or known.get(self.source, "its own")
+        self.template = template or "its own"
+        for name, text in TEMPLATES.items():
+            if text == self.source:
+                self.template = name
 
+        # The tokenizer must find every control token in our texts, whatever its file says of them.
         self.eot_is_new = bool(eot) and eot not in added
         if self.eot_is_new:
             added[eot] = AddedToken(eot)
@@ -710,10 +710,7 @@ class ChatTokenizer(ChatTemplate):
     def read(self, name: str) -> dict:
         """A JSON file of the checkpoint, empty if there is none."""
         path = self.folder / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
+        return modeling.read_json(path) if path.exists() else {}
 
     def own_template(self) -> str:
         """The checkpoint's chat template, empty if it has none."""
@@ -731,6 +728,8 @@ class ChatTokenizer(ChatTemplate):
         if eot == self.stop:
             return self.source
         check(eot not in self.source, f"--eot: the chat template writes {eot} elsewhere too")
+
+        # Where EOS ends turns, most templates write it by its name.
         source = self.source.replace(self.stop, eot)
         return re.sub(r"\beos_token\b", repr(eot), source) if self.stop == eos else source
 
@@ -740,8 +739,12 @@ class ChatTokenizer(ChatTemplate):
         self.eos_id, self.stop_id = to_id(names.get("eos_token", "")), to_id(self.stop)
         check(self.eos_id is not None,
               f"{self.folder}: tokenizer_config.json names no eos_token of the tokenizer")
+
+        # Some tokenizers begin a text with BOS, as their models saw it in pre-training.
         first = self.tokenizer.encode("").ids[:1]
-        self.bos_ids = first if first == [to_id(names.get("bos_token", ""))] else []  # of raw text
+        self.bos_ids = first if first == [to_id(names.get("bos_token", ""))] else []
+
+        # Any of these ends an answer: a checkpoint may list more than its template writes.
         listed = self.read("generation_config.json").get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
         self.stop_ids = sorted({self.stop_id, self.eos_id, *listed} - {None})
@@ -773,9 +776,11 @@ class ChatTokenizer(ChatTemplate):
     def assemble(self, plan: Plan, encoding) -> tuple[np.ndarray, tuple]:
         """Ids and spans of a plan from the encoding of its text."""
         text, offsets, apart = plan.text, encoding.offsets, []  # of each token: (begin, end)
+
+        # Where a token straddles the beginning of an answer, a BORDER there keeps the two apart.
         for begin, _, _ in plan.spans:
             first = bisect_left(offsets, (begin, 0))
-            if first and offsets[first - 1][1] > begin:  # the token before straddles the border
+            if first and offsets[first - 1][1] > begin:
                 apart.append(begin)
         for begin in reversed(apart):
             text = text[:begin] + BORDER + text[begin:]
@@ -783,6 +788,7 @@ class ChatTokenizer(ChatTemplate):
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
             offsets = encoding.offsets
 
+        # Spans of characters become spans of tokens; then the BORDERs go.
         spans, start = [], len(plan.start)
         for begin, end, weight in plan.spans:
             moved = bisect_right(apart, begin)  # by so many BORDERs: characters, then tokens
@@ -800,10 +806,14 @@ class ChatTokenizer(ChatTemplate):
                  "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                  "merges.txt")
         files = {n: (self.folder / n).read_bytes() for n in names if (self.folder / n).exists()}
+
+        # With --template or --eot: the template that was trained with, in one place only.
         if self.source != self.own_template():
             config = json.dumps({**self.config, "chat_template": self.source}, indent=2)
             files["tokenizer_config.json"] = config.encode()
             files.pop("chat_template.jinja", None)
+
+        # The token of --eot gets the id behind all others, as it did in the embedding.
         if self.eot_is_new:
             extended = Tokenizer.from_str(files["tokenizer.json"].decode())
             extended.add_special_tokens([AddedToken(self.stop, normalized=False)])
@@ -862,23 +872,21 @@ def conversations(row: Row) -> list[list[dict]]:
 
 def render_rows(rows: list[Row], tokenizer: ChatTokenizer, train_on: str, counts: Counter,
                 skip_bad_rows: bool | None) -> list[tuple[Row, list[Plan]]]:
-    """Each row with what it becomes: a raw text, or its conversations.
-
-    A row that the chat template refuses is a bad row.
-    """
+    """Each row with its plans; a row that the chat template refuses is a bad row."""
     rendered = []
     for row in rows:
-        plans = [] if row.text is None else [tokenizer.text(row.text)]
         try:
-            for messages in conversations(row) if row.text is None else ():
-                # The history of a pair is no answer of its own: only what differs is new.
-                plans += tokenizer.conversation(messages, row.tools,
-                                                "last" if row.chosen else train_on)
+            if row.text is not None:
+                plans = [tokenizer.text(row.text)]
+            else:
+                # Of a pair only the answers are new: nothing of its history is supervised.
+                part = "last" if row.chosen else train_on
+                plans = [plan for messages in conversations(row)
+                         for plan in tokenizer.conversation(messages, row.tools, part)]
+            rendered.append((row, plans))
         except InputError as error:
             refuse_unless(skip_bad_rows, InputError(f"{row.where}: {error}"))
             counts["dropped: bad row"] += 1
-        else:
-            rendered.append((row, plans))
     return rendered
 
 
@@ -902,7 +910,8 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     encoded = tokenizer.encode([plan for _, plan in plans])
     for (row, _), (ids, spans) in zip(plans, encoded, strict=True):
         parts, change = [fit(ids, spans, max_length)], "truncated"
-        if row.text is not None:  # parts share a token: all are predicted
+        if row.text is not None:
+            # Parts share a token, so that the first token of a part is predicted in the one before.
             starts = range(0, max(len(ids) - 1, 1), max_length - 1)
             parts, change = [cut(ids, spans, i, i + max_length) for i in starts], "raw texts split"
         counts[change] += len(ids) > max_length
@@ -915,8 +924,8 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
 def has_empty_answer(row: Row) -> bool:
     """Does the assistant say nothing in one of its turns, not even a call or a thought?"""
     for m in [*row.messages, *(row.chosen or []), *(row.rejected or [])]:
-        silent = not (m["content"].strip() or m.get("tool_calls") or m.get("reasoning_content"))
-        if m["role"] == "assistant" and silent:
+        said = m["content"].strip() or m.get("tool_calls") or m.get("reasoning_content")
+        if m["role"] == "assistant" and not said:
             return True
     return False
 
@@ -992,6 +1001,7 @@ def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int 
     K the cap (0: none), T the temperature. proportional is T = 1 without K, equal is T -> infinity.
     """
     counts = {"weights": weights, "equal": np.ones(len(sizes))}.get(mix, sizes)
+    # The cap comes before the temperature, as in the paper.
     rates = np.array(counts, dtype=np.float64)
     if mix == "temperature":
         rates = np.minimum(rates, cap or np.inf)
@@ -1010,6 +1020,7 @@ class Mixer:
 
     def __init__(self, sizes: list[int], rates: np.ndarray, seed: int):
         self.sizes, self.seed, self.size = sizes, seed, sum(sizes)
+        # Largest remainders: all get the whole part of their share, the largest rests one more.
         exact = rates * self.size
         self.quotas = np.floor(exact).astype(int)
         missing = self.size - self.quotas.sum()
@@ -1018,6 +1029,7 @@ class Mixer:
 
     def source(self, m: int, first: int, count: int) -> np.ndarray:
         """Draws first..first+count-1 of source m: [count, 2] of (example, visits before)."""
+        # Draw k of a source is place k % size of its shuffle number k // size.
         visit, place = np.divmod(np.arange(first, first + count), self.sizes[m])
         example = np.empty_like(place)
         for v in np.unique(visit):
@@ -1065,10 +1077,12 @@ def mix_files(c, files: list[str], examples: list[tuple], draws: int, quiet: boo
 
     Prints the share that was intended, and those realised in examples and in supervised tokens.
     """
+    # What is left of each file: a share of nothing cannot be drawn.
     sizes = [sum(source == m for source, _ in examples) for m in range(len(files))]
     for path, size in zip(files, sizes, strict=True):
         check(size, f"{path}: nothing is left to train on")
     rates = mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
+    # The shares of the draws that training will make, which rounding and repetition decide.
     mixer = Mixer(sizes, rates, c.seed)
     mix = shares([examples[i] for i, _ in mixer.draws(0, draws)], source_names(files))
     for row, size, rate in zip(mix.values(), sizes, rates.tolist(), strict=True):
@@ -1143,6 +1157,7 @@ class Batch(NamedTuple):
 
 def collate(examples: list[Example], device="cpu") -> Batch:
     """Lay examples end to end."""
+    # Spans count from the start of an example, the batch from the start of the first one.
     lengths = [len(e.ids) for e in examples]
     starts = np.cumsum([0, *lengths]).tolist()
     spans = [(start + first, start + end, weight)
@@ -1273,6 +1288,7 @@ def print_sizes(files: list[str], examples: list[Example], counts: Counter) -> N
 
 def byte_tokenizer(folder: Path) -> None:
     """A tokenizer whose tokens are bytes and ChatML's marks, in Hugging Face layout."""
+    # A BPE without merges: each byte stays a token.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: k for k, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -1378,6 +1394,7 @@ def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
             kind = {"type": inner[0], "nargs": "+"}
         flag = f.name if f.name == positional else f"--{f.name}"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=helps.get(f.name), **kind)
+    # A wrong flag is most often a right one misspelt.
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.lstrip("-"), [f.name for f in fields(cls)], 1)
@@ -1400,16 +1417,18 @@ def run_command(commands: dict, usage: str) -> None:
 @contextmanager
 def one_line_errors():
     """End with one line and status 2 on an InputError, with 130 on Ctrl-C; quietly after `head`."""
+    # Of many ranks one speaks, or each message would come many times.
     name = Path(sys.argv[0]).name
+    speak = os.environ.get("RANK", "0") == "0"
     try:
         yield
         sys.stdout.flush()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if speak:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if speak:
             print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as of any program that Ctrl-C ends
     except BrokenPipeError:

@@ -62,32 +62,21 @@ class Flags:
 
 
 def test_flags_are_the_fields_of_the_dataclass_and_only_the_given_ones_are_returned():
-    argv = "a b --batch_size 4 --learning_rate 1e-3 --mix weights --compile".split()
+    argv = "a b --batch_size 4 --learning_rate 1e-3 --mix weights --weights 1 0.5 --compile".split()
     assert data.parse_flags(Flags, argv, "files") == {
         "files": ["a", "b"], "batch_size": 4, "learning_rate": 1e-3, "mix": "weights",
-        "compile": True,
-    }
+        "weights": [1.0, 0.5], "compile": True}
     assert data.parse_flags(Flags, ["a", "--no-compile"], "files") == {
-        "files": ["a"],
-        "compile": False,
-    }
-
-
-def test_flag_of_several_numbers_takes_several_numbers():
-    argv = ["a", "--weights", "1", "0.5"]
-    assert data.parse_flags(Flags, argv, "files")["weights"] == [1.0, 0.5]
+        "files": ["a"], "compile": False}
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("a --batchsize 4", ["--batchsize", "--batch_size"]),
         ("a --batch-size=4", ["--batch-size", "--batch_size"]),
         ("a --batch 4", ["--batch"]),  # no abbreviations
-        ("a --zzz", ["--zzz"]),
         ("a --batch_size 1.5", ["batch_size", "1.5"]),
         ("a --batch_size", ["batch_size"]),
-        ("a --learning_rate fast", ["learning_rate", "fast"]),
         ("a --mix both", ["mix", "both", "equal", "weights"]),
         ("--mix equal", ["files"]),
     ],
@@ -99,23 +88,6 @@ def test_wrong_flag_is_named_in_one_line_with_what_is_possible(argv, said):
     assert all(word in str(error.value) for word in said)
 
 
-def in_a_process(script, *arguments):
-    """`command` in a process of its own, as a user runs it."""
-    run = subprocess.run([sys.executable, REPO / script, *arguments], capture_output=True,
-                         text=True, timeout=120)
-    return run.returncode, run.stdout, run.stderr
-
-
-@pytest.mark.parametrize(("runner", "flags", "said"), [
-    (in_a_process, "--modle x", "--model"), (command, "--modle x", "--model"),
-    (command, "--rows many", "many"), (command, "--train_on some", "last"),
-])
-def test_wrong_flag_on_the_command_line_ends_with_one_line_and_status_2(runner, flags, said):
-    status, out, err = runner("data.py", "show", "FILE", *flags.split())
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("data.py: ") and said in err
-
-
 # --------------------------------------------------------------------------------------- truncation
 
 
@@ -125,11 +97,15 @@ def load_one(tmp_path, tokenizer, row, max_length, **options):
     return data.load_examples([path], tokenizer, max_length=max_length, **options)
 
 
-def test_long_prompt_with_a_short_answer_keeps_the_whole_answer(tmp_path, letters):
+def test_long_prompt_gives_way_to_the_answer_but_keeps_half_of_the_window(tmp_path, letters):
     row = {"prompt": "p" * 500, "completion": "short answer"}
     (example,), counts = load_one(tmp_path, letters, row, 100)
     assert supervised(letters, example) == ["short answer<|im_end|>"]
     assert len(example.ids) == 100 and counts["truncated"] == 1
+    row = {"prompt": "p" * 500, "completion": "a" * 500}
+    (example,), _ = load_one(tmp_path, letters, row, 100)
+    assert len(example.ids) == 100 and 40 <= example.targets <= 60
+    assert supervised(letters, example) == ["a" * example.targets]
 
 
 def test_short_prompt_with_a_long_answer_keeps_the_prompt(tmp_path, letters):
@@ -140,14 +116,7 @@ def test_short_prompt_with_a_long_answer_keeps_the_prompt(tmp_path, letters):
     assert len(example.ids) == example.spans[-1][1] == 100
 
 
-def test_long_prompt_with_a_long_answer_shares_the_window(tmp_path, letters):
-    row = {"prompt": "p" * 500, "completion": "a" * 500}
-    (example,), _ = load_one(tmp_path, letters, row, 100)
-    assert len(example.ids) == 100 and 40 <= example.targets <= 60
-    assert supervised(letters, example) == ["a" * example.targets]
-
-
-@pytest.mark.parametrize("max_length", [2, 3, 7, 20, 59, 60, 61])
+@pytest.mark.parametrize("max_length", [2, 3, 20, 60])
 def test_truncation_keeps_supervised_tokens_and_its_spans_stay_on_the_same_tokens(max_length):
     rng = random.Random(max_length)
     for _ in range(300):
@@ -164,7 +133,7 @@ def test_truncation_keeps_supervised_tokens_and_its_spans_stay_on_the_same_token
         assert bool(found) == bool(spans)
 
 
-@pytest.mark.parametrize("max_length", [2, 5, 100, 151, 152, 153])
+@pytest.mark.parametrize("max_length", [2, 5, 151, 152])
 def test_long_raw_text_is_split_so_that_each_token_but_the_first_is_supervised_once(
     max_length, tmp_path, chat
 ):
@@ -191,31 +160,13 @@ def test_rows_with_nothing_to_supervise_are_dropped_and_counted(tmp_path, letter
     examples, counts = data.load_examples([path], letters, train_on="last")
     assert [e.where.split()[-1] for e in examples] == ["2"] and counts[DROPPED] == 5
     assert len(data.load_examples([path], letters, keep_all=True)[0]) == 6
-
-
-def test_file_without_anything_to_supervise_is_refused(tmp_path, letters):
-    with pytest.raises(InputError, match=r"a.jsonl: no row "):
-        data.load_examples([jsonl(tmp_path / "a.jsonl", {"messages": [HI]})], letters)
+    with pytest.raises(InputError, match=r"b.jsonl: no row "):
+        data.load_examples([jsonl(tmp_path / "b.jsonl", {"messages": [HI]})], letters)
 
 
 # ---------------------------------------------------------------------------------- preferences
 
 TURNS = [user("a"), assistant("b"), user("c")]
-SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
-            {"from": "human", "value": "c"}]
-LONG_PAIRS = {
-    "prompt as messages": {"prompt": TURNS, "chosen": "yo", "rejected": "no"},
-    "prompt repeated in both": {"prompt": TURNS, "chosen": [*TURNS, YO], "rejected": [*TURNS, NO]},
-    "whole conversations": {"chosen": [*TURNS, YO], "rejected": [*TURNS, NO]},
-    "first prompt and the rest in both": {"prompt": "a", "chosen": [*TURNS, YO],
-                                          "rejected": [*TURNS, NO]},
-    "sharegpt": {"conversations": SHAREGPT, "chosen": {"from": "gpt", "value": "yo"},
-                 "rejected": [{"from": "gpt", "value": "no"}]},
-    "whole sharegpt": {"chosen": [*SHAREGPT, {"from": "gpt", "value": "yo"}],
-                       "rejected": [*SHAREGPT, {"from": "gpt", "value": "no"}]},
-    "alpaca": {"instruction": "c", "input": "", "history": [["a", "b"]], "chosen": "yo",
-               "rejected": "no"},
-}
 
 
 def preferences(path, tokenizer, *rows, max_length=2048, labelled=False, **options):
@@ -225,11 +176,9 @@ def preferences(path, tokenizer, *rows, max_length=2048, labelled=False, **optio
     return load([path], tokenizer, max_length, **options)
 
 
-@pytest.mark.parametrize("name", LONG_PAIRS)
-def test_pair_of_each_form_is_one_prompt_and_two_answers_with_their_end_of_turn(
-    name, tmp_path, letters
-):
-    (item,), counts = preferences(tmp_path, letters, LONG_PAIRS[name])
+def test_pair_is_one_prompt_and_two_answers_with_their_end_of_turn(tmp_path, letters):
+    row = {"prompt": TURNS, "chosen": "yo", "rejected": "no"}
+    (item,), counts = preferences(tmp_path, letters, row)
     assert item.lengths == [3, 3] and not counts
     for (ids, spans), answer in zip(item.answers, (YO, NO), strict=True):
         whole = item.prompt.tolist() + ids.tolist()
@@ -258,7 +207,7 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted_by_reason(tmp_path, fo
         "dropped: a response lost to truncation": 1, "dropped: alike once truncated": 1}
 
 
-@pytest.mark.parametrize("max_length", [4, 5, 30, 64, 100, 150])
+@pytest.mark.parametrize("max_length", [4, 30, 100])
 def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
     max_length, tmp_path, letters
 ):
@@ -326,7 +275,7 @@ def numbered(count, copies=1):
     return [Example(x, ((1, 3, 1.0),)) for _ in range(copies) for x in ids]
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("fraction", [0.01, 0.5])
 def test_no_validation_example_is_trained_on_not_even_its_copy(fraction):
     examples = numbered(500, copies=3)
     train, validation = data.split_validation(examples, fraction, seed=3)
@@ -341,6 +290,8 @@ def test_validation_split_is_a_function_of_the_seed():
         return [e.ids[1] for e in data.split_validation(numbered(100), 0.1, seed)[1]]
 
     assert held(0) == held(0) and held(0) != held(1)
+    few = data.split_validation(numbered(3), 0.01, 0)
+    assert [len(side) for side in few] == [2, 1]  # at least one is held
 
 
 def test_validation_rows_that_are_trained_on_are_counted():
@@ -349,16 +300,10 @@ def test_validation_rows_that_are_trained_on_are_counted():
     assert data.overlap_count(examples[:6], examples[6:]) == 0
 
 
-def test_validation_split_of_few_examples_holds_at_least_one():
-    train, validation = data.split_validation(numbered(3), 0.01, 0)
-    assert (len(train), len(validation)) == (2, 1)
-
-
 @pytest.mark.parametrize(
     ("sizes", "temperature", "cap", "rates"),
     [
         ((10**6, 10**5, 10**4), 1, 0, (0.900901, 0.090090, 0.009009)),
-        ((10**6, 10**5, 10**4), 2, 0, (0.706101, 0.223289, 0.070610)),
         ((10**6, 10**5, 10**4), 4, 0, (0.532320, 0.299346, 0.168334)),
         ((10**6, 10**5, 10**4), 2, 2**16, (0.418301, 0.418301, 0.163399)),
         ((16, 4, 1), 2, 0, (4 / 7, 2 / 7, 1 / 7)),
@@ -372,22 +317,16 @@ def test_temperature_mixing_rates_are_t5s_with_the_cap_before_the_temperature(
 
 
 def test_proportional_equal_and_weights_ignore_temperature_and_cap():
-    sizes = [8, 1, 1]
+    sizes = [8, 1, 1]  # and equal is the limit of a high temperature
+    assert mixing_rates(sizes, "temperature", 1e7) == pytest.approx([1 / 3] * 3)
     assert mixing_rates(sizes, "proportional", 2.0, 1) == pytest.approx([0.8, 0.1, 0.1])
     assert mixing_rates(sizes, "equal", 2.0, 1) == pytest.approx([1 / 3] * 3)
     assert mixing_rates(sizes, "weights", 2.0, 1, [2, 1, 1]) == pytest.approx([0.5, 0.25, 0.25])
 
 
-def test_equal_mixing_is_the_limit_of_high_temperature():
-    sizes = [10**6, 10**3, 1]
-    limit = mixing_rates(sizes, "temperature", 1e7)
-    assert limit == pytest.approx(mixing_rates(sizes, "equal"), abs=1e-5)
-
-
 MIXES = {
     "proportional": ([50, 7, 23], mixing_rates([50, 7, 23], "proportional")),
     "equal": ([50, 7, 23], mixing_rates([50, 7, 23], "equal")),
-    "temperature": ([50, 7, 23], mixing_rates([50, 7, 23], "temperature", 3.0)),
     "weights": ([50, 7, 23], mixing_rates([50, 7, 23], "weights", weights=[0.1, 0.77, 0.13])),
     "one": ([5], mixing_rates([5], "equal")),
     "none of one": ([5, 4], mixing_rates([5, 4], "weights", weights=[1, 0])),
@@ -398,7 +337,7 @@ def test_proportional_mixing_sees_every_example_once_an_epoch():
     mixer = Mixer(*MIXES["proportional"], seed=1)
     for epoch in range(3):
         draws = mixer.draws(80 * epoch, 80 * (epoch + 1))
-        assert sorted(draws) == [(i, epoch) for i in range(80)]
+        assert sorted(draws) == [(i, epoch) for i in range(80)] != draws
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -446,13 +385,6 @@ def test_draws_are_a_function_of_seed_and_position_alone(name):
         assert Mixer(sizes, rates, 8).draws(0, end) != whole
 
 
-def test_sources_alternate_differently_in_every_epoch():
-    mixer = Mixer(*MIXES["proportional"], seed=1)
-    orders = [[i for i, _ in mixer.draws(80 * e, 80 * (e + 1))] for e in (0, 1)]
-    assert orders[0] != sorted(orders[0])
-    assert [i < 50 for i in orders[0]] != [i < 50 for i in orders[1]]
-
-
 def test_source_is_shuffled_anew_on_every_visit():
     mixer = Mixer([10, 30], mixing_rates([10, 30], "equal"), seed=0)  # 20 draws an epoch of each
     first = {i for i, visit in mixer.draws(0, 40) if i >= 10}
@@ -473,7 +405,7 @@ def cases(count):
         yield lengths, rng.choice([20, 100, 300, 1000]), ranks
 
 
-def test_micro_batches_hold_every_example_once_within_the_limit_or_alone():
+def test_micro_batches_hold_examples_of_like_length_once_within_the_limit_or_alone():
     for lengths, limit, ranks in cases(300):
         dealt = data.micro_batches(lengths, limit, ranks)
         assert len(dealt) == ranks
@@ -482,10 +414,8 @@ def test_micro_batches_hold_every_example_once_within_the_limit_or_alone():
             assert len(chunk) == 1 or sum(lengths[i] for i in chunk) <= limit
         assert dealt == data.micro_batches(list(lengths), limit, ranks)
 
-
-def test_micro_batches_are_cut_from_the_examples_sorted_by_length():
-    for lengths, limit, ranks in cases(100):
-        chunks = [c for rank in data.micro_batches(lengths, limit, ranks) for c in rank]
+        # They are cut from the examples sorted by length.
+        chunks = [c for rank in dealt for c in rank]
         spans = sorted((min(lengths[i] for i in c), max(lengths[i] for i in c)) for c in chunks)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
         assert all([lengths[i] for i in c] == sorted(lengths[i] for i in c) for c in chunks)
@@ -501,22 +431,14 @@ def fewest(lengths, limit):
     return count
 
 
-def whole_rounds(lengths, limit, ranks):
-    """Is the number of micro-batches the fewest that is a multiple of the ranks?"""
-    count = sum(map(len, data.micro_batches(lengths, limit, ranks)))
-    want = -(-fewest(lengths, limit) // ranks) * ranks
-    return count == want or want > len(lengths)
-
-
 def test_number_of_micro_batches_is_the_fewest_that_is_a_multiple_of_the_ranks():
     rng = random.Random(1)
-    for _ in range(300):
-        lengths = rng.sample(range(1, 400), rng.randint(8, 100))
-        assert whole_rounds(lengths, rng.choice([400, 1000, 4000]), rng.choice([1, 2, 4]))
-
-
-def test_number_of_micro_batches_is_a_multiple_of_the_ranks_for_equal_lengths_too():
-    assert whole_rounds([10] * 4, 20, 3)
+    various = [(rng.sample(range(1, 400), rng.randint(8, 100)), rng.choice([400, 1000, 4000]),
+                rng.choice([1, 2, 4])) for _ in range(300)]
+    for lengths, limit, ranks in [([10] * 4, 20, 3), *various]:
+        count = sum(map(len, data.micro_batches(lengths, limit, ranks)))
+        want = -(-fewest(lengths, limit) // ranks) * ranks
+        assert count == want or want > len(lengths)
 
 
 def test_tokens_balance_over_the_ranks():
@@ -537,11 +459,7 @@ def test_tokens_balance_over_the_ranks():
 
 
 def test_fewer_examples_than_ranks_leave_ranks_empty():
-    dealt = data.micro_batches([5, 9], 100, 4)
-    assert sorted(dealt) == [[], [], [[0]], [[1]]]
-
-
-def test_no_examples_make_no_micro_batch():
+    assert sorted(data.micro_batches([5, 9], 100, 4)) == [[], [], [[0]], [[1]]]
     assert data.micro_batches([], 100, 2) == [[], []]
 
 
@@ -561,18 +479,14 @@ def test_collate_lays_examples_end_to_end_as_a_naive_loop_does():
     batch = data.collate(examples)
     assert (batch.ids.tolist(), batch.lengths) == (ids, [5, 1, 9, 4])
     assert (batch.targets.tolist(), batch.weights.tolist()) == (targets, weights)
-    assert (batch.ids.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
-    assert batch.weights.dtype == torch.float32
 
 
-def test_collate_of_examples_without_targets_has_none():
-    batch = data.collate([Example(np.array([1, 2], dtype=np.int32), ())])
-    assert batch.targets.tolist() == [] and batch.targets.dtype == torch.int64
-
-
-def test_weights_are_fp32_even_if_every_message_gives_a_whole_number():
-    example = Example(np.array([1, 2, 3], dtype=np.int32), ((1, 3, 2),))
-    assert data.collate([example]).weights.dtype == torch.float32
+def test_types_of_a_batch_do_not_depend_on_its_weights_or_that_it_has_none():
+    ids = np.array([1, 2, 3], dtype=np.int32)
+    for spans in ((), ((1, 3, 2),), ((1, 3, 0.5),)):
+        batch = data.collate([Example(ids, spans)])
+        assert (batch.ids.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
+        assert batch.weights.dtype == torch.float32
 
 
 def test_shares_count_examples_and_supervised_tokens_of_each_source():
@@ -596,7 +510,6 @@ SHOWN = {
                       {"prompt": "hi", "completion": "no", "label": False}],
                      ["[[yo<|im_end|>]]", "[[no<|im_end|>]]"]),
     "text.txt": (["once"], ["o[[nce<|im_end|>]]"]),
-    "text.jsonl": ([{"text": "once"}], ["o[[nce<|im_end|>]]"]),
     "unanswered.jsonl": ([{"messages": [HI]}, {"messages": [HI, YO]}], ["nothing to supervise: 1"]),
 }
 
@@ -642,17 +555,12 @@ def test_show_prints_the_shares_of_several_files_and_so_many_rows_of_each(tmp_pa
     assert "a turn ends with <|im_end|>" in out
 
 
-def test_show_prints_so_many_rows_of_split_text_too(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"text": "x" * 100}, {"text": "y" * 100})
-    _, out, _ = command("data.py", "show", path, "--max_length", 5)
-    assert "line 1" in out and "line 2" in out
-
-
 def test_show_honours_train_on_and_max_length(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", {"messages": [HI, YO, HI, assistant("b" * 99)]})
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [HI, YO, HI, assistant("b" * 99)]},
+                 {"text": "x" * 100}, {"text": "y" * 100})
     _, out, _ = command("data.py", "show", path, "--train_on", "last", "--max_length", 80)
     assert "yo<|im_end|>" in out and "[[yo" not in out and "80 tokens" in out
-    assert "truncated: 1" in out
+    assert "truncated: 1" in out and "line 3" in out  # rows count, not the parts of a text
 
 
 def test_show_says_which_side_of_a_pair_and_which_label_it_prints(tmp_path):
@@ -688,6 +596,21 @@ def test_show_tokens_is_a_table_of_one_example_with_ln_p_where_there_is_a_model(
     assert [cells[-1] for cells in table[1:]] == [f"{-i:.3f}" for i in range(1, len(table))]
 
 
+def test_show_draws_the_mix_that_training_draws(tmp_path):
+    a = jsonl(tmp_path / "a.jsonl", *({"prompt": "q", "completion": f"a{k}"} for k in range(90)))
+    b = jsonl(tmp_path / "b.jsonl", *({"prompt": "q", "completion": f"b{k}"} for k in range(10)))
+    flags = ["--steps", 10, "--batch_size", 8, "--mix", "weights", "--weights", 1, 3, "--seed", 5]
+    status, out, err = command("data.py", "show", a, b, "--rows", 0, *flags)
+    assert status == 0, err
+    drawn = data.Mixer([90, 10], np.array([0.25, 0.75]), 5).draws(0, 80)
+    count = sum(i < 90 for i, _ in drawn)
+    rows = [line.split() for line in out.splitlines() if line.startswith(("a ", "b "))][-2:]
+    assert rows[0][:5] == ["a", "90", "25.0%", str(count), f"{count / 80:.1%}"]
+    assert rows[1][:4] == ["b", "10", "75.0%", str(80 - count)]
+    status, _, err = command("data.py", "show", a, b, "--weights", 1, 3)
+    assert status == 2 and "--mix weights" in err
+
+
 def test_show_ends_quietly_when_its_reader_has_gone(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *[{"prompt": "hi" * 999, "completion": "yo"}] * 200)
     run = subprocess.Popen([sys.executable, REPO / "data.py", "show", path, "--rows", "200"],
@@ -719,29 +642,18 @@ def test_show_colours_the_supervised_tokens_in_a_terminal(tmp_path):
     assert b"\033[32myo<|im_end|>\033[0m" in out and b"[[" not in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ((), "files"),
-        (("nowhere.jsonl",), "nowhere.jsonl does not exist"),
-        (("BAD",), "line 2"),
-        (("GOOD", "--model", "nowhere"), "tokenizer.json"),
-        (("GOOD", "--template", "chatlm"), "chatlm"),
-        (("GOOD", "--max_length", "1"), "max_length"),
-    ],
-)
-def test_show_ends_with_one_line_and_status_2_for_bad_input(arguments, said, tmp_path):
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("", "expected one of show, not nothing"), ("shwo", "expected one of show, not shwo"),
+    ("show nowhere.jsonl", "nowhere.jsonl does not exist"), ("show BAD", "line 2"),
+    ("show GOOD --model nowhere", "tokenizer.json"), ("show GOOD --max_length 1", "max_length"),
+    ("show GOOD --modle x", "did you mean --model?"), ("show GOOD --train_on some", "last"),
+])
+def test_bad_command_ends_with_one_line_and_status_2(arguments, said, tmp_path):
     files = {"GOOD": jsonl(tmp_path / "good.jsonl", {"text": "one"}),
              "BAD": jsonl(tmp_path / "bad.jsonl", {"text": "one"}, {"text": 1})}
-    status, _, err = command("data.py", "show", *(files.get(a, a) for a in arguments))
+    status, _, err = command("data.py", *(files.get(a, a) for a in arguments.split()))
     assert status == 2 and err.count("\n") == 1
     assert err.startswith("data.py: ") and said in err
-
-
-def test_command_that_does_not_exist_is_refused_with_those_that_do():
-    for arguments in ((), ("shwo",)):
-        status, out, err = command("data.py", *arguments)
-        assert (status, out, err.count("\n")) == (2, "", 1) and "show" in err
 
 
 # ------------------------------------------------------------------------------- volume, real files

@@ -299,19 +299,6 @@ def test_preference_rows_are_refused_by_the_loader_of_sft(tmp_path, letters):
             data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters)
 
 
-@pytest.mark.parametrize("row,said", [
-    ({"messages": [HI, assistant("", tool_calls=[CALL])]}, "tool_calls"),
-    ({"messages": [HI, YO], "tools": [TOOL]}, "tools"),
-    ({"messages": [HI, {"role": "tool", "content": "1"}, YO]}, "tool"),
-])
-def test_calls_and_tools_are_refused_under_a_template_that_cannot_write_them(
-    row, said, tmp_path, letters
-):
-    with pytest.raises(InputError, match=r"a.jsonl line 1: .*template") as error:
-        data.load_examples([jsonl(tmp_path / "a.jsonl", row)], letters)
-    assert said in str(error.value)
-
-
 # ----------------------------------------------------------------------------------------- files
 
 LINES = '{"prompt": "hi", "completion": "yo"}\n\n  \n{"text": "é中"}\r\n'

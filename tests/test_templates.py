@@ -12,15 +12,33 @@ import pickle
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import HI, REPO, SHARED, TALK, YO, assistant, jsonl, render, supervised, system, user
-from families import FAMILIES
+import torch
+from conftest import (
+    HI,
+    REPO,
+    SHARED,
+    TALK,
+    YO,
+    asked,
+    assistant,
+    command,
+    jsonl,
+    render,
+    supervised,
+    system,
+    user,
+)
+from families import FAMILIES, make_checkpoint
 from family_tokenizers import TOKENIZERS, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
+import model as modeling
+import train_sft
 from data import InputError
 
 
@@ -40,6 +58,12 @@ def texts(tokenizer, messages, tools=None, **options):
     """For each example of a conversation the texts of its spans."""
     plans = tokenizer.conversation(messages, tools, **options)
     return [supervised(tokenizer, example) for example in tokenizer.encode(plans)]
+
+
+MARKED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"""
 
 
 # ------------------------------------------------------------------------------ ids as transformers
@@ -177,7 +201,7 @@ def test_eos_named_only_in_special_tokens_map_is_found(tmp_path):
 
 
 def test_unknown_template_and_unreadable_tokenizers_are_refused_in_one_line(tmp_path, folder_of):
-    with pytest.raises(InputError, match=r"unknown template 'chatlm'.*chatml"):
+    with pytest.raises(InputError, match=r"unknown template 'chatlm': expected chatml.*vicuna"):
         data.ChatTokenizer(folder_of("qwen2"), "chatlm")
     with pytest.raises(InputError, match=r"tokenizer.json is missing"):
         data.ChatTokenizer(tmp_path)
@@ -207,6 +231,72 @@ def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
     assert data.ChatTokenizer(tmp_path).stop_ids == sorted({
         0, tokenizer.stop_id, tokenizer.eos_id})
+
+
+def test_template_of_a_file_is_used_as_if_it_were_the_checkpoints_own(chat, folder_of, tmp_path):
+    (tmp_path / "mine.jinja").write_text(MARKED, encoding="utf-8")
+    mine = data.ChatTokenizer(folder_of("qwen3"), str(tmp_path / "mine.jinja"))
+    mine.save(tmp_path)
+    assert data.ChatTokenizer(tmp_path).source == MARKED
+    assert texts(mine, [HI, YO]) == [["yo<|im_end|>"]]
+
+
+# -------------------------------------------------------------------------------------------- --eot
+
+
+def load_to_train(folder, **options):
+    """(the model that training begins with, its tokenizer)."""
+    tokenizer = data.ChatTokenizer(folder, **options)
+    c = SimpleNamespace(model=folder, dropout=[0.0], checkpoint_activations=False, compile=False)
+    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+    return train_sft.load_trainable(c, hardware, tokenizer)[0], tokenizer
+
+
+@pytest.mark.parametrize("family", ["llama2", "qwen3"])  # plain head and tied one
+def test_new_turn_end_begins_as_eos_ends_the_answer_and_keeps_what_it_learns(family, tmp_path):
+    make_checkpoint(tmp_path / "base", family)
+    path = jsonl(tmp_path / "a.jsonl", *(asked(f"q{k}", "an answer") for k in range(4)))
+    new, after = load_to_train(tmp_path / "base", eot="<|end|>")
+    old, end, eos = modeling.load(tmp_path / "base"), after.stop_id, after.eos_id
+    for a, b in ((old.model.embed_tokens.weight, new.model.embed_tokens.weight),
+                 (old.head, new.head)):
+        assert torch.equal(b[end], a[eos]) and torch.equal(b[:end], a[:end])
+        assert torch.equal(b[end + 1 :], a[end + 1 :])
+
+    # Trained and saved, it is the end of a turn in transformers too.
+    flags = ["--model", tmp_path / "base", "--data", path, "--output_dir", tmp_path / "out",
+             "--eot", "<|end|>", "--steps", 2, "--learning_rate", 1e-2]
+    status, _, err = command("train_sft.py", *flags)
+    assert status in (0, None), err
+    messages = [user("q"), assistant("an answer")]
+    ids, spans = render(data.ChatTokenizer(tmp_path / "out"), messages)
+    assert ids[spans[-1][1] - 1] == end != eos
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert rendered_by(theirs, messages) == ids
+    their_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert end in their_model.generation_config.eos_token_id
+
+    # The flag given once more begins nothing anew.
+    learnt, again = modeling.load(tmp_path / "out"), load_to_train(tmp_path / "out", eot="<|end|>")
+    assert not torch.equal(learnt.head[end], learnt.head[eos])
+    assert torch.equal(again[0].head[end], learnt.head[end])
+
+
+@pytest.mark.parametrize(("name", "token", "said"), [
+    ("qwen2", "<|im_start|>", "writes <.im_start.> elsewhere too"),
+    ("llama2", "end", "--eot: expected a token"), ("llama2", "</s>", "--eot: expected a token")])
+def test_a_turn_end_must_look_like_a_token_of_which_the_template_makes_no_other_use(
+    name, token, said, folder_of
+):
+    with pytest.raises(InputError, match=said):
+        data.ChatTokenizer(folder_of(name), eot=token)
+
+
+def test_a_turn_end_that_the_checkpoint_knows_keeps_its_row(tmp_path):
+    make_checkpoint(tmp_path, "qwen2")
+    loaded, tokenizer = load_to_train(tmp_path, eot="<|endoftext|>")
+    row = modeling.load(tmp_path).model.embed_tokens.weight[tokenizer.stop_id]
+    assert torch.equal(loaded.model.embed_tokens.weight[tokenizer.stop_id], row)
 
 
 # ------------------------------------------------------------------------------- what is supervised
@@ -319,12 +409,6 @@ def with_template(folder, source, name="qwen3"):
 R1 = """{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}
 {{- '<|box_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|box_start|><think>\\n' }}{% endif %}"""
-MARKED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
-{%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"""
-
-
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
 def test_calls_are_supervised_and_their_results_are_not(name, tools, chat, theirs):
