@@ -9,9 +9,7 @@
 An exam asks which of four letters has the highest log-probability after a prompt. First comes how
 it asks, how an answer scores and what a score is worth; then the other three commands; then files,
 and flags. labs/exams.py adds MMLU, more protocols and answers in words, labs/scores.py the table.
-
-Without --model a command takes the checkpoint the SFT demo leaves (out/sft), `exam` that of
-train_dpo.py if it is there (out/dpo); without --data `exam` takes the demo's exam.
+Without flags a command takes the checkpoint and the exam that the demo leaves.
 """
 
 import contextlib
@@ -28,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -118,9 +117,9 @@ def prompt_plan(tokenizer: data.ChatTokenizer, subject: Subject, question: dict,
                 p: Protocol, chat: bool) -> tuple[data.Plan, str]:
     """(a question after the last `shots` solved ones, the space that an answer begins with)."""
     solved = subject.shots[len(subject.shots) - shots :]
+    answers = [p.answer.format(**row) for row in solved]
     asked = [(p.question + p.ending).format(**row) for row in (*solved, question)]
     asked[0] = p.header.format(subject=subject.name) + asked[0]
-    answers = [p.answer.format(**row) for row in solved]
 
     # A base model reads one text, in which solved questions stand before the open one.
     if not chat:
@@ -145,14 +144,17 @@ def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: 
                chat: bool) -> list[tuple]:
     """The ids of the four options after a prompt: encode(prompt + option)[len(encode(prompt)):].
 
-    Encoded alone a letter may get a BOS or a space before it. Raises InputError if the options
-    are not four different ones: every answer would be A.
+    Raises InputError if the options are not four different ones: every answer would be A.
     """
-    form, options, plans = space + "{answer}" if chat else p.answer, [], []
-    texts = [form.format(answer=letter) for letter in LETTERS]
-    for text in texts:
-        whole = prompt.text + text
+    # Encoded alone a letter may get a BOS or a space before it, so each stands behind the prompt.
+    form = space + "{answer}" if chat else p.answer
+    texts, plans, options = [], [], []
+    for letter in LETTERS:
+        texts.append(form.format(answer=letter))
+        whole = prompt.text + texts[-1]
         plans.append(prompt._replace(text=whole, spans=((len(prompt.text), len(whole), 1.0),)))
+
+    # The span says at which token the option begins; no span: the tokenizer dropped it.
     for ids, spans in tokenizer.encode(plans):
         option = tuple(ids[spans[0][0] :].tolist()) if spans else ()
         options.append(option[:1] if p.scored == "next token" else option)
@@ -185,24 +187,24 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
     for question in subject.questions:
         plan, space = prompt_plan(tokenizer, subject, question, c.shots, p, c.chat)
         plans.append(plan)
+
+    # Behind a prompt there must be room for words, or for the longest option but its last token.
     options = [] if p.scored == "text" else option_ids(tokenizer, plans[0], space, p, c.chat)
     room = context - (p.tokens or max(map(len, options)) - 1)
 
     # Whole shots go, since half a shot would teach the wrong form.
-    prompts, kept = [], []
-    for question, (ids, _) in zip(subject.questions, tokenizer.encode(plans), strict=True):
+    prompts, kept, first = [], [], ""
+    encoded = tokenizer.encode(plans)
+    for question, plan, (ids, _) in zip(subject.questions, plans, encoded, strict=True):
         shots = c.shots
         while len(ids) > room and shots > 0:
             shots -= 1
-            shorter, _ = prompt_plan(tokenizer, subject, question, shots, p, c.chat)
-            ids = tokenizer.encode([shorter])[0][0]
+            plan, _ = prompt_plan(tokenizer, subject, question, shots, p, c.chat)
+            ids = tokenizer.encode([plan])[0][0]
         fits = len(ids) <= room
         prompts.append(ids.tolist() if fits else None)
         kept.append(shots if fits else None)
-
-    # What is printed is what is asked.
-    plan, _ = prompt_plan(tokenizer, subject, subject.questions[0], kept[0] or 0, p, c.chat)
-    first = tokenizer.decode(plan.start) + plan.text
+        first = first or tokenizer.decode(plan.start) + plan.text
     return Sheet(subject, p, prompts, kept, options, first)
 
 
@@ -218,39 +220,43 @@ def score_options(model, prompts: list[list[int]], options: list[tuple], micro_t
     with (an exam's header and shots) is encoded once; every prompt continues that prefix.
     """
     # A prompt keeps a token of its own: the state of its last token predicts the option.
-    shared = min(data.common_prefix(prompts), min(len(ids) for ids in prompts) - 1)
+    shared = min(data.common_prefix(prompts), len(min(prompts, key=len)) - 1)
     rests = [ids[shared:] for ids in prompts]
     prefix = None
     if shared:
         ids = torch.tensor(prompts[0][:shared], device=model.device)
         _, prefix = model.hidden(ids, [shared], keep_kv=True, wanted=ids[:0])  # no states
 
+    # All prompts of a chunk continue the one prefix, number 0.
     score = score_letters if max(map(len, options)) == 1 else score_texts
     scores = torch.empty(len(prompts), len(options))
-    for chunk in data.micro_batches([len(rest) for rest in rests], micro_tokens)[0]:
-        before = None
-        if prefix is not None:  # all examples of a chunk continue the one prefix, number 0
-            before = prefix.select([0] * len(chunk))
+    for chunk in data.micro_batches(list(map(len, rests)), micro_tokens)[0]:
+        before = prefix.select([0] * len(chunk)) if shared else None
         scores[chunk] = score(model, [rests[i] for i in chunk], options, before).cpu()
     return scores
 
 
 def score_letters(model, rests: list[list[int]], options: list[tuple], prefix) -> torch.Tensor:
     """Options of one token: one pass, each option read off the next token's distribution."""
-    lengths = [len(rest) for rest in rests]
-    ids = torch.tensor([t for rest in rests for t in rest])  # [T]
+    lengths = list(map(len, rests))
+    ids = torch.tensor(list(chain(*rests)))  # [T]
+
+    # Only the state of a prompt's last token is wanted.
     last = modeling.send(torch.tensor(lengths).cumsum(0) - 1, model.device)  # [B]
     states, _ = model.hidden(modeling.send(ids, model.device), lengths, prefix, wanted=last)
     logp = model.next_logits(states).log_softmax(-1)  # [B, V]
-    return logp[:, [option[0] for option in options]]  # [B, options]
+    return logp[:, list(chain(*options))]  # [B, options]
 
 
 def score_texts(model, rests: list[list[int]], options: list[tuple], prefix) -> torch.Tensor:
     """Options of several tokens: one pass per option, which stands behind every prompt."""
     columns = []
     for option in options:
-        lengths = [len(rest) + len(option) for rest in rests]
-        ids = torch.tensor([t for rest in rests for t in (*rest, *option)], device=model.device)
+        wholes = [[*rest, *option] for rest in rests]
+        lengths = list(map(len, wholes))
+        ids = torch.tensor(list(chain(*wholes)), device=model.device)  # [T]
+
+        # The option is the last m tokens of every example.
         ends = torch.tensor(lengths, device=model.device).cumsum(0)  # [B]
         places = torch.arange(-len(option), 0, device=model.device)  # [m]
         targets = (ends[:, None] + places).flatten()  # [B * m] flat indices of the option's tokens
@@ -259,47 +265,46 @@ def score_texts(model, rests: list[list[int]], options: list[tuple], prefix) -> 
     return torch.stack(columns, 1)  # [B, options]
 
 
-def choose_letter(logprobs: list[float]) -> dict:
-    """The likeliest letter as a prediction; none if a checkpoint is broken and gives NaN."""
-    if not all(map(math.isfinite, logprobs)):
-        return {"prediction": None, "logprobs": None}
-    return {"prediction": LETTERS[logprobs.index(max(logprobs))],
-            "logprobs": dict(zip(LETTERS, logprobs, strict=True))}
-
-
 def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet,
                  micro_tokens: int) -> list[dict]:
     """The lines of predictions.jsonl of a subject."""
-    lines = []
-    for question, shots in zip(sheet.subject.questions, sheet.shots, strict=True):
+    lines, groups = [], {}
+    for i, (question, shots) in enumerate(zip(sheet.subject.questions, sheet.shots, strict=True)):
         lines.append({"subject": sheet.subject.handle, "id": question["id"],
                       "answer": question.get("answer"), "prediction": None, "logprobs": None,
                       "shots": shots})
+        groups.setdefault(shots, []).append(i)
 
-    # Prompts that kept the same shots begin alike, and so share a long prefix.
-    for shots in set(sheet.shots) - {None}:
-        places = [i for i, kept in enumerate(sheet.shots) if kept == shots]
+    # Prompts that kept the same shots begin alike, and so share a long prefix. A question that
+    # does not fit the context at all stays without an answer.
+    groups.pop(None, None)
+    for places in groups.values():
         prompts = [sheet.prompts[i] for i in places]
         if sheet.protocol.scored == "text":
             words = lab("exams", "an answer in words")
             found = words.answer_in_words(model, tokenizer, prompts, sheet.protocol, micro_tokens)
         else:
-            scores = score_options(model, prompts, sheet.options, micro_tokens)
-            found = map(choose_letter, scores.tolist())
+            found = map(choose_letter, score_options(model, prompts, sheet.options, micro_tokens))
         for i, answer in zip(places, found, strict=True):
             lines[i] |= answer
     return lines
 
 
-def let_think(model, tokenizer: data.ChatTokenizer, c: Exam, sheets: list[Sheet]) -> list[Sheet]:
-    """Other sheets for a checkpoint that reasons before it answers: with prompts that let it.
+def choose_letter(scores: torch.Tensor) -> dict:
+    """The likeliest letter as a prediction; none if a checkpoint is broken and gives NaN."""
+    logprobs = dict(zip(LETTERS, scores.tolist(), strict=True))
+    if not scores.isfinite().all():
+        return {}
+    return {"prediction": max(LETTERS, key=logprobs.get), "logprobs": logprobs}
 
-    A score is to be what the checkpoint would answer; behind an empty block of reasoning, where
-    the letters are scored, it would answer something else.
-    """
+
+def let_think(model, tokenizer: data.ChatTokenizer, c: Exam, sheets: list[Sheet]) -> list[Sheet]:
+    """Other sheets for a checkpoint that reasons before it answers: with prompts that let it."""
     exams = lab("exams") if c.thinking == "auto" and c.chat else None
     if exams is None or not exams.thinks(model, tokenizer, sheets):
         return sheets
+
+    # Behind an empty block of reasoning, where letters are scored, it would answer something else.
     context = model.config.max_position_embeddings
     return [make_sheet(tokenizer, sheet.subject, c, context, thinking=True) for sheet in sheets]
 
@@ -309,28 +314,22 @@ def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: in
     """How an exam is asked during training: in the chat template, without shots."""
     c = resolve_exam(Exam(data=str(folder), split=split, shots=0, chat=True))
     sheets = [make_sheet(tokenizer, subject, c, context) for subject in read_exam(c)]
-    check("answer" in sheets[0].subject.questions[0],
-          f"{folder}: split {c.split} has no column answer")
+    check("answer" in sheets[0].subject.questions[0], f"{folder}/{c.split}: no column answer")
 
-    lost = characters_lost(tokenizer, [sheet.subject for sheet in sheets])
-    long = sum(ids is None for sheet in sheets for ids in sheet.prompts)
-    if not quiet and (lost or long):
-        print(f"exam: {lost:.1%} of its characters are lost by the tokenizer, {long} questions do "
-              "not fit")
+    # What makes the curve mean less is said before training.
+    if not quiet and (scores := lab("scores")):
+        scores.say_what_is_lost(tokenizer, sheets)
     return c, sheets
 
 
 def count_right(model, tokenizer: data.ChatTokenizer, folder: str | Path, split: str = "",
                 micro_tokens: int = 8192, rank: int = 0, world: int = 1) -> tuple[int, int]:
     """(right, questions) of a training_exam; of several ranks each asks its share of subjects."""
-    context = model.config.max_position_embeddings
+    context, lines = model.config.max_position_embeddings, []
     sheets = let_think(model, tokenizer, *training_exam(tokenizer, folder, context, split))
-    right = count = 0
     for sheet in sheets[rank::world]:
-        for line in answer_sheet(model, tokenizer, sheet, micro_tokens):
-            right += line["prediction"] == line["answer"]
-            count += 1
-    return right, count
+        lines += answer_sheet(model, tokenizer, sheet, micro_tokens)
+    return sum(line["prediction"] == line["answer"] for line in lines), len(lines)
 
 
 # ==== read: what a score is worth =================================================================
@@ -345,18 +344,6 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)  # but for rounding
 
 
-def mcnemar(lost: int, won: int) -> float:
-    """p-value of two scores on the same questions being alike (McNemar 1947), two-sided.
-
-    Of the n questions that one of the two alone has right, each side's share is binomial with 1/2:
-    exact for n < 25, else chi-square with one degree of freedom and continuity correction.
-    """
-    n = lost + won
-    if n < 25:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
-    return math.erfc(math.sqrt(max(abs(lost - won) - 1, 0) ** 2 / n / 2))
-
-
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
 HARD = ("advanced_mathematics discrete_mathematics probability_and_statistics college_chemistry "
         "college_physics high_school_mathematics high_school_chemistry high_school_physics").split()
@@ -368,7 +355,7 @@ def summarize(benchmark: str, subjects: list[Subject], answers: list[dict]) -> d
     micro is the share of questions answered rightly, macro the mean of the subjects' shares, floor
     the share of the letter that is right most often: what a checkpoint gets that knows nothing.
     """
-    labelled = "answer" in subjects[0].questions[0]
+    labelled, n = "answer" in subjects[0].questions[0], len(answers)
     right = {s.handle: [] for s in subjects}
     for a in answers:
         right[a["subject"]].append(a["prediction"] == a["answer"])
@@ -377,27 +364,29 @@ def summarize(benchmark: str, subjects: list[Subject], answers: list[dict]) -> d
         return sum(values) / len(values) if labelled else None
 
     def averages(handles: list[str]) -> dict:
-        together = [x for h in handles for x in right[h]]
+        together = list(chain(*map(right.get, handles)))
         return {"subjects": len(handles), "questions": len(together),
                 "correct": sum(together) if labelled else None,
                 "macro": mean([mean(right[h]) for h in handles]), "micro": mean(together)}
 
-    # All subjects, those of each category, and of C-Eval its eight hard ones.
-    total, n = averages(list(right)), len(answers)
-    groups = {name: [s.handle for s in subjects if s.category == name] for name in CATEGORIES}
+    # The subjects one by one, then all, those of each category, and of C-Eval its eight hard ones.
+    scores, groups = {}, {name: [] for name in CATEGORIES}
+    for s in subjects:
+        scores[s.handle] = {"category": s.category, "questions": len(right[s.handle]),
+                            "accuracy": mean(right[s.handle])}
+        groups[s.category].append(s.handle)
     groups["C-Eval Hard"] = [h for h in right if h in HARD and benchmark == "ceval"]
-    scores = {s.handle: {"category": s.category, "questions": len(right[s.handle]),
-                         "accuracy": mean(right[s.handle])} for s in subjects}
+    total = averages(list(right))
 
-    letters = Counter(a["prediction"] for a in answers)
+    # A score is worth nothing without its floor and interval, or if shots were lost.
+    letters, shots = Counter(a["prediction"] for a in answers), Counter(a["shots"] for a in answers)
     best, times = Counter(a["answer"] for a in answers).most_common(1)[0]
     return {
         **total, "interval": wilson(total["correct"], n) if labelled else None,
         "floor": {"letter": best, "micro": times / n} if labelled else None,
         "letters": {x: letters[x] / n for x in LETTERS}, "invalid": letters[None] / n,
         "unfinished": sum(a.get("unfinished", False) for a in answers),
-        "shortened": sum(a["shots"] not in (None, len(subjects[0].shots)) for a in answers),
-        "too_long": sum(a["shots"] is None for a in answers),
+        "shortened": n - shots[len(subjects[0].shots)] - shots[None], "too_long": shots[None],
         "categories": {name: averages(handles) for name, handles in groups.items() if handles},
         "subjects": scores}
 
@@ -422,9 +411,10 @@ def example_logprobs(model, examples: list[data.Example], micro_tokens: int):
     hidden = not sys.stderr.isatty()
     for chunk in tqdm(chunks, desc="log-probabilities", unit=" batches", disable=hidden):
         # Examples end to end: no padding, one head pass at the supervised positions.
-        batch = data.collate([examples[i] for i in chunk], model.device)
+        part = [examples[i] for i in chunk]
+        batch = data.collate(part, model.device)
         logp = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
-        yield from zip(chunk, logp.split([examples[i].targets for i in chunk]), strict=True)
+        yield from zip(chunk, logp.split([e.targets for e in part]), strict=True)
 
 
 def logprobs_command(c: Logprobs) -> None:
@@ -437,23 +427,20 @@ def logprobs_command(c: Logprobs) -> None:
     model = open_model(c, tokenizer)
 
     # The loss is the weighted mean over all supervised tokens, as in training.
-    results = [[None] * len(e.ids) for e in examples]
-    total = weights = 0.0
+    counts["supervised tokens"] = 0
+    lines, total, weights = [""] * len(examples), 0.0, 0.0
     for i, logp in example_logprobs(model, examples, c.micro_tokens):
-        values = logp.tolist()
+        values, line = logp.tolist(), [None] * len(examples[i].ids)
+        counts["supervised tokens"] += len(values)
         for first, end, weight in examples[i].spans:
-            span, values = values[: end - first], values[end - first :]
-            results[i][first:end] = span
-            total -= weight * sum(span)
-            weights += weight * len(span)
-
+            line[first:end], values = values[: end - first], values[end - first :]
+            total -= weight * sum(line[first:end])
+            weights += weight * (end - first)
+        lines[i] = json.dumps({"token_ids": examples[i].ids.tolist(), "logprobs": line}) + "\n"
     if c.output:
-        modeling.write_lines(Path(c.output), (
-            json.dumps({"token_ids": e.ids.tolist(), "logprobs": r}) + "\n"
-            for e, r in zip(examples, results, strict=True)))
+        modeling.write_lines(Path(c.output), lines)
 
     # A file without supervised tokens has no loss.
-    counts["supervised tokens"] = sum(e.targets for e in examples)
     print(f"{len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()), sep=", ")
     loss = total / weights if weights else math.nan
     print(f"loss {loss:.6f} nats per supervised token, perplexity {math.exp(loss):.4f}")
@@ -463,35 +450,20 @@ def logprobs_command(c: Logprobs) -> None:
 
 
 @dataclass
-class SamplingFlags(Common):
-    """How answers are drawn."""
+class Chat(Common, modeling.Sampling):
+    """Talk to a checkpoint: /reset forgets the conversation, /quit (or Ctrl-D) ends it."""
 
     max_new_tokens: int = 512  # stop after this many tokens
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0  # sample among the likeliest tokens that reach this probability together
-    top_k: int = 0  # sample among this many likeliest tokens; 0: all
-    repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
-    seed: int = 0  # of the sampling
     system: str = ""  # system message of conversations that have none
-
-    def sampling(self) -> modeling.Sampling:
-        """What `model.generate` takes of it."""
-        return modeling.Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty,
-                                 self.seed)
 
 
 @dataclass
-class Generate(SamplingFlags):
+class Generate(Chat):
     """Answer every row of some files: prompts, or conversations whose last answer is left out."""
 
     data: list[str] = field(default_factory=list)  # files of prompts or conversations
     output: str = ""  # .jsonl: one object per sample, with messages, reference and finish
     n: int = 1  # samples per row
-
-
-@dataclass
-class Chat(SamplingFlags):
-    """Talk to a checkpoint: /reset forgets the conversation, /quit (or Ctrl-D) ends it."""
 
 
 class Asked(NamedTuple):
@@ -507,6 +479,8 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
     """What a row asks; InputError if nobody asks."""
     if row.text is not None:
         return Asked(row, [], None, tokenizer.text(row.text, end=False))
+
+    # An answer that the row holds is left out of the prompt, and kept to be compared with.
     messages, reference = list(row.messages), None
     if row.chosen:
         reference = row.chosen[-1]["content"]
@@ -534,41 +508,36 @@ def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, k: int, n: int,
 
 
 def generate_command(c: Generate) -> None:
-    """`eval.py generate`. Sample k belongs to row k // n; what is drawn for it depends on k alone.
-
-    Lines are written as they come, in order, beside the output's place; after a stop the same
-    command goes on behind them.
-    """
+    """`eval.py generate`. Sample k is of row k // n; what is drawn for it depends on k alone."""
     check_flags(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
+    asked, prompts, lengths = [], [], []
     # Rows may lack an answer here.
-    rows = data.read_rows(c.data, parse=partial(data.parse_row, ask=True))
-    asked = [ask_row(row, tokenizer, c.system) for _, row in rows]
-    prompts = [ids.tolist() for ids, _ in tokenizer.encode([a.plan for a in asked])]
-    for a, ids in zip(asked, prompts, strict=True):
-        check(ids, f"{a.row.where}: expected some text to go on from")
-    lengths = [len(ids) + c.max_new_tokens for ids in prompts for _ in range(c.n)]
+    for _, row in data.read_rows(c.data, parse=partial(data.parse_row, ask=True)):
+        asked.append(ask_row(row, tokenizer, c.system))
+    for a, (ids, _) in zip(asked, tokenizer.encode([a.plan for a in asked]), strict=True):
+        check(len(ids), f"{a.row.where}: expected some text to go on from")
+        prompts.append(ids.tolist())
+        lengths += [len(ids) + c.max_new_tokens] * c.n
+
+    # Lines are written as they come, beside the output's place. After a stop the same command goes
+    # on behind them.
     path, done = partial_output(c, prompts)
     model = open_model(c, tokenizer)
     warn_of_context(model, max(lengths))
     bar = tqdm(total=len(lengths), initial=done, desc="generate", unit=" samples",
                disable=not sys.stderr.isatty())
     try:
-        while done < len(lengths):
-            # The samples that fit one forward pass, at least one.
-            end, size = done + 1, lengths[done]
-            while end < len(lengths) and size + lengths[end] <= c.micro_tokens:
-                size += lengths[end]
-                end += 1
-            samples = range(done, end)
+        # Every chunk of samples that fits one forward pass is written before the next is drawn.
+        for samples in data.cut_at(c.micro_tokens, range(done, len(lengths)), lengths):
             answers = modeling.generate(model, [prompts[k // c.n] for k in samples],
                                         c.max_new_tokens, stop_ids=tokenizer.stop_ids,
-                                        sampling=c.sampling(), samples=samples)
+                                        sampling=c, samples=samples)
             with open(path, "a", encoding="utf-8") as file:
                 for k, ids in zip(samples, answers, strict=True):
                     file.write(answer_line(tokenizer, asked[k // c.n], k, c.n, ids))
-            bar.update(end - done)
-            done = end
+            done += len(samples)
+            bar.update(len(samples))
     except KeyboardInterrupt:
         print(f"\nstopped after {done} of {len(lengths)} samples; the same command goes on there")
         sys.exit(130)
@@ -582,17 +551,18 @@ def generate_command(c: Generate) -> None:
 
 
 def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
-    """(the file that grows until the output is whole, how many lines an earlier run left in it).
-
-    Other flags, prompts or weights give it another name: no answers of theirs stand in it.
-    """
+    """(the file that grows until the output is whole, how many lines an earlier run left in it)."""
+    # Other flags, prompts or weights give it another name: no answers of theirs stand in it.
     times = [path.stat().st_mtime_ns for path in modeling.weight_files(Path(c.model))]
     job = repr((replace(c, output="", micro_tokens=1), prompts, times))
     key, output = hashlib.sha256(job.encode()).hexdigest()[:12], Path(c.output)
     path = output.with_name(f".{output.name}.{key}.partial")
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    modeling.write_lines(path, (line + "\n" for line in whole))  # a stop may cut the last one
-    return path, len(whole)
+
+    # A stop may have cut the last line.
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    modeling.write_lines(path, [whole])
+    return path, whole.count("\n")
 
 
 def warn_of_context(model, tokens: int) -> None:
@@ -603,19 +573,18 @@ def warn_of_context(model, tokens: int) -> None:
               "answers are unreliable")
 
 
-def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: SamplingFlags,
-                  write) -> str:
-    """Generate one answer, calling write(text) as it grows; half of a UTF-8 character waits."""
+def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Chat, write) -> str:
+    """Generate one answer, calling write(text) as it grows."""
     ids, shown = [], ""
-    # The tokens so far are decoded anew at every step: a token may end in half a character.
-    steps = modeling.generate_steps(model, [prompt], c.max_new_tokens, tokenizer.stop_ids,
-                                    sampling=c.sampling())
-    for (token,) in steps:
+    for (token,) in modeling.generate_steps(model, [prompt], c.max_new_tokens,
+                                            tokenizer.stop_ids, sampling=c):
         if token in tokenizer.stop_ids:
             break
         ids.append(token)
+
+        # All tokens are decoded anew: the last may end in half a UTF-8 character, which waits.
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # else the rest of the character is still to come
+        if not text.endswith("\ufffd"):
             write(text[len(shown) :])
             shown = text
     text = tokenizer.decode(ids)
@@ -623,128 +592,88 @@ def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Sa
     return text
 
 
-def read_question() -> str:
-    """A question from the terminal: a line, or all lines of a pasted text, which come at once."""
-    lines = [input("> ")]
-    while sys.stdin.isatty() and os.name == "posix" and select.select([0], [], [], 0.05)[0]:
-        lines.append(input())
-    return "\n".join(lines).strip()
-
-
 def chat_command(c: Chat) -> None:
     """`eval.py chat`."""
     check_flags(c)
-    tokenizer = data.ChatTokenizer(c.model, c.template)
-    model = open_model(c, tokenizer)
-    start = [{"role": "system", "content": c.system}] if c.system else []
-    messages = list(start)
+    tokenizer = data.ChatTokenizer(c.model, c.template, system=c.system)
+    model, messages = open_model(c, tokenizer), []
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then has line editing and a history)
     print(f"{c.model}, template {tokenizer.template}; /reset forgets, /quit ends")
 
     while True:
         try:
-            question = read_question()
+            question = input("> ")
+            # The lines of a pasted text come at once: they are one question.
+            while sys.stdin.isatty() and os.name == "posix" and select.select([0], [], [], 0.05)[0]:
+                question += "\n" + input()
         except (EOFError, KeyboardInterrupt):
             question = "/quit"
 
         # What begins with a slash is a command, not a question.
+        question = question.strip()
         if question == "/quit":
             print()
             return
         if question == "/reset":
-            messages = list(start)
+            messages = []
             print("forgotten")
         elif question.startswith("/"):
             print(f"unknown command {question}; /reset forgets, /quit ends")
         elif question:
-            messages.append({"role": "user", "content": question})
-            prompt = tokenizer.prompt_ids(messages)
+            asked = [*messages, {"role": "user", "content": question}]
+            prompt = tokenizer.prompt_ids(asked)
             warn_of_context(model, len(prompt) + c.max_new_tokens)
-            try:
+            # Ctrl-C ends this answer, not the conversation, which then goes on without it.
+            with contextlib.suppress(KeyboardInterrupt):
                 answer = stream_answer(model, tokenizer, prompt, c,
                                        lambda text: print(text, end="", flush=True))
-                messages.append({"role": "assistant", "content": answer})
-            except KeyboardInterrupt:  # ends this answer, not the conversation
-                messages.pop()
+                messages = [*asked, {"role": "assistant", "content": answer}]
             print()
 
 
 # ---- skip on a first reading: the files of an exam -----------------------------------------------
 
-# CMMLU's subjects with the name that a header takes; one paragraph per category.
-CMMLU_SUBJECTS = """
-anatomy 解剖学 astronomy 天文学 college_actuarial_science 大学精算学
-college_engineering_hydrology 大学工程水文学 college_mathematics 大学数学
-college_medical_statistics 大学医学统计 computer_science 计算机科学 conceptual_physics 概念物理学
-electrical_engineering 电气工程 elementary_mathematics 初等数学 genetics 遗传学
-high_school_biology 高中生物 high_school_chemistry 高中化学 high_school_mathematics 高中数学
-high_school_physics 高中物理学 machine_learning 机器学习 virology 病毒学
-
-ancient_chinese 古汉语 business_ethics 商业伦理 chinese_civil_service_exam 中国公务员考试
-chinese_food_culture 中国饮食文化 chinese_foreign_policy 中国外交政策
-chinese_teacher_qualification 中国教师资格 college_education 大学教育学 economics 经济学
-education 教育学 elementary_chinese 小学语文 ethnology 民族学 high_school_geography 高中地理
-high_school_politics 高中政治 journalism 新闻学 management 管理学 marketing 市场营销
-modern_chinese 现代汉语 professional_accounting 专业会计 professional_psychology 专业心理学
-public_relations 公共关系 security_study 安全研究 sociology 社会学
-
-arts 艺术学 chinese_history 中国历史 chinese_literature 中国文学 college_law 大学法律
-global_facts 全球事实 international_law 国际法学 jurisprudence 法理学 logical 逻辑学
-marxist_theory 马克思主义理论 philosophy 哲学 professional_law 专业法学 world_history 世界历史
-world_religions 世界宗教
-
-agronomy 农学 chinese_driving_rule 中国驾驶规则 clinical_knowledge 临床知识
-college_medicine 大学医学 computer_security 计算机安全 construction_project_management 建设工程管理
-elementary_commonsense 小学常识 elementary_information_and_technology 小学信息技术
-food_science 食品科学 human_sexuality 人类性行为 legal_and_moral_basis 法律与道德基础
-nutrition 营养学 professional_medicine 专业医学 sports_science 体育学
-traditional_chinese_medicine 中医中药
-"""
+MAPPING = "subject_mapping.json"  # {handle: [English name, Chinese name, category]}
 
 
 def lab(name: str, wanted: str = ""):
-    """labs/NAME.py; where it is missing None, or InputError if something `wanted` needs it.
-
-    labs/exams.py adds its protocols to the table.
-    """
+    """labs/NAME.py; where it is missing None, or InputError if something `wanted` needs it."""
     try:
-        module = importlib.import_module(f"labs.{name}")
+        return importlib.import_module(f"labs.{name}")
     except ImportError:
         check(not wanted, f"{wanted} needs labs/{name}.py, which is missing here")
         return None
-    if name == "exams":
-        module.add_protocols(PROTOCOLS)
-    return module
 
 
-def named_subjects(text: str) -> dict[str, tuple[str, str]]:
-    """{handle: (name in the header, category)} of a table like CMMLU_SUBJECTS."""
-    table = {}
-    for category, paragraph in zip(CATEGORIES, text.split("\n\n"), strict=True):
-        words = paragraph.split()
-        for handle, name in zip(words[::2], words[1::2], strict=True):
-            table[handle] = name, category
-    return table
+def exam_file(c: Exam, split: str, handle: str) -> Path:
+    """Where an exam keeps a subject's questions of a split."""
+    ending = "" if c.benchmark == "cmmlu" else f"_{split}"
+    return Path(c.data) / split / f"{handle}{ending}.csv"
 
 
 def subject_table(c: Exam) -> dict[str, tuple[str, str]]:
-    """{handle: (name in the header, category)} of a benchmark; C-Eval may bring its own table."""
-    path = Path(c.data) / "subject_mapping.json"
-    if c.benchmark == "cmmlu":
-        return named_subjects(CMMLU_SUBJECTS)
-    if c.benchmark == "mmlu" or not path.exists():
-        table = lab("exams", f"{c.benchmark} in {c.data}").more_subjects(c.benchmark)
-    else:
-        table = {}
+    """{handle: (name in the header, category)} of an exam; C-Eval may bring its own table."""
+    path, table = Path(c.data) / MAPPING, {}
+    by_name = c.subject_names == "zh"
+    if c.benchmark == "ceval" and path.exists():
         for handle, entry in modeling.read_json(path).items():
             check(isinstance(entry, list) and len(entry) == 3 and entry[2] in CATEGORIES,
                   f"{path}: expected names and one of {', '.join(CATEGORIES)} for {handle}, "
                   f"found {entry}")
             table[handle] = entry[1], entry[2]
-    if c.subject_names == "handle":
-        return {handle: (handle, category) for handle, (_, category) in table.items()}
-    return table
+
+    # Other names stand in the lab. Without it the files say which subjects there are.
+    elif exams := lab("exams", "a header with subjects' names (or --subject_names handle)"
+                      if by_name else ""):
+        table = exams.named_subjects(c.benchmark)
+    else:
+        for file in sorted(Path(c.data).glob(f"{c.split}/*.csv")):
+            table[file.stem.removesuffix(f"_{c.split}")] = "", "Other"
+
+    if by_name:
+        return table
+    return {handle: (handle, category) for handle, (_, category) in table.items()}
 
 
 def read_csv(path: Path) -> Iterator[tuple]:
@@ -765,8 +694,10 @@ def read_csv(path: Path) -> Iterator[tuple]:
     if table and {"question", "Question"} & set(table[0][1]):
         usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
         names = [usual.get(name, name) for name in table.pop(0)[1]]
+
     for number, (line, cells) in enumerate(table, 1):
         row = {"id": str(number - 1), **dict(zip(names, cells, strict=False))}
+        # Bytes that are no UTF-8 were read as surrogates.
         if not data.is_text("".join(cells)):
             row = ValueError(f"line {line} is not UTF-8; convert the file, if it is GBK by "
                              "iconv -f GB18030 -t UTF-8")
@@ -778,10 +709,10 @@ def read_csv(path: Path) -> Iterator[tuple]:
 def parse_question(columns: list[str], where: str, row) -> dict:
     """A question whose `columns` are filled; the whole column `answer` may be missing."""
     check(not isinstance(row, Exception), f"{where}: {row}")
-    missing = [name for name in columns if name not in row]
-    check(not missing, f"{where}: column {', '.join(missing)} missing, found {', '.join(row)}")
-    empty = [name for name in (*columns, "answer") if not row.get(name, "x").strip()]
-    check(not empty, f"{where}: column {', '.join(empty)} is empty")
+    for name in (*columns, "answer"):
+        check(name in row or name not in columns,
+              f"{where}: column {name} missing, found {', '.join(row)}")
+        check(row.get(name, "x").strip(), f"{where}: column {name} is empty")
     check(row.get("answer", "A") in tuple(LETTERS),
           f"{where}: expected an answer A to D, found {row.get('answer')!r}")
     return {**row, "stripped": row["question"].strip(), "where": where}
@@ -789,12 +720,11 @@ def parse_question(columns: list[str], where: str, row) -> dict:
 
 def read_questions(path: Path, columns: list[str], skip_bad_rows: bool) -> list[dict]:
     """The questions of a CSV file."""
-    found = data.read_rows([path], skip_bad_rows, parse=partial(parse_question, columns),
-                           read=read_csv)
-    # Answers are joined to questions by subject and id: an id must be one question.
     questions, first = [], {}
-    for _, question in found:
+    parse = partial(parse_question, columns)
+    for _, question in data.read_rows([path], skip_bad_rows, parse=parse, read=read_csv):
         if question:
+            # Answers are joined to questions by subject and id: an id must be one question.
             other = first.setdefault(question["id"], question["where"])
             check(other == question["where"],
                   f"{question['where']}: id {question['id']} is that of {other} too")
@@ -805,7 +735,7 @@ def read_questions(path: Path, columns: list[str], skip_bad_rows: bool) -> list[
 
 def recognize_benchmark(folder: Path) -> str:
     """Whose layout a folder has: C-Eval's files name their columns, MMLU's do not."""
-    if (folder / "subject_mapping.json").exists():
+    if (folder / MAPPING).exists():
         return "ceval"
     for path in (*folder.glob("val/*_val.csv"), *folder.glob("test/*_test.csv")):
         return "ceval" if b"question" in path.read_bytes().partition(b"\n")[0] else "mmlu"
@@ -815,10 +745,12 @@ def recognize_benchmark(folder: Path) -> str:
 def resolve_exam(c: Exam) -> Exam:
     """Fill in what was left open; InputError for what makes no sense."""
     check_flags(c)
+    # The demo learned to answer in its chat template, without shots.
     if not c.data:
         c = replace(c, data="out/demo/exam", chat=True, shots=max(c.shots, 0))
     folder, steel = Path(c.data), c.protocol == "steel"
     check(folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)")
+
     benchmark = c.benchmark or recognize_benchmark(folder)
     last = "out/dpo" if Path("out/dpo/config.json").exists() else "out/sft"
     most = 0 if steel else 5
@@ -826,70 +758,51 @@ def resolve_exam(c: Exam) -> Exam:
                 shots=most if c.shots == -1 else c.shots,
                 split=c.split or ("val" if benchmark == "ceval" else "test"))
 
+    # The lab adds its protocols to the table; a flag that needs them says so where it is missing.
     if c.benchmark not in PROTOCOLS.get(c.protocol, {}):
-        lab("exams", f"--protocol {c.protocol} with {c.benchmark}")
+        lab("exams", f"--protocol {c.protocol} with {c.benchmark}").add_protocols(PROTOCOLS)
     known = PROTOCOLS[c.protocol]
     check(c.benchmark in known, f"--protocol {c.protocol} is for {', '.join(known)} only")
     check(0 <= c.shots <= most, f"--shots {c.shots}: with --protocol {c.protocol} at most {most}")
     check(c.chat or c.thinking != "on", "--thinking on needs --chat")
-    check(c.benchmark == "ceval" or c.subject_names == "zh",
-          "--subject_names is for C-Eval, whose table has both names")
     check(len(set(map(short_name, c.model))) == len(c.model),
           "--model names one twice, or two that differ in leading dots and slashes only")
     return c
 
 
 def read_exam(c: Exam) -> list[Subject]:
-    """The subjects of a resolved Exam, with its shots.
-
-    A subject_mapping.json says which files must be there; else any subjects are an exam.
-    """
+    """The subjects of a resolved Exam, with its shots."""
     table, folder = subject_table(c), Path(c.data)
-    mapped = c.benchmark == "ceval" and (folder / "subject_mapping.json").exists()
-
-    def path(split: str, handle: str) -> Path:
-        ending = "" if c.benchmark == "cmmlu" else f"_{split}"
-        return folder / split / f"{handle}{ending}.csv"
-
-    there = [h for h in table if mapped or path(c.split, h).exists()]
-    check(there, f"{folder / c.split} has no file of {c.benchmark}, such as "
-          f"{path(c.split, next(iter(table), 'SUBJECT')).name}")
-    unknown = [h for h in c.subjects if h not in table]
+    unknown = sorted(set(c.subjects) - set(table))
     check(not unknown, f"{', '.join(unknown)}: no subject of {c.benchmark}; it has "
           f"{', '.join(table)}")
+
+    # A table in the folder says which files must be there; else any subjects are an exam.
+    there = list(table)
+    if c.benchmark != "ceval" or not (folder / MAPPING).exists():
+        there = [handle for handle in table if exam_file(c, c.split, handle).exists()]
+    check(there, f"{folder / c.split} has no file of {c.benchmark}, such as "
+          f"{exam_file(c, c.split, next(iter(table), 'SUBJECT')).name}")
 
     # What a question needs; a solved one needs its answer too.
     columns = ["question", *LETTERS] if c.benchmark == "mmlu" else ["id", "question", *LETTERS]
     solved = [*columns, "answer", *(["explanation"] if c.protocol == "cot" else [])]
-    subjects = []
-    for h in dict.fromkeys(c.subjects or there):
-        shots = []
+    subjects, labelled = [], set()
+    for handle in dict.fromkeys(c.subjects or there):
+        shots, dev = [], exam_file(c, "dev", handle)
         if c.shots:
-            shots = read_questions(path("dev", h), solved, c.skip_bad_rows)[: c.shots]
-            check(len(shots) == c.shots,
-                  f"{path('dev', h)}: {len(shots)} rows are too few for {c.shots} shots")
-        questions = read_questions(path(c.split, h), columns, c.skip_bad_rows)
-        subjects.append(Subject(h, *table[h], shots, questions))
+            shots = read_questions(dev, solved, c.skip_bad_rows)[: c.shots]
+            check(len(shots) == c.shots, f"{dev}: only {len(shots)} rows for {c.shots} shots")
+        questions = read_questions(exam_file(c, c.split, handle), columns, c.skip_bad_rows)
+        labelled.update("answer" in question for question in questions)
+        subjects.append(Subject(handle, *table[handle], shots, questions))
+
     # A test split has no answers at all; one that has some is broken.
-    labelled = {"answer" in question for s in subjects for question in s.questions}
     check(len(labelled) == 1, f"{folder / c.split}: some files have a column answer, some do not")
     return subjects
 
 
 # ---- skip on a first reading: the report of an exam ----------------------------------------------
-
-
-def characters_lost(tokenizer: data.ChatTokenizer, subjects: list[Subject]) -> float:
-    """Share of the questions' characters that the tokenizer drops or has no token for."""
-    count = Counter("".join(row[column] for s in subjects for row in (*s.shots, *s.questions)
-                            for column in ("question", *LETTERS)))
-    # Each character alone, once: a tokenizer that drops it drops it everywhere.
-    lost, unknown = 0, tokenizer.names.get("unk_token")
-    for character in filter(str.strip, count):
-        ids = tokenizer.tokenizer.encode(character, add_special_tokens=False).ids
-        text = tokenizer.decode(ids, special=False).strip()
-        lost += count[character] * (text in ("", unknown) or "\ufffd" in text)
-    return lost / count.total()
 
 
 def short_name(folder: str) -> str:
@@ -903,10 +816,11 @@ def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> N
     chat = ", in the chat template" if c.chat else ""
     print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of its "
           f"{len(subject_table(c))} subjects; protocol {c.protocol}, {c.shots} shots{chat}")
+
     # Checkpoints with one tokenizer get one prompt: it is printed once.
     shown = {}  # first prompt and options: the checkpoints that get them
     for name, (first, *_) in zip(c.model, sheets, strict=True):
-        options = f", options {[list(ids) for ids in first.options]}" if first.options else ""
+        options = f", options {list(map(list, first.options))}" if first.options else ""
         shown.setdefault((first.first, options), []).append(name)
     for (prompt, options), names in shown.items():
         print(f"first prompt of {', '.join(names)}{options}:")
@@ -915,30 +829,20 @@ def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> N
 
 def finish_exam(c: Exam, results: list[dict], answers: list[list[dict]]) -> None:
     """Print and write what was found; several checkpoints get a folder each."""
-    labelled, output = results[0]["floor"] is not None, Path(c.output_dir)
-    for stale in ("accuracy.png", "comparison.json", "submission.json"):  # of an earlier exam
-        (output / stale).unlink(missing_ok=True)
-    # One checkpoint writes into the folder itself.
+    output = Path(c.output_dir)
     for r, lines in zip(results, answers, strict=True):
         folder = output / short_name(r["model"]) if len(results) > 1 else output
         modeling.write_json(folder / "results.json", r)
         modeling.write_lines(folder / "predictions.jsonl",
                              (json.dumps(a, ensure_ascii=False) + "\n" for a in lines))
-        if not labelled:  # the form that C-Eval's site takes
-            form = {h: {} for h in r["subjects"]}
-            for a in lines:
-                form[a["subject"]][a["id"]] = a["prediction"] or ""
-            modeling.write_json(folder / "submission.json", form)
 
-    report = lab("scores")
-    if report:
-        report.report(output, results, answers)
+    # The table, the comparison and the figure are the lab's.
+    if scores := lab("scores"):
+        scores.report(output, results, answers)
     else:
         for r in results:
             print(f"{short_name(r['model'])}: {r['correct']} of {r['questions']} questions right; "
                   f"interval {r['interval']}, floor {r['floor']}")
-    if not labelled:
-        print("the split has no labels: no accuracy, but a submission.json")
     print(f"results in {output}")
 
 
@@ -948,37 +852,40 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
     # One checkpoint at a time is in memory.
     model, began = open_model(c, tokenizer), time.perf_counter()
     sheets = let_think(model, tokenizer, c, sheets)
-    mine = tqdm(sheets[rank::world], desc=str(tokenizer.folder), unit=" subjects",
-                disable=rank > 0 or not sys.stderr.isatty())
-    parts = [[answer_sheet(model, tokenizer, sheet, c.micro_tokens) for sheet in mine]]
+    bar = tqdm(sheets[rank::world], desc=str(tokenizer.folder), unit=" subjects",
+               disable=rank > 0 or not sys.stderr.isatty())
+    mine = [answer_sheet(model, tokenizer, sheet, c.micro_tokens) for sheet in bar]
 
     # Only the answers travel: subject i was asked by rank i % world, as its number i // world.
+    parts, answers = [mine], []
     if world > 1:
-        part, parts = parts[0], [None] * world
-        dist.all_gather_object(parts, part)
-    answers = []
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
     for i in range(len(sheets)):
         answers += parts[i % world][i // world]
 
+    # How it was asked, and what was found.
     asked = {name: getattr(c, name) for name in (
         "data", "benchmark", "split", "protocol", "shots", "chat", "subject_names")}
-    subjects = [sheet.subject for sheet in sheets]
-    return answers, {**asked, "thinking": sheets[0].protocol != PROTOCOLS[c.protocol][c.benchmark],
-                     "dtype": str(model.head.dtype).removeprefix("torch."),
-                     "seconds": time.perf_counter() - began,
-                     "characters_lost": characters_lost(tokenizer, subjects),
-                     **summarize(c.benchmark, subjects, answers)}
+    losses = lab("scores")
+    return answers, {
+        **asked, "thinking": sheets[0].protocol != PROTOCOLS[c.protocol][c.benchmark],
+        "dtype": str(model.head.dtype).removeprefix("torch."),
+        "seconds": time.perf_counter() - began,
+        "characters_lost": losses and losses.characters_lost(tokenizer, sheets),
+        **summarize(c.benchmark, [sheet.subject for sheet in sheets], answers)}
 
 
 def exam_command(c: Exam) -> None:
     """`eval.py exam`."""
     c = resolve_exam(c)
-    subjects, sheets = read_exam(c), []
+    subjects, tokenizers, sheets = read_exam(c), [], []
     # Every prompt of every checkpoint is encoded first, so that nothing fails in the middle.
-    tokenizers = [data.ChatTokenizer(folder, c.template) for folder in c.model]
-    for tokenizer in tokenizers:
+    for folder in c.model:
+        tokenizer = data.ChatTokenizer(folder, c.template)
         config = modeling.load_config(tokenizer.folder)
         tokenizer.check_size(config.vocab_size)
+        tokenizers.append(tokenizer)
         sheets.append([make_sheet(tokenizer, subject, c, config.max_position_embeddings,
                                   c.thinking == "on") for subject in subjects])
 
@@ -992,10 +899,12 @@ def exam_command(c: Exam) -> None:
         lines, result = score_checkpoint(c, tokenizer, mine, rank, world)
         results.append({"model": name, **result})
         answers.append(lines)
+
+    # The first rank alone writes; gloo aborts where one rank is gone before the rest.
     if rank == 0:
         finish_exam(c, results, answers)
     if world > 1:
-        dist.barrier()  # gloo aborts where one rank is gone before the rest
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -1009,16 +918,17 @@ def check_flags(c) -> None:
     # A flag that this command does not have passes.
     for name, smallest in least.items():
         value = getattr(c, name, smallest)
-        check(smallest <= value < math.inf,
-              f"--{name} must be at least {smallest}, not {value}")
+        check(smallest <= value < math.inf, f"--{name} must be at least {smallest}, not {value}")
     check(0 < getattr(c, "top_p", 1) <= 1, "--top_p must be above 0 and at most 1")
     check(getattr(c, "repetition_penalty", 1) > 0, "--repetition_penalty must be above 0")
-    check(getattr(c, "data", None) != [], "--data FILE... is missing")
+
+    # Input and output.
+    inputs = getattr(c, "data", "")
+    check(inputs != [], "--data FILE... is missing")
     if isinstance(c, Generate):
         check(c.output, "--output FILE.jsonl is missing")
         check(c.n == 1 or c.temperature > 0,
               "--n above 1 needs --temperature above 0: greedy samples are all alike")
-    inputs = getattr(c, "data", [])
     for flag in ("output", "output_dir"):
         if output := getattr(c, flag, ""):
             modeling.check_output(f"--{flag}", output, [] if isinstance(inputs, str) else inputs)

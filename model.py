@@ -687,7 +687,7 @@ class Sampling:
     top_k: int = 0  # draw among this many likeliest tokens; 0: all
     top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together
     repetition_penalty: float = 1.0  # above 1: tokens seen before become less likely
-    seed: int = 0
+    seed: int = 0  # of what is drawn
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

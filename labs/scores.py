@@ -18,14 +18,18 @@ Exercise. A checkpoint loses 1 question and wins 9. Is it better?
 """
 
 import json
+import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 import data
 import model as modeling
-from eval import mcnemar, short_name
+from eval import LETTERS, Sheet, short_name
 from model import check
 
 
@@ -40,6 +44,18 @@ class Config:
 # ==== read: two checkpoints on the same questions =================================================
 
 
+def mcnemar(lost: int, won: int) -> float:
+    """p-value of two scores on the same questions being alike (McNemar 1947), two-sided.
+
+    Of the n questions that one of the two alone has right, each side's share is binomial with 1/2:
+    exact for n < 25, else chi-square with one degree of freedom and continuity correction.
+    """
+    n = lost + won
+    if n < 25:
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
+    return math.erfc(math.sqrt(max(abs(lost - won) - 1, 0) ** 2 / n / 2))
+
+
 def compare(before: list[dict], after: list[dict]) -> dict:
     """Questions that a second checkpoint lost and won against a first, and McNemar's p."""
     lost = won = 0
@@ -52,11 +68,10 @@ def compare(before: list[dict], after: list[dict]) -> dict:
 
 def compare_in_turn(results: list[dict], answers: list[list[dict]]) -> list[dict]:
     """Each checkpoint with the one before it; nothing where the questions have no labels."""
-    found = []
+    found, names = [], [short_name(r["model"]) for r in results]
     for i in range(1, len(results) if results[0]["floor"] else 0):
-        names = {"first": short_name(results[i - 1]["model"]),
-                 "second": short_name(results[i]["model"])}
-        found.append(names | compare(answers[i - 1], answers[i]))
+        pair = {"first": names[i - 1], "second": names[i]}
+        found.append(pair | compare(answers[i - 1], answers[i]))
     return found
 
 
@@ -86,11 +101,12 @@ def score_lines(r: dict) -> dict[str, tuple]:
 
 def print_scores(results: list[dict], comparisons: list[dict]) -> None:
     """One line per subject, one column per checkpoint; then what a reader must know."""
-    columns = [score_lines(r) for r in results]
-    table = []
-    for label, (count, _) in columns[0].items():
-        table.append((label, count, *(column[label][1] for column in columns)))
-    data.print_table(table)
+    first, *others = map(score_lines, results)
+    table = {label: list(row) for label, row in first.items()}
+    for column in others:
+        for label, (_, cell) in column.items():
+            table[label].append(cell)
+    data.print_table([(label, *row) for label, row in table.items()])
 
     # What makes a score mean less than it seems.
     for r in results:
@@ -108,6 +124,34 @@ def print_scores(results: list[dict], comparisons: list[dict]) -> None:
         verdict = "a difference" if row["p"] < 0.05 else "which may be noise"
         print(f"{row['first']} -> {row['second']}: {row['lost']} questions lost, {row['won']} won; "
               f"McNemar p = {row['p']:.2g}, {verdict}")
+
+
+# ==== read: what a tokenizer loses ================================================================
+
+
+def characters_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> float:
+    """Share of the questions' characters that the tokenizer drops or has no token for."""
+    count = Counter()
+    for sheet in sheets:
+        for row in (*sheet.subject.shots, *sheet.subject.questions):
+            count.update("".join(map(row.get, ("question", *LETTERS))))
+
+    # Each character alone, once: a tokenizer that drops it drops it everywhere.
+    lost, unknown = 0, tokenizer.names.get("unk_token")
+    for character in filter(str.strip, count):
+        ids = tokenizer.tokenizer.encode(character, add_special_tokens=False).ids
+        text = tokenizer.decode(ids, special=False).strip()
+        lost += count[character] * (text in ("", unknown) or "\ufffd" in text)
+    return lost / count.total()
+
+
+def say_what_is_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> None:
+    """Print what makes the curve of an exam during training mean less than it seems."""
+    lost = characters_lost(tokenizer, sheets)
+    long = sum(sheet.prompts.count(None) for sheet in sheets)
+    if lost or long:
+        print(f"exam: {lost:.1%} of its characters are lost by the tokenizer, {long} questions do "
+              "not fit")
 
 
 # ---- skip on a first reading: the figure ---------------------------------------------------------
@@ -142,6 +186,8 @@ def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
     for step, r in zip(steps, results, strict=True):
         low, high = r["interval"]
         points.append((step, 100 * r["micro"], 100 * low, 100 * high))
+
+    # Checkpoints may have been named in any order.
     steps, micro, low, high = zip(*sorted(points), strict=True)
     axes.plot(steps, micro, marker=".")
     axes.fill_between(steps, low, high, alpha=0.2)
@@ -151,11 +197,13 @@ def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
 def draw_bars(axes, names: list[str], results: list[dict]) -> None:
     """One bar per subject and checkpoint."""
     handles, thick = list(results[0]["subjects"]), 0.8 / len(names)
+    rows = np.arange(len(handles))
     for k, (name, r) in enumerate(zip(names, results, strict=True)):
         shares = [100 * r["subjects"][h]["accuracy"] for h in handles]
-        places = [i + k * thick for i in range(len(handles))]
-        axes.barh(places, shares, thick, align="edge", label=name)
-    axes.set_yticks([i + 0.4 for i in range(len(handles))], handles, fontsize=7)
+        axes.barh(rows + k * thick, shares, thick, align="edge", label=name)
+
+    # The first subject on top, its name at the middle of its bars.
+    axes.set_yticks(rows + 0.4, handles, fontsize=7)
     axes.set_xlabel("accuracy in %")
     axes.invert_yaxis()
 
@@ -164,26 +212,48 @@ def draw_bars(axes, names: list[str], results: list[dict]) -> None:
 
 
 def report(output: Path | None, results: list[dict], answers: list[list[dict]]) -> None:
-    """Print the table; write comparison.json and accuracy.png into `output`."""
-    comparisons = compare_in_turn(results, answers)
+    """Print the table; write what goes with it into `output`."""
+    comparisons, labelled = compare_in_turn(results, answers), results[0]["floor"] is not None
     print_scores(results, comparisons)
-    if output and comparisons:
+    if not labelled:
+        print("the split has no labels: no accuracy, but a submission.json")
+    if output is None:
+        return
+
+    # Files of an earlier exam would stand beside this one's as if they were its own.
+    for name in ("accuracy.png", "comparison.json", "submission.json"):
+        (output / name).unlink(missing_ok=True)
+    if comparisons:
         modeling.write_json(output / "comparison.json", {"mcnemar": comparisons})
-    if output and results[0]["floor"]:
+    if labelled:
         draw_exam(output / "accuracy.png", results)
+    else:
+        write_submissions(output, results, answers)
+
+
+def write_submissions(output: Path, results: list[dict], answers: list[list[dict]]) -> None:
+    """Answers in the form that C-Eval's site takes and scores."""
+    for r, lines in zip(results, answers, strict=True):
+        form = {handle: {} for handle in r["subjects"]}
+        for a in lines:
+            form[a["subject"]][a["id"]] = a["prediction"] or ""
+        folder = output / short_name(r["model"]) if len(results) > 1 else output
+        modeling.write_json(folder / "submission.json", form)
 
 
 def main(c: Config) -> None:
     """`python -m labs.scores`."""
-    results, answers = [], []
+    results, answers, asked = [], [], []
     for folder in map(Path, c.folders):
         files = sorted([*folder.glob("results.json"), *folder.glob("*/results.json")])
         check(files, f"{folder} holds no results.json of `eval.py exam`")
         for path in files:
             results.append(modeling.read_json(path))
-            lines = path.with_name("predictions.jsonl").read_text(encoding="utf-8").split("\n")
-            answers.append([json.loads(line) for line in lines if line])
-    asked = [[(a["subject"], a["id"]) for a in lines] for lines in answers]
+            text = path.with_name("predictions.jsonl").read_text(encoding="utf-8")
+            answers.append(list(map(json.loads, text.strip().split("\n"))))
+            asked.append([(a["subject"], a["id"]) for a in answers[-1]])
+
+    # Scores on different questions cannot be compared.
     check(asked.count(asked[0]) == len(asked), "the folders are of different exams")
     report(Path(c.output) if c.output else None, results, answers)
 

@@ -3,6 +3,7 @@
 The reference is transformers in fp32 on tiny random checkpoints (families.py).
 """
 
+import itertools
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,15 @@ def reference_answer(model, tokenizer, ids, count):
     return tokenizer.decode(kept[:-1] if kept[-1] in tokenizer.stop_ids else kept)
 
 
+def run(name, folder, path, *flags):
+    """(what is printed, the rows of the output) of a command that succeeds."""
+    output = Path(path).with_name("out.jsonl")
+    status, out, err = command(
+        "eval.py", name, "--model", folder, "--data", path, "--output", output, *flags)
+    assert (status, err) == (0, "")
+    return out, read(output)
+
+
 # -------------------------------------------------------------------------------- log-probabilities
 
 MIXED = [{"messages": TALK[1:]}, {"prompt": "What is 12 + 35?", "completion": "It's 47!"},
@@ -102,12 +113,9 @@ MIXED = [{"messages": TALK[1:]}, {"prompt": "What is 12 + 35?", "completion": "I
 @pytest.mark.parametrize("name", ["llama2", "llama3", "mistral", "qwen3"])
 def test_logprobs_of_a_file_are_those_of_transformers_in_its_order(name, family, tmp_path):
     folder, model, tokenizer = family(name)
-    path, output = jsonl(tmp_path / "a.jsonl", *MIXED), tmp_path / "out.jsonl"
-    status, out, err = command(
-        "eval.py", "logprobs", "--model", folder, "--data", path, "--output", output)
-    assert (status, err) == (0, "")
+    path, values = jsonl(tmp_path / "a.jsonl", *MIXED), []
+    out, rows = run("logprobs", folder, path)
     examples, _ = data.load_examples([path], tokenizer, keep_all=True)
-    rows, values = read(output), []
     assert [row["token_ids"] for row in rows] == [e.ids.tolist() for e in examples]
     for row, example in zip(rows, examples, strict=True):
         targets = {i for first, end, _ in example.spans for i in range(first, end)}
@@ -125,41 +133,36 @@ def test_logprobs_of_a_file_are_those_of_transformers_in_its_order(name, family,
 
 def test_logprobs_mean_by_train_on_and_max_length_what_training_means(letters, tmp_path):
     folder, _, tokenizer = letters
-    rows = [{"messages": TALK}, {"text": "once upon a time " * 9}]
-    path, output = jsonl(tmp_path / "a.jsonl", *rows), tmp_path / "out.jsonl"
+    path = jsonl(tmp_path / "a.jsonl", {"messages": TALK}, {"text": "once upon a time " * 9})
     for train_on, max_length in (("all", 2048), ("last", 2048), ("all", 60), ("last", 60)):
-        status, _, _ = command("eval.py", "logprobs", "--model", folder, "--data", path, "--output",
-                               output, "--train_on", train_on, "--max_length", max_length)
-        assert status == 0
+        _, rows = run("logprobs", folder, path, "--train_on", train_on, "--max_length", max_length)
         examples, _ = data.load_examples([path], tokenizer, train_on, max_length)
-        assert [row["token_ids"] for row in read(output)] == [e.ids.tolist() for e in examples]
-        assert [sum(x is not None for x in row["logprobs"]) for row in read(output)] == [
+        assert [row["token_ids"] for row in rows] == [e.ids.tolist() for e in examples]
+        assert [sum(x is not None for x in row["logprobs"]) for row in rows] == [
             e.targets for e in examples]
 
 
 def test_logprobs_of_several_files_and_of_none_supervised(letters, tmp_path):
-    folder, output = letters[0], tmp_path / "out.jsonl"
+    folder, _, tokenizer = letters
     one = jsonl(tmp_path / "one.jsonl", {"text": "one"})
     two = jsonl(tmp_path / "two.jsonl", {"messages": [HI]}, {"text": "two"})
-    command("eval.py", "logprobs", "--model", folder, "--data", two, one, "--output", output)
-    tokenizer = letters[2]
-    shown = [tokenizer.decode(row["token_ids"], special=False) for row in read(output)]
+    command("eval.py", "logprobs", "--model", folder, "--data", two, one, "--output",
+            tmp_path / "out.jsonl")
+    rows = read(tmp_path / "out.jsonl")
+    shown = [tokenizer.decode(row["token_ids"], special=False) for row in rows]
     assert ["two" in shown[1], "one" in shown[2]] == [True, True]
-    assert set(read(output)[0]["logprobs"]) == {None}
+    assert set(rows[0]["logprobs"]) == {None}
 
 
 def test_logprobs_and_answers_do_not_depend_on_micro_tokens(family, tmp_path):
     folder = family("qwen2_window")[0]
     path, found, answers = jsonl(tmp_path / "a.jsonl", *MIXED), [], []
     for micro_tokens in (1, 60, 8192):
-        output = tmp_path / f"{micro_tokens}.jsonl"
-        flags = ["--model", folder, "--data", path, "--output", output,
-                 "--micro_tokens", micro_tokens]
-        assert command("eval.py", "logprobs", *flags)[0] == 0
-        found.append([x or 0.0 for row in read(output) for x in row["logprobs"]])
-        sampling = ["--temperature", 1, "--n", 2, "--max_new_tokens", 4]
-        assert command("eval.py", "generate", *flags, *sampling)[0] == 0
-        answers.append(output.read_text(encoding="utf-8"))
+        _, rows = run("logprobs", folder, path, "--micro_tokens", micro_tokens)
+        found.append([x or 0.0 for row in rows for x in row["logprobs"]])
+        _, rows = run("generate", folder, path, "--micro_tokens", micro_tokens, "--temperature", 1,
+                      "--n", 2, "--max_new_tokens", 4)
+        answers.append(rows)
     assert found[0] == pytest.approx(found[2], abs=NO_EFFECT)
     assert found[1] == pytest.approx(found[2], abs=NO_EFFECT)
     assert answers[0] == answers[1] == answers[2]
@@ -178,11 +181,8 @@ REFERENCES = [None, TALK[-1]["content"], None, None, "yo", "yo", "3"]
 def test_greedy_answers_are_those_of_transformers(name, family, tmp_path):
     folder, model, tokenizer = family(name)
     text = "The quick brown"
-    path, output = jsonl(tmp_path / "a.jsonl", *ASKED, {"text": text}), tmp_path / "out.jsonl"
-    status, _, err = command("eval.py", "generate", "--model", folder, "--data", path,
-                             "--output", output, "--max_new_tokens", 7)
-    assert (status, err) == (0, "")
-    rows = read(output)
+    path = jsonl(tmp_path / "a.jsonl", *ASKED, {"text": text})
+    _, rows = run("generate", folder, path, "--max_new_tokens", 7)
     assert [(row["row"], row["sample"]) for row in rows] == [(i, 0) for i in range(8)]
     assert [row["reference"] for row in rows[:7]] == REFERENCES
     sources = data.read_rows([path], parse=partial(data.parse_row, ask=True))
@@ -199,14 +199,13 @@ def test_greedy_answers_are_those_of_transformers(name, family, tmp_path):
     assert {row["finish"] for row in rows} <= {"stop", "length"}
 
 
-def sample(letters, tmp_path, *flags, rows=ASKED, name="out.jsonl"):
+NEARLY_UNIFORM = ["--temperature", 9, "--max_new_tokens", 40]
+
+
+def sample(letters, tmp_path, *flags, rows=ASKED):
     """The output of `generate` at a temperature where tokens are nearly uniform."""
-    path, output = jsonl(tmp_path / "asked.jsonl", *rows), tmp_path / name
-    status, _, err = command(
-        "eval.py", "generate", "--model", letters[0], "--data", path, "--output", output,
-        "--temperature", 9, "--max_new_tokens", 40, *flags)
-    assert (status, err) == (0, "")
-    return read(output)
+    path = jsonl(tmp_path / "asked.jsonl", *rows)
+    return run("generate", letters[0], path, *NEARLY_UNIFORM, *flags)[1]
 
 
 def test_n_samples_of_each_row_differ_and_end_by_themselves_or_at_the_limit(letters, tmp_path):
@@ -239,11 +238,8 @@ def test_generated_rows_are_training_rows_again(letters, tmp_path):
 
 def test_system_flag_gives_a_system_message_to_conversations_that_have_none(letters, tmp_path):
     folder, model, tokenizer = letters
-    path, output = jsonl(tmp_path / "a.jsonl", *ASKED), tmp_path / "out.jsonl"
-    command("eval.py", "generate", "--model", folder, "--data", path, "--output", output,
-            "--system", "Sing.", "--max_new_tokens", 5)
-    own = [system("Be brief."), TALK[0]]
-    for row in read(output):
+    path, own = jsonl(tmp_path / "a.jsonl", *ASKED), [system("Be brief."), TALK[0]]
+    for row in run("generate", folder, path, "--system", "Sing.", "--max_new_tokens", 5)[1]:
         first, *others = row["messages"]
         assert first in own if row["row"] in (1, 2, 3) else first == system("Sing.")
         assert "system" not in [m["role"] for m in others]
@@ -253,19 +249,18 @@ def test_system_flag_gives_a_system_message_to_conversations_that_have_none(lett
 
 def test_template_flag_changes_the_prompt(letters, tmp_path):
     folder, model, _ = letters
-    path, output = jsonl(tmp_path / "a.jsonl", {"prompt": "hi"}), tmp_path / "out.jsonl"
-    command("eval.py", "generate", "--model", folder, "--data", path, "--output", output,
-            "--template", "plain", "--max_new_tokens", 5)
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "hi"})
+    _, (row,) = run("generate", folder, path, "--template", "plain", "--max_new_tokens", 5)
     tokenizer = data.ChatTokenizer(folder, "plain")
     answer = reference_answer(model, tokenizer, tokenizer.prompt_ids([HI]), 5)
-    assert read(output)[0]["messages"] == [HI, assistant(answer)]
+    assert row["messages"] == [HI, assistant(answer)]
 
 
 def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch):
     """Ctrl-C after three of eight samples; the same command gives what it gives in one go."""
-    flags = ["--n", 2, "--micro_tokens", 1]
-    rows = ASKED[:4]
-    wanted = sample(letters, tmp_path, *flags, rows=rows, name="whole.jsonl")
+    flags, rows = ["--n", 2, "--micro_tokens", 1], ASKED[:4]
+    wanted = sample(letters, tmp_path, *flags, rows=rows)
+    (tmp_path / "out.jsonl").unlink()
     generate, calls = modeling.generate, []
 
     def interrupted(*arguments, **how):
@@ -275,10 +270,9 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
         return generate(*arguments, **how)
 
     monkeypatch.setattr(modeling, "generate", interrupted)
-    path = jsonl(tmp_path / "asked.jsonl", *rows)
     status, out, _ = command(
-        "eval.py", "generate", "--model", letters[0], "--data", path, "--output",
-        tmp_path / "out.jsonl", "--temperature", 9, "--max_new_tokens", 40, *flags)
+        "eval.py", "generate", "--model", letters[0], "--data", tmp_path / "asked.jsonl",
+        "--output", tmp_path / "out.jsonl", *NEARLY_UNIFORM, *flags)
     assert status == 130 and "stopped after 3 of 8" in out
     assert not (tmp_path / "out.jsonl").exists()
     (part,) = tmp_path.glob(".out.jsonl.*.partial")
@@ -291,8 +285,7 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
 
 def test_prompts_beyond_the_context_are_said(letters, tmp_path):
     path = jsonl(tmp_path / "asked.jsonl", {"prompt": "x" * 3000})
-    _, out, _ = command("eval.py", "generate", "--model", letters[0], "--data", path, "--output",
-                        tmp_path / "out.jsonl", "--max_new_tokens", 1)
+    out, _ = run("generate", letters[0], path, "--max_new_tokens", 1)
     assert "beyond the context of 2048" in out
     _, out, _ = command("eval.py", "chat", "--model", letters[0], "--max_new_tokens", 2,
                         stdin="hi\n" + "x" * 2100 + "\n")
@@ -380,21 +373,22 @@ QUESTIONS = {
     "all alike": [[5, 6, 7]] * 3,
     "one token": [[5], [6]],
 }
+OPTIONS = [(40,), (41,), (42,), (43,)], [(40, 41), (40, 42), (43,), (44, 45, 46)]
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 16, 8192])
 @pytest.mark.parametrize("name", ["llama2", "qwen2_window"])
 def test_options_after_a_shared_prefix_score_as_after_every_full_prompt(
         name, micro_tokens, family):
+    """An option of several tokens scores as their sum; the options may differ in length."""
     folder, reference, _ = family(name)
-    model, options = modeling.load(folder), [40, 41, 42, 43]
-    for prompts in QUESTIONS.values():
-        scores = evaluation.score_options(model, prompts, [(o,) for o in options], micro_tokens)
-        with torch.no_grad():
-            logits = torch.stack([reference(torch.tensor([p])).logits[0, -1] for p in prompts])
-        expected = logits.log_softmax(-1)[:, options]
+    model = modeling.load(folder)
+    for prompts, options in itertools.product(QUESTIONS.values(), OPTIONS):
+        scores = evaluation.score_options(model, prompts, options, micro_tokens)
+        expected = [[sum(reference_logprobs(reference, [*prompt, *option])[-len(option):])
+                     for option in options] for prompt in prompts]
         assert scores.shape == (len(prompts), 4)
-        assert torch.allclose(scores, expected, rtol=0, atol=TOLERANCE)
+        assert torch.allclose(scores, torch.tensor(expected), rtol=0, atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -19,6 +19,7 @@ import eval as evaluation
 import model as modeling
 import train_dpo
 import train_sft
+from labs.scores import mcnemar
 from labs.text import ngrams, signature
 
 
@@ -318,8 +319,8 @@ def test_wilsons_interval_ends_where_the_score_is_just_two_standard_errors_away(
 
 def test_mcnemar_asks_a_coin_only_about_the_questions_that_changed():
     # 1 lost, 3 won: of 16 outcomes of four coins, 2 x (1 + 4) are at least as uneven
-    assert evaluation.mcnemar(1, 3) == pytest.approx(10 / 16)
-    assert evaluation.mcnemar(0, 10) == pytest.approx(2 / 1024)
+    assert mcnemar(1, 3) == pytest.approx(10 / 16)
+    assert mcnemar(0, 10) == pytest.approx(2 / 1024)
 
 
 # -------------------------------------------------------------------------------------- 9. the data

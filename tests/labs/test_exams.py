@@ -109,17 +109,21 @@ def test_turns_of_a_chat_begin_without_a_space_and_hold_explanations(place):
         + user.format(f"{Q}\n答案：") + "<|im_start|>assistant\n")
 
 
-def test_mmlu_has_57_subjects_in_four_categories():
-    table = exams.more_subjects("mmlu")
+@pytest.mark.parametrize("benchmark,sizes,handle,name,category", [
+    ("mmlu", [19, 12, 13, 13], "us_foreign_policy", "us foreign policy", "Social Science"),
+    ("cmmlu", [17, 22, 13, 15], "college_engineering_hydrology", "大学工程水文学", "STEM")])
+def test_subjects_have_names_and_one_of_four_categories(
+        benchmark, sizes, handle, name, category):
+    table = exams.named_subjects(benchmark)
     found = Counter(category for _, category in table.values())
-    assert [found[c] for c in evaluation.CATEGORIES] == [19, 12, 13, 13]
-    assert table["us_foreign_policy"] == ("us foreign policy", "Social Science")
+    assert [found[c] for c in evaluation.CATEGORIES] == sizes
+    assert table[handle] == (name, category)
 
 
 @pytest.mark.skipif(not (SHARED / "data/ceval").exists(), reason="needs C-Eval in ../shared")
 def test_the_table_for_folders_without_a_mapping_is_that_of_c_eval():
     mapping = modeling.read_json(SHARED / "data/ceval/subject_mapping.json")
-    assert exams.more_subjects("ceval") == {
+    assert exams.named_subjects("ceval") == {
         handle: (name, category) for handle, (_, name, category) in mapping.items()}
 
 
@@ -146,9 +150,12 @@ def test_without_the_lab_the_core_scores_and_says_what_needs_it(place, tmp_path)
                               cwd=tmp_path, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr
 
-    status, said = run("--data", place / "cmmlu")
+    status, said = run("--data", place / "cmmlu", "--subject_names", "handle")
     assert status == 0 and "D: 4 of 12 questions right" in said
-    for flags in (["--data", place / "ceval", "--protocol", "cot"], ["--data", place / "mmlu"]):
+    assert "以下是关于agronomy的单项选择题" in said
+    assert run("--data", place / "ceval")[0] == 0  # it brings its own names
+    for flags in (["--data", place / "ceval", "--protocol", "cot"], ["--data", place / "mmlu"],
+                  ["--data", place / "cmmlu"]):
         status, said = run(*flags)
         assert (status, said.count("\n")) == (2, 1) and "labs/exams.py" in said
 

@@ -9,6 +9,15 @@ from exam_files import exam, make_model, write_cmmlu
 from labs import scores
 
 
+@pytest.mark.parametrize("lost,won,p", [
+    (0, 0, 1.0), (5, 5, 1.0), (1, 9, 22 / 1024), (9, 1, 22 / 1024), (0, 6, 2 / 64),
+    (10, 20, 0.100348), (20, 10, 0.100348), (12, 12, 1.0), (60, 30, 0.002237), (15, 15, 1.0),
+    (15, 16, 1.0)])
+def test_mcnemar_by_known_values(lost, won, p):
+    """Exact below 25; 10 and 20: chi-square (10 - 1)^2 / 30 = 2.7; 60, 30: 29^2 / 90."""
+    assert scores.mcnemar(lost, won) == pytest.approx(p, abs=1e-6)
+
+
 def test_curve_is_drawn_only_for_names_that_end_in_steps(monkeypatch, tmp_path):
     """It has the interval as a band and the floor as a line."""
     figure = pytest.importorskip("matplotlib.figure")
