@@ -13,12 +13,11 @@ whatever the micro-batches and ranks. For single answers with a label there is l
 """
 
 import hashlib
-import math
-import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,14 +25,13 @@ import model as modeling  # isort: skip  # before torch: it says how threads wai
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import data
 import train_sft
 from data import ChatTokenizer, Row, common_prefix, cut, render_rows
-from model import InputError, check
+from model import check
 from train_sft import Hardware, RunData
 
 # ==== read: config ================================================================================
@@ -198,13 +196,13 @@ def answer_logprobs(model, items: list[Preference], forward=None,
     # To the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
     prompt_noise = answer_noise = None
     if noise:
+        visits = [noise.visits[i] for i in row]
         prompt_ids = [3 * index for index in noise.indices]
-        answer_ids = [prompt_ids[i] + 1 + place for i, p in enumerate(items)
+        answer_ids = [3 * noise.indices[i] + 1 + place for i, p in enumerate(items)
                       for place in range(len(p.answers))]
         prompt_noise = modeling.noise_keys(noise.seed, noise.visits, prompt_ids, prompts.lengths,
                                            device)
-        answer_noise = modeling.noise_keys(noise.seed, [noise.visits[i] for i in row], answer_ids,
-                                           answers.lengths, device)
+        answer_noise = modeling.noise_keys(noise.seed, visits, answer_ids, answers.lengths, device)
     alpha = noise.alpha if noise else 0.0
 
     # The prompts once, then both answers as continuations of them.
@@ -214,6 +212,8 @@ def answer_logprobs(model, items: list[Preference], forward=None,
     prefix = prefix.select(row)
     logp = (forward or model)(answers.ids, answers.lengths, answers.targets, prefix=prefix,
                               noise=answer_noise, neftune_alpha=alpha, full_lengths=full)  # [N]
+
+    # N counts the supervised tokens of all answers: as many parts as there are answers.
     parts = logp.split([n for p in items for n in p.lengths])
     return torch.stack([part.sum() for part in parts]).view(len(items), -1)  # [B, 2]
 
@@ -221,8 +221,12 @@ def answer_logprobs(model, items: list[Preference], forward=None,
 @torch.no_grad()
 def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) -> Tensor:
     """`answer_logprobs` of all preferences [items, 2], without noise, on the CPU of every rank."""
+    out = torch.zeros(len(items), 2)
+    if not items:
+        return out
+
+    # Every rank fills in its own rows; the sum of the ranks' tables has all of them.
     model.eval()
-    out = torch.zeros(len(items), len(items[0].answers))
     sizes = [p.tokens for p in items]
     for chunk in data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]:
         with hardware.autocast():
@@ -245,36 +249,53 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
     items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
     length = torch.tensor([p.lengths for p in items]).float()  # [items, 2]
 
+    def losses(policy: Tensor, chunk: list[int]) -> Tensor:
+        """[B] from the log-probabilities [B, 2] of a micro-batch."""
+        known = [modeling.send(x[chunk], hardware.device) for x in (reference, length)]
+        return objective(c, policy, *known)[0]
+
+    noise = Noise(c.seed, visits, indices, c.neftune_alpha)
+    policy = backward_passes(model, wrapped, items, noise, losses, c, hardware, scaler)
+    metrics = measure(c, policy, reference, length)
+    return {**metrics, "tokens": sum(p.tokens for p in items), "target_tokens": int(length.sum())}
+
+
+def backward_passes(model, wrapped, items: list[Preference], noise: Noise, losses, c: Config,
+                    hardware: Hardware, scaler) -> Tensor:
+    """Forward and backward of a step's preferences, in micro-batches; returns their [items, 2].
+
+    losses(log-probabilities [B, 2] of a micro-batch, its place in the step) gives [B].
+    """
     # Every rank deals the whole step in the same way and takes its own hand.
     sizes = [p.tokens for p in items]
     mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
 
-    # An idle rank computes one pair with weight 0, since DDP waits for its gradients.
-    weight = 1.0 if mine else 0.0
-    chunks = mine or [[0]]
-    policy = torch.zeros(len(items), 2)
+    # An idle rank computes one preference with weight 0, since DDP waits for its gradients.
+    weight, chunks = (1.0, mine) if mine else (0.0, [[0]])
+    policy = torch.zeros(len(items), len(items[0].answers))
     for k, chunk in enumerate(chunks, 1):
-        noise = Noise(c.seed, [visits[i] for i in chunk], [indices[i] for i in chunk],
-                      c.neftune_alpha)
-        wrapped.require_backward_grad_sync = k == len(chunks)  # gradients travel once per step
+        part = noise._replace(visits=[noise.visits[i] for i in chunk],
+                              indices=[noise.indices[i] for i in chunk])
+
+        # Under DDP gradients travel once per step: with the last micro-batch.
+        wrapped.require_backward_grad_sync = k == len(chunks)
         with hardware.autocast():
-            logp = answer_logprobs(model, [items[i] for i in chunk], wrapped, noise)  # [B, 2]
-        loss, _ = objective(c, logp, modeling.send(reference[chunk], hardware.device),
-                            modeling.send(length[chunk], hardware.device))  # [B]
-        loss = weight * loss.sum() / len(items)
+            logp = answer_logprobs(model, [items[i] for i in chunk], wrapped, part)  # [B, 2]
+        loss = weight * losses(logp, chunk).sum() / len(items)
 
         # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
         scaler.scale(loss * hardware.world).backward()
         policy[chunk] += weight * logp.detach().cpu()
 
     # Each rank has filled in its own rows, so the sum is the whole step.
-    metrics = measure(c, hardware.sum_tensor(policy), reference, length)
-    return {**metrics, "tokens": sum(sizes), "target_tokens": int(length.sum())}
+    return hardware.sum_tensor(policy)
 
 
 def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor) -> dict:
     """The metrics of all pairs of a step, as means, from [items, 2] each."""
     loss, rewards = objective(c, policy, reference, length)
+
+    # Both sides of the difference apart: a margin can grow while both fall.
     out = {"loss": loss.mean().item()}
     for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
         out[f"{name}_chosen"] = values[:, 0].mean().item()
@@ -308,40 +329,24 @@ FIGURE = train_sft.Figure(
 
 
 def train(c: Config, tokenizer, run: RunData, references: list[Tensor], start_step: int, model,
-          wrapped, hardware: Hardware) -> tuple[list[dict], int]:
-    """Forward and backward, clip and step, measure, log, save, as in train_sft.py.
+          wrapped, hardware: Hardware, backward=backward_step,
+          validate=validation) -> tuple[list[dict], int]:
+    """The loop of train_sft.py with the step and the validation of preferences.
 
-    Returns the records of metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
+    `references` are the log-probabilities [items, 2] of training and validation data.
     """
-    optimizer, scaler, signals, log = train_sft.start_training(c, start_step, run.steps, model,
-                                                               hardware, FIGURE)
 
-    def measured(step: int) -> dict:
-        return train_sft.held_out(c, step, run, tokenizer, model, hardware, lambda: validation(
-            model, run.validation, references[1], c, hardware))
-
-    if not start_step:
-        log.write({"step": 0, "epoch": 0.0, **measured(0)})
-    for step in range(start_step + 1, run.steps + 1):
-        began = time.perf_counter()
-        rate = train_sft.set_learning_rate(optimizer, step, run.steps, c)
-        metrics = backward_step(model, wrapped, run, references[0], step, c, hardware, scaler)
-        norm = train_sft.clip_and_step(model, optimizer, scaler, c, metrics["loss"], run, step)
-        seconds = time.perf_counter() - began
-
-        if step == 1 and hardware.rank == 0:
+    def measured_step(wrapped, run, step, c, hardware, scaler) -> tuple[float, dict]:
+        metrics = backward(model, wrapped, run, references[0], step, c, hardware, scaler)
+        if step == 1 and hardware.rank == 0 and isinstance(c, Config):  # not labs/kto.py's
             check_first_loss(c, metrics)
-        log.write({"step": step, "epoch": run.epoch(step, c.batch_size), "learning_rate": rate,
-                   "grad_norm": norm, **metrics,
-                   "tokens_per_second": round(metrics["tokens"] / seconds, 1), **measured(step)})
 
-        # A run that is asked to stop finishes its step, saves, and can be resumed.
-        stop = hardware.sum(len(signals))[0]
-        if stop or train_sft.is_due(c.save_every, step, run.steps):
-            train_sft.save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
-        if stop and step < run.steps:
-            return log.close(), 128 + (signals or [signal.SIGTERM])[0]  # or another rank's signal
-    return log.close(), 0
+        # The loop adds up the parts of the ranks, and every rank knows the whole already.
+        return metrics["loss"] / hardware.world, metrics
+
+    return train_sft.train(
+        c, tokenizer, run, start_step, model, wrapped, hardware, measured_step,
+        partial(validate, model, run.validation, references[1], c, hardware), FIGURE)
 
 
 def check_first_loss(c: Config, record: dict) -> None:
@@ -351,6 +356,7 @@ def check_first_loss(c: Config, record: dict) -> None:
     """
     if c.loss == "simpo":  # has no reference
         return
+
     # No answer has become likelier: every margin is 0.
     zero = torch.zeros(1, 2)
     expected = objective(c, zero, zero, torch.ones(1, 2))[0].item()
@@ -364,62 +370,48 @@ def check_first_loss(c: Config, record: dict) -> None:
 # ==== read: the reference =========================================================================
 
 
-def reference_logprobs(c: Config, groups: dict[str, list[Preference]],
-                       hardware: Hardware) -> tuple[list[Tensor], dict[str, str]]:
-    """The log-probabilities [items, 2] of each named group under the reference, and their hashes.
+def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[list[Tensor], str]:
+    """Log-probabilities [items, 2] of training and validation data under the reference; their key.
 
     They come from the cache in output_dir, else the reference is loaded, used and gone before the
     policy takes its place.
     """
-    folder, model, out, hashes = c.reference or c.model, None, [], {}
-    checkpoint = hash_checkpoint(folder)
+    folder, groups = c.reference or c.model, {"training": run.train, "validation": run.validation}
+    key, kind = fingerprint(folder, groups), str(hardware.dtype).removeprefix("torch.")
+    path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
+    if path.exists():
+        values = load_file(path)
+        return [values[name] for name in groups], key
+
+    began, values = time.perf_counter(), {}
+    model = modeling.load(folder, torch.float32, hardware.device)
     for name, items in groups.items():
-        if not items:
-            out.append(torch.zeros(0, 2))
-            continue
-        key, kind = fingerprint(checkpoint, items), str(hardware.dtype).removeprefix("torch.")
-        hashes[f"the reference of {name} data"] = key
-        path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                out.append(file.get_tensor("logprobs"))
-            continue
+        values[name] = all_logprobs(model, items, c, hardware)
 
-        began = time.perf_counter()
-        model = model or modeling.load(folder, torch.float32, hardware.device)
-        values = all_logprobs(model, items, c, hardware)
-        out.append(values)
-
-        # Every rank has looked for the file before it is there, and it is there before a rank
-        # looks for the next.
-        hardware.barrier()
-        if hardware.rank == 0:
-            modeling.write_atomic(path, lambda file, v=values: save_file({"logprobs": v}, file))
-            print(f"log-probabilities of {len(items)} preferences under {folder}: "
-                  f"{time.perf_counter() - began:.1f} s, kept in {path}")
-        hardware.barrier()
-    return out, hashes
+    # Every rank has looked for the file before it is there.
+    hardware.barrier()
+    if hardware.rank == 0:
+        modeling.write_atomic(path, lambda temporary: save_file(values, temporary))
+        print(f"log-probabilities of {len(run.train) + len(run.validation)} preferences under "
+              f"{folder}: {time.perf_counter() - began:.1f} s, kept in {path}")
+    return list(values.values()), key
 
 
-def hash_checkpoint(folder: str) -> bytes:
-    """A hash of a checkpoint's config and weights."""
-    digest = hashlib.sha256()
-    for path in [Path(folder) / "config.json", *modeling.weight_files(Path(folder))]:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.digest()
-
-
-def fingerprint(checkpoint: bytes, items: list[Preference]) -> str:
-    """A hash of what log-probabilities depend on: the checkpoint's hash and the tokens.
+def fingerprint(folder: str, groups: dict[str, list[Preference]]) -> str:
+    """A hash of what log-probabilities depend on: the checkpoint, and the tokens.
 
     The tokens are what data, template, lengths and truncation came to.
     """
-    digest = hashlib.sha256(checkpoint)
-    for p in items:
-        for ids, spans in p.answers:
-            digest.update(repr((len(p.prompt), spans)).encode())
-            digest.update(p.prompt.tobytes() + ids.tobytes())
+    digest = hashlib.sha256()
+    for path in [Path(folder) / "config.json", *modeling.weight_files(Path(folder))]:
+        digest.update(train_sft.hash_file(path).encode())
+    for name, items in groups.items():
+        digest.update(name.encode())
+        for p in items:
+            # The lengths part what would else run together.
+            for ids, spans in p.answers:
+                digest.update(repr((len(p.prompt), spans)).encode())
+                digest.update(p.prompt.tobytes() + ids.tobytes())
     return digest.hexdigest()
 
 
@@ -434,23 +426,10 @@ def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int
         for row in rows:
             check(row.chosen, f"{row.where}: expected chosen and rejected (labels are for "
                   "labs/kto.py, rows without preferences for train_sft.py)")
-        pairs = usable_pairs(rows, counts)
-        return [p for _, p in fit_answers(pairs, source, counts, tokenizer, max_length,
-                                          skip_bad_rows)]
+        fitted = fit_answers(rows, source, counts, tokenizer, max_length, skip_bad_rows)
+        return [preference for _, preference in fitted]
 
     return data.convert_files(files, convert, skip_bad_rows, quiet)
-
-
-def usable_pairs(rows: list[Row], counts: Counter) -> list[Row]:
-    """The rows without the pairs that teach nothing, which are counted by reason."""
-    good = []
-    for row in rows:
-        why = why_no_pair(row) if row.chosen else ""
-        if why:
-            counts[f"dropped: {why}"] += 1
-        else:
-            good.append(row)
-    return good
 
 
 def why_no_pair(row: Row) -> str:
@@ -467,8 +446,16 @@ def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     The conversations of a row, two of a pair, are cut at the same points: as in `data.fit`, the
     beginning of the prompt goes where it is long, then the end of the answers.
     """
-    rendered = render_rows(rows, tokenizer, "last", counts, skip_bad_rows)
+    # A pair that teaches nothing is counted and left out.
+    usable = []
+    for row in rows:
+        if why := why_no_pair(row) if row.chosen else "":
+            counts[f"dropped: {why}"] += 1
+        else:
+            usable.append(row)
+    rendered = render_rows(usable, tokenizer, "last", counts, skip_bad_rows)
     encoded, out = iter(tokenizer.encode([p for _, plans in rendered for p in plans])), []
+
     for row, plans in rendered:
         # A template may write on after the end of a turn: an answer ends with its last target.
         whole = []
@@ -485,6 +472,8 @@ def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
         start = max(0, min(shared - max_length // 2, longest - max_length))
         prompt = whole[0][0][start : shared - 1]
         answers = [cut(ids, spans, shared - 1, start + max_length) for ids, spans in whole]
+
+        # Cutting can take away all that there was to learn.
         if why := why_lost(answers, longest > max_length):
             counts[f"dropped: {why}"] += 1
             continue
@@ -505,10 +494,15 @@ def why_lost(answers: list[tuple], truncated: bool) -> str:
 # ---- skip on a first reading: what happened ------------------------------------------------------
 
 
-def mean_of(records: list[dict], key: str) -> float:
-    """The mean of a metric over some steps."""
-    values = [r[key] for r in records if r.get(key) is not None]
-    return sum(values) / len(values) if values else math.nan
+MEANING = {
+    "reward_margin": "should grow above 0: chosen answers gain on rejected ones",
+    "reward_accuracy": "share of pairs in the right order; 0.6 to 0.8 is usual on real preferences,"
+                       " near 1 only held-out pairs tell whether it is memory",
+    "reward_chosen": "often falls with the log-probability of chosen answers, since only the "
+                     "difference is trained (--nll_weight holds it up)",
+    "reward_rejected": "should fall, further than that of chosen answers",
+    "length_chosen": "tokens; if generated answers grow longer with the margin, the model has "
+                     "learned length, not quality (try --length_normalize)"}
 
 
 def explain(records: list[dict]) -> None:
@@ -523,36 +517,10 @@ def explain(records: list[dict]) -> None:
 
     # A single step is noisy: the mean of a tenth of them tells more.
     n = max(1, len(records) // 10)
-    a = {key: mean_of(records[:n], key) for key in records[-1]}
-    b = {key: mean_of(records[-n:], key) for key in records[-1]}
-    up = {key: b[key] - a[key] for key in b}
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
-    for key, good, yes, no in (
-        ("reward_margin", b["reward_margin"] > max(0, a["reward_margin"]),
-         "chosen answers gained on rejected ones, which is what is trained",
-         "it should grow above 0: more steps, or a larger --learning_rate?"),
-
-        ("reward_accuracy", b["reward_accuracy"] < 0.95,
-         "the share in the right order; 0.6 to 0.8 is usual on real preferences",
-         "nearly all are in the right order; held-out pairs tell whether that is memory"),
-
-        ("reward_chosen", up["reward_chosen"] < 0,
-         "the log-probability of chosen answers fell, which is normal: only the difference is "
-         "trained (--nll_weight holds it up)",
-         "the log-probability of chosen answers rose; often it falls, since only the difference is "
-         "trained"),
-
-        ("reward_rejected", up["reward_rejected"] < min(up["reward_chosen"], 0),
-         "the log-probability of rejected answers fell, and further, as it should",
-         "the log-probability of rejected answers should fall, further than that of chosen ones"),
-
-        ("length_chosen", b["length_chosen"] > 1.2 * b["length_rejected"],
-         "longer than rejected ones: if generated answers grow longer with the margin, the model "
-         "has learned length, not quality; try --length_normalize",
-         "not much longer than rejected ones; still, if generated answers grow longer with the "
-         "margin, the model has learned length, not quality"),
-    ):
-        print(f"  {key} {a[key]:.3f} -> {b[key]:.3f}: {yes if good else no}")
+    for key, meaning in MEANING.items():
+        a, b = (sum(r[key] for r in part) / n for part in (records[:n], records[-n:]))
+        print(f"  {key} {a:.3f} -> {b:.3f}: {meaning}")
 
 
 def summary(c: Config, run: RunData, records: list[dict]) -> None:
@@ -562,13 +530,11 @@ def summary(c: Config, run: RunData, records: list[dict]) -> None:
     print(f"{run.draws} preferences in {seconds:.0f} s, {run.draws / seconds:.1f} a second")
     explain(records)
 
-    first, last = records[0], records[-1]
-    for key, name in (("val_reward_accuracy", "reward accuracy"), ("val_reward_margin", "margin"),
-                      ("val_logp_accuracy", "chosen likelier than rejected"),
-                      ("exam_accuracy", "exam accuracy")):
-        if key in last:
-            before = f"{first[key]:.3f} -> " if first["step"] == 0 and key in first else ""
-            print(f"held out: {name} {before}{last[key]:.3f}")
+    train_sft.print_held_out(records, (
+        ("val_reward_accuracy", "held out: reward accuracy", ".3f"),
+        ("val_reward_margin", "held out: margin", ".3f"),
+        ("val_logp_accuracy", "held out: chosen likelier than rejected", ".3f"),
+        ("exam_accuracy", "exam accuracy", ".1%")))
     print(f"checkpoint in {c.output_dir}; next:\n  python eval.py chat --model {c.output_dir}")
 
 
@@ -590,8 +556,8 @@ RECIPES = {
 
 def check_preferences(c: Config) -> None:
     """Raise InputError for preference flags that make no sense; fill in defaults."""
-    check_common(c, ("beta", "simpo_gamma", "nll_weight"))
-    check(0 <= c.label_smoothing < 0.5, f"--label_smoothing not in [0, 0.5): {c.label_smoothing}")
+    check_common(c)
+    check(c.label_smoothing < 0.5, f"--label_smoothing not in [0, 0.5): {c.label_smoothing}")
     for name, loss in (("label_smoothing", "sigmoid"), ("simpo_gamma", "simpo")):
         check(c.loss == loss or getattr(c, name) == getattr(Config, name),
               f"--{name} goes with --loss {loss}")
@@ -605,13 +571,10 @@ def check_preferences(c: Config) -> None:
     c.beta = c.beta or {"simpo": 2.0}.get(c.loss, 5.0 if per_token else 0.1)
 
 
-def check_common(c, names: tuple) -> None:
-    """Raise InputError for what makes no sense in labs/kto.py either; `names` are 0 or more."""
-    for name in names:
-        value = getattr(c, name)
-        check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
+def check_common(c) -> None:
+    """Raise InputError for what makes no sense in the labs that train like this either."""
     check(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
-    check(c.max_length >= 4, f"--max_length must be at least 4, not {c.max_length}")
+    check(c.max_length >= 4, f"--max_length must be 4 or more, is {c.max_length}")
 
 
 def find_demo(c):
@@ -619,25 +582,15 @@ def find_demo(c):
     if c.data != ["out/demo/pairs.jsonl"]:
         return None
     world = train_sft.import_world()
-    if not all(Path(p).exists() for p in (f"{c.model}/config.json", *c.data)):
-        raise InputError(f"the demo continues from the checkpoint in {c.model}, which is missing; "
-                         "`python train_sft.py` makes it in two minutes")
+    for path in (f"{c.model}/config.json", *c.data):
+        check(Path(path).exists(), f"the demo continues from the checkpoint in {c.model}, but "
+              f"{path} is missing; `python train_sft.py` makes both in two minutes")
     return world
 
 
 def prepare(c, load, hardware: Hardware) -> tuple[ChatTokenizer, RunData, dict]:
-    """(tokenizer, run, facts for run.json), everything before a model is loaded.
-
-    load(files, tokenizer, c, quiet) gives preferences and what was dropped by reason.
-    """
-    quiet = hardware.rank > 0
-    tokenizer = ChatTokenizer(c.model, c.template, system=c.system)
-    config, other = modeling.load_config(c.model), modeling.load_config(c.reference or c.model)
-    tokenizer.check_size(min(config.vocab_size, other.vocab_size))
-    floor = train_sft.try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0
-    c.learning_rate = c.learning_rate or 5e-6 * 4096 / config.hidden_size  # see train_sft.main
-    run, facts = train_sft.prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
-    return tokenizer, run._replace(exam_floor=floor), facts
+    """`train_sft.prepare` with the smaller learning rate of preferences."""
+    return train_sft.prepare(c, load, hardware, rate=5e-6)
 
 
 def main() -> None:
@@ -649,33 +602,32 @@ def main() -> None:
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     tokenizer, run, facts = prepare(c, lambda files, tokenizer, c, quiet: load_preferences(
         files, tokenizer, c.max_length, c.skip_bad_rows, quiet), hardware)
+    finish("train_dpo.py", c, tokenizer, run, facts, start_step, hardware)
 
-    # SimPO has no reference: with zeros in its place its margin is the policy's alone.
-    groups = {"training": run.train, "validation": run.validation}
-    if c.loss == "simpo":
-        references = [torch.zeros(len(items), 2) for items in groups.values()]
+
+def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, start_step: int,
+           hardware: Hardware, backward=backward_step, validate=validation) -> None:
+    """The second half of `main`, labs/kto.py's too: reference, policy, training, report, exit."""
+    if getattr(c, "loss", "") == "simpo":
+        # SimPO has no reference: with zeros in its place its margin is the policy's alone.
+        references = [torch.zeros(len(items), 2) for items in (run.train, run.validation)]
     else:
-        references, hashes = reference_logprobs(c, groups, hardware)
-        facts["data_hashes"] |= hashes
+        references, key = reference_logprobs(c, run, hardware)
+        facts["data_hashes"]["the reference"] = key
 
-    finish("train_dpo.py", c, tokenizer, run, facts, references, start_step, hardware, train)
-
-
-def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, references: list[Tensor],
-           start_step: int, hardware: Hardware, train) -> None:
-    """The second half of `main`, labs/kto.py's too: load the policy, `train` it, report, exit."""
-    world, rows = find_demo(c), []
     model, wrapped = train_sft.load_trainable(c, hardware)
     train_sft.start_run(c, run.steps, facts, hardware)
-    if hardware.rank == 0:
+    world, first, rows = find_demo(c), hardware.rank == 0, []
+    if first:
         train_sft.announce(c, model, tokenizer, run.steps, hardware)
-        if world and not start_step:
-            rows = [row for _, row in data.read_rows(c.val_data)]
-            before = world.try_demo(model, tokenizer, rows)
 
-    records, status = train(c, tokenizer, run, references, start_step, model, wrapped, hardware)
-    if hardware.rank == 0 and not train_sft.ended_early(script, c, start_step, run.steps, records,
-                                                        hardware):
+    # The demo answers the held-out questions before and after.
+    if first and world and not start_step:
+        rows = [row for _, row in data.read_rows(c.val_data)]
+        before = world.try_demo(model, tokenizer, rows)
+    records, status = train(c, tokenizer, run, references, start_step, model, wrapped, hardware,
+                            backward, validate)
+    if first and not train_sft.ended_early(script, c, start_step, run.steps, records, hardware):
         summary(c, run, records)
         if rows:
             world.report_preferences(before, world.try_demo(model, tokenizer, rows), rows)

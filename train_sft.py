@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -100,7 +101,7 @@ class RunData(NamedTuple):
     train: list[data.Example]
     validation: list[data.Example]
     mixer: data.Mixer
-    draws: int  # examples of the whole run
+    draws: int  # examples that the whole run draws
     steps: int  # optimizer steps of the whole run
     exam_floor: float = 0.0  # share right of always the same letter, under --exam_data
 
@@ -111,10 +112,6 @@ class RunData(NamedTuple):
         """
         first = (step - 1) * batch_size
         return self.mixer.draws(first, min(first + batch_size, self.draws))
-
-    def epoch(self, step: int, batch_size: int) -> float:
-        """Passes over the data after this step."""
-        return round(min(step * batch_size, self.draws) / self.mixer.size, 4)
 
 
 def my_micro_batches(run: RunData, step: int, c: Config,
@@ -135,6 +132,8 @@ def my_micro_batches(run: RunData, step: int, c: Config,
         batch = data.collate([examples[i] for i in chunk], hardware.device)
         if idle:
             batch = batch._replace(weights=torch.zeros_like(batch.weights))  # [N]
+
+        # Noise depends on the example and on how often it was seen, not on its micro-batch.
         indices, visits = zip(*[draws[i] for i in chunk], strict=True)
         noise = modeling.noise_keys(c.seed, visits, indices, batch.lengths, hardware.device)  # [T]
         batches.append((batch, noise))
@@ -146,11 +145,11 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
     """Gradients of one optimizer step; returns this rank's part of its loss, and token counts.
 
     loss = -sum_i w_i ln p_i / sum_i w_i in nats, over the supervised tokens i of the whole global
-    step; w_i = 1 unless a message says otherwise. Every rank knows the whole step, so it can divide
-    by the sum of all weights without asking the others. Where weights are signed their sum means
-    nothing, and a `divisor` is given instead.
+    step; w_i = 1 unless a message says otherwise. Where weights are signed their sum means nothing,
+    and a `divisor` is given instead.
     """
-    # The denominator is known before the first forward pass.
+    # Every rank knows the whole step, so it can divide by the sum of all weights without asking
+    # the others, and before the first forward pass.
     examples = [run.train[index] for index, _ in run.step(step, c.batch_size)]
     total = 0.0
     for e in examples:
@@ -160,7 +159,8 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
     loss_sum = 0.0
     batches = my_micro_batches(run, step, c, hardware)
     for k, (batch, noise) in enumerate(batches, 1):
-        model.require_backward_grad_sync = k == len(batches)  # DDP: gradients travel once per step
+        # Under DDP gradients travel once per step: with the last micro-batch.
+        model.require_backward_grad_sync = k == len(batches)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
                          neftune_alpha=c.neftune_alpha, equal_weights=divisor is None)  # [N]
@@ -170,6 +170,7 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
         scaler.scale(loss * hardware.world).backward()
         loss_sum += loss.detach()
 
+    # Counts are of the whole step, on every rank.
     counts = {"tokens": sum(len(e.ids) for e in examples),
               "target_tokens": sum(e.targets for e in examples)}
     return float(loss_sum), counts
@@ -208,31 +209,49 @@ def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
           figure=None) -> tuple[list[dict], int]:
     """Forward and backward, clip and step, measure, log, save; `wrapped` is the model under DDP.
 
-    A lab may bring another step, another validation and the figure of both. Returns the records of
+    Another trainer brings its own `backward` (this rank's part of the loss, the step's metrics),
+    `validate` (metrics of held-out data) and the figure of both. Returns the records of
     metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
     """
-    optimizer, scaler, signals, log = start_training(c, start_step, run.steps, model, hardware,
-                                                     figure or FIGURE)
+    optimizer, scaler = make_optimizer(model, c), hardware.make_scaler()
+    if start_step:
+        load_state(Path(c.output_dir) / STATE, model, optimizer, scaler)
+    log = Log(c, start_step, run.steps, hardware, figure or FIGURE)
+    validate = validate or partial(validation_loss, model, run.validation, c, hardware)
+
+    # SIGTERM and Ctrl-C only write themselves down, so that the loop can finish its step.
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: signals.append(number))
 
     def measured(step: int) -> dict:
-        return held_out(c, step, run, tokenizer, model, hardware, validate or (lambda: {
-            "val_loss": validation_loss(model, run.validation, c, hardware)}))
+        """What is measured after this step on data that is not trained on; often nothing."""
+        metrics = {}
+        if run.validation and is_due(c.eval_every, step, run.steps):
+            metrics |= validate()
+        if c.exam_data and is_due(c.exam_every, step, run.steps):
+            metrics |= exam_metrics(model, tokenizer, run, c, hardware)
+        return metrics
 
+    # Step 0 says where training started from.
     if not start_step:
         log.write({"step": 0, "epoch": 0.0, **measured(0)})
     for step in range(start_step + 1, run.steps + 1):
         began = time.perf_counter()
-        rate = set_learning_rate(optimizer, step, run.steps, c)
-        loss, counts = backward(wrapped, run, step, c, hardware, scaler)
+        rate = learning_rate_at(step, run.steps, c)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, metrics = backward(wrapped, run, step, c, hardware, scaler)
 
         # Each rank has its part of the loss, and perhaps a signal: both must be known to all.
         loss, stop = hardware.sum(loss, len(signals))
         norm = clip_and_step(model, optimizer, scaler, c, loss, run, step)
         seconds = time.perf_counter() - began
+        drawn = min(step * c.batch_size, run.draws)
 
-        log.write({"step": step, "epoch": run.epoch(step, c.batch_size), "loss": loss,
-                   "learning_rate": rate, "grad_norm": norm, **counts,
-                   "tokens_per_second": round(counts["tokens"] / seconds, 1), **measured(step)})
+        log.write({"step": step, "epoch": round(drawn / run.mixer.size, 4), "loss": loss,
+                   "learning_rate": rate, "grad_norm": norm, **metrics,
+                   "tokens_per_second": round(metrics["tokens"] / seconds, 1), **measured(step)})
 
         # A run that is asked to stop finishes its step, saves, and can be resumed.
         if stop or is_due(c.save_every, step, run.steps):
@@ -247,20 +266,9 @@ def is_due(every: int, step: int, steps: int) -> bool:
     return step in (0, steps) or (every > 0 and step % every == 0)
 
 
-def held_out(c: Config, step: int, run: RunData, tokenizer, model, hardware: "Hardware",
-             validate) -> dict:
-    """What is measured after this step on data that is not trained on; often nothing."""
-    measured = {}
-    if run.validation and is_due(c.eval_every, step, run.steps):
-        measured |= validate()
-    if c.exam_data and is_due(c.exam_every, step, run.steps):
-        measured |= exam_metrics(model, tokenizer, run, c, hardware)
-    return measured
-
-
 @torch.no_grad()
-def validation_loss(model, examples: list[data.Example], c: Config, hardware: "Hardware") -> float:
-    """Mean nats per supervised token, as in training but without noise and dropout."""
+def validation_loss(model, examples: list[data.Example], c: Config, hardware: "Hardware") -> dict:
+    """{"val_loss": mean nats per supervised token}, as in training but without noise."""
     model.eval()
     loss = weight = 0.0
     lengths = [len(e.ids) for e in examples]
@@ -271,8 +279,10 @@ def validation_loss(model, examples: list[data.Example], c: Config, hardware: "H
         loss -= (batch.weights * logp).sum().item()
         weight += batch.weights.sum().item()
     model.train()
+
+    # Numerator and denominator are summed apart: a mean of the ranks' means would be another.
     loss, weight = hardware.sum(loss, weight)
-    return loss / weight
+    return {"val_loss": loss / weight}
 
 
 def exam_metrics(model, tokenizer, run: RunData, c: Config, hardware: "Hardware") -> dict:
@@ -285,6 +295,8 @@ def exam_metrics(model, tokenizer, run: RunData, c: Config, hardware: "Hardware"
             model, tokenizer, c.exam_data, micro_tokens=c.micro_tokens, rank=hardware.rank,
             world=hardware.world)
     model.train()
+
+    # Every rank has asked its share of the subjects.
     right, count = hardware.sum(right, count)
     return {"exam_accuracy": right / count, "exam_interval": evaluation.wilson(right, count),
             "exam_floor": run.exam_floor}
@@ -304,14 +316,6 @@ def learning_rate_at(step: int, steps: int, c: Config) -> float:
     left = {"constant": 1.0, "linear": 1 - progress,
             "cosine": (1 + math.cos(math.pi * progress)) / 2}[c.schedule]
     return c.min_learning_rate + (c.learning_rate - c.min_learning_rate) * left
-
-
-def set_learning_rate(optimizer, step: int, steps: int, c: Config) -> float:
-    """Give the optimizer the rate of `step`; returns it."""
-    rate = learning_rate_at(step, steps, c)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
 
 
 def make_optimizer(model, c: Config) -> torch.optim.AdamW:
@@ -356,6 +360,7 @@ class Hardware(NamedTuple):
         """A tensor on the CPU summed over the ranks, element by element."""
         if self.world == 1:
             return values
+
         # In fp64 the order of the ranks changes no digit that matters.
         total = values.to(self.device, torch.float64)
         dist.all_reduce(total)
@@ -375,17 +380,12 @@ class Hardware(NamedTuple):
         self.barrier()
         if self.world > 1:
             dist.destroy_process_group()
-
-        # torchrun answers Ctrl-C with a page of traceback once its ranks are gone. All is saved, so
-        # the first rank of a machine ends it before that.
-        started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] == "0"
-        if status == 128 + signal.SIGINT and started:
-            os.kill(os.getppid(), signal.SIGKILL)
         sys.exit(status)
 
 
 def setup_hardware(dtype: str) -> Hardware:
     """Find the device, join the other ranks that torchrun started, choose the precision."""
+    # torchrun tells each of its processes by these variables who it is; alone, nothing is set.
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = modeling.best_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -409,6 +409,8 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     model.checkpoint_activations = c.checkpoint_activations
     if c.compile:
         model.compile_layers()
+
+    # Under DDP every rank holds the whole model, and gradients are averaged in the backward pass.
     if hardware.world == 1:
         return model, model
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
@@ -417,35 +419,62 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
 # ---- skip on a first reading: data of a run ------------------------------------------------------
 
 
-def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
-    """Read, tokenise, split and mix the files of --data; and what run.json says of it.
+def load_rows(files: list[str], tokenizer, c: Config, quiet: bool) -> tuple[list, Counter]:
+    """(examples of some files, what was dropped by reason)."""
+    return data.load_examples(files, tokenizer, c.train_on, c.max_length,
+                              skip_bad_rows=c.skip_bad_rows, quiet=quiet)
 
-    load(files) gives examples, or preferences, and what was dropped by reason.
+
+def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
+    """(tokenizer, run, facts for run.json): what is wrong is found before a model is loaded.
+
+    load(files, tokenizer, c, quiet) gives what `load_rows` gives, of examples or of preferences;
+    `rate` is the learning rate of a model 4096 wide where no flag says one.
     """
+    quiet, config = hardware.rank > 0, modeling.load_config(c.model)
+    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot, c.system)
+    tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
+    if reference := getattr(c, "reference", ""):  # of train_dpo.py; it reads the same tokens
+        tokenizer.check_size(modeling.load_config(reference).vocab_size)
+    floor = try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0
+
+    # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's.
+    c.learning_rate = c.learning_rate or rate * 4096 / config.hidden_size
+    run, facts = prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
+    return tokenizer, run._replace(exam_floor=floor), facts
+
+
+def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
+    """Read, split and mix the files of --data, load(files) as above; and what run.json says."""
     train, counts = load(c.data)
     validation = load(c.val_data)[0] if c.val_data else []
     if c.val_fraction:
         train, validation = data.split_validation(train, c.val_fraction, c.seed)
+
+    # What was trained on is no test.
+    both = data.overlap_count(train, validation)
     if not quiet:
         print(f"{len(train)} training, {len(validation)} validation examples", *(
             f"; {reason}: {count}" for reason, count in counts.items()), sep="")
-        known = {e.key for e in train}
-        both = sum(e.key in known for e in validation)
-        if both:
-            print(f"warning: {both} of the {len(validation)} validation examples are trained on "
-                  "too (of preferences: their prompts); --val_fraction keeps them apart")
+    if both and not quiet:
+        print(f"warning: {both} of the {len(validation)} validation examples are trained on "
+              "too (of preferences: their prompts); --val_fraction keeps them apart")
 
     # An epoch is as many draws as there are examples, whatever the mix.
     draws = c.steps * c.batch_size if c.steps else max(1, round(c.epochs * len(train)))
     pairs = [(e.source, e.targets) for e in train]
     mixer, mix = data.mix_files(c, c.data, pairs, draws, quiet)
 
-    hashes = {}
-    for path in [*c.data, *c.val_data]:
-        with open(path, "rb") as file:
-            hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    # By its hashes a resumed run knows whether the files are still those it began with.
+    hashes = {path: hash_file(path) for path in [*c.data, *c.val_data]}
     facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
     return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def try_exam(c: Config, tokenizer, config, quiet: bool) -> float:
@@ -503,23 +532,6 @@ def load_state(path: Path, model, optimizer, scaler) -> None:
             scaler.load_state_dict(saved)
 
 
-def start_training(c: Config, start_step: int, steps: int, model, hardware: Hardware,
-                   figure: "Figure") -> tuple:
-    """(optimizer, scaler, signals received, log), as they were if the run is resumed."""
-    optimizer, scaler = make_optimizer(model, c), hardware.make_scaler()
-    if start_step:
-        load_state(Path(c.output_dir) / STATE, model, optimizer, scaler)
-    return optimizer, scaler, watch_signals(), Log(c, start_step, steps, hardware, figure)
-
-
-def watch_signals() -> list[int]:
-    """A list that SIGTERM and Ctrl-C add themselves to, so that the loop can finish its step."""
-    received = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: received.append(number))
-    return received
-
-
 def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
              hardware: Hardware) -> None:
     """Checkpoint and state, written by the first rank while the others wait."""
@@ -535,27 +547,29 @@ def find_start_step(c: Config) -> int:
     Raises InputError if output_dir is an input, cannot be written, or holds something that nobody
     said may be replaced.
     """
-    folder, inputs, step = Path(c.output_dir), [c.model], 0
-    inputs += [c.reference] if getattr(c, "reference", "") else []
     # The first save writes the weights, and for the state three times as much, or more.
+    folder, reference = Path(c.output_dir), getattr(c, "reference", "")
     size = sum(file.stat().st_size for file in Path(c.model).glob("*.safetensors"))
-    modeling.check_output("--output_dir", folder, inputs, 4 * size)
+    modeling.check_output("--output_dir", folder, [c.model, reference or c.model], 4 * size)
+
+    # The state says how far the run came that stands there.
+    step = 0
     if (folder / STATE).exists():
         with safe_open(folder / STATE, "pt") as file:
             step = int(file.metadata()["step"])
     if c.resume or c.overwrite:
         return step if c.resume else 0
 
-    advice = "choose another --output_dir, or add --overwrite to replace it"
+    # What stands there may be a run of ours, or somebody's checkpoint.
+    held = [path.name for name in ("config.json", "adapter_config.json", "tokenizer.json",
+                                   "*.safetensors") for path in folder.glob(name)]
+    what = f"a checkpoint ({held[0]})" if held else ""
     if step:
         steps = modeling.read_json(folder / "run.json")["steps"]
-        check(step == steps, f"{folder} holds a run that stopped at step {step} of {steps}; add "
-              f"--resume to go on, or {advice}")
-        raise InputError(f"{folder} holds a finished run; {advice}")
-    for name in ("config.json", "adapter_config.json", "tokenizer.json"):
-        check(not (folder / name).exists(), f"{folder} holds a checkpoint ({name}); {advice}")
-    found = next(folder.glob("*.safetensors"), None)
-    check(not found, f"{folder} holds weights ({found}); {advice}")
+        what = "a finished run" if step == steps else (
+            f"a run that stopped at step {step} of {steps} (--resume goes on with it)")
+    check(not what, f"{folder} holds {what}; choose another --output_dir, or add --overwrite to "
+          "replace it")
     return 0
 
 
@@ -568,7 +582,9 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
             check(before.get(name) == digest, f"--resume: {name} has changed since the run began")
     if hardware.rank > 0:
         return
-    if not c.resume:  # a new run must not resume from an older run's state
+
+    # A new run must not be resumed from an older run's state.
+    if not c.resume:
         (path.parent / STATE).unlink(missing_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     modeling.write_json(path, {
@@ -577,20 +593,22 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
         "versions": versions, **facts})
 
 
-# ---- skip on a first reading: logs and figures ---------------------------------------------------
+# ---- skip on a first reading: logs and reports ---------------------------------------------------
 
 
 def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
              hardware: Hardware) -> None:
     """Print what is about to be trained, and every flag that is not empty."""
-    # Flags at 0 or empty are off.
-    count, config = sum(p.numel() for p in model.parameters()), model.config
+    count = sum(p.numel() for p in model.parameters())
     kind = str(hardware.dtype).removeprefix("torch.")
     print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
           f"template {tokenizer.template}, {steps} steps of {c.batch_size} examples")
+
+    # Flags at 0 or empty are off.
     print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
-    if c.max_length > config.max_position_embeddings:
-        print(f"note: the checkpoint was made for {config.max_position_embeddings} positions")
+    positions = model.config.max_position_embeddings
+    if c.max_length > positions:
+        print(f"note: the checkpoint was made for {positions} positions")
 
 
 def peak_memory(device: torch.device) -> float:
@@ -615,7 +633,14 @@ class Figure(NamedTuple):
 FIGURE = Figure("loss.png", "nats per supervised token",
                 {"loss": "training", "val_loss": "validation"},
                 {"loss": "loss", "val_loss": "val_loss", "exam_accuracy": "exam"})
-EXAM = Figure("exam.png", "share right", {"exam_accuracy": "exam"}, {})
+
+
+def draw(c: Config, records: list[dict], figure: Figure) -> None:
+    """Draw the run's curves; without labs/ or matplotlib, nothing."""
+    with contextlib.suppress(ImportError):
+        from labs.draw import draw_run
+
+        draw_run(Path(c.output_dir), records, figure)
 
 
 class Log:
@@ -626,13 +651,13 @@ class Log:
     """
 
     def __init__(self, c: Config, start_step: int, steps: int, hardware: Hardware, figure: Figure):
-        self.c, self.steps, self.figure = c, steps, figure
-        self.device, self.main = hardware.device, hardware.rank == 0
+        self.c, self.steps, self.figure, self.hardware = c, steps, figure, hardware
         self.path = Path(c.output_dir) / "metrics.jsonl"
-        self.records = self.earlier(start_step) if self.main else []
-        self.bar = tqdm(total=steps, initial=start_step, ncols=80, disable=not self.main or
-                        not sys.stderr.isatty(), bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/"
-                        "{total_fmt} [{elapsed}<{remaining}]{desc}")
+        self.records = [] if hardware.rank > 0 else self.earlier(start_step)
+        self.bar = tqdm(total=steps, initial=start_step, ncols=80,
+                        disable=hardware.rank > 0 or not sys.stderr.isatty(), bar_format=
+                        "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+                        "{desc}")
 
     def earlier(self, start_step: int) -> list[dict]:
         """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
@@ -648,8 +673,7 @@ class Log:
 
     def write(self, record: dict) -> None:
         """A step's record to the file and to the screen; the figures anew if one is due."""
-        step, measured = record["step"], record.keys() & {"val_loss", "exam_accuracy"}
-        if not self.main or record.keys() == {"step", "epoch"}:
+        if self.hardware.rank > 0 or record.keys() == {"step", "epoch"}:
             return
         self.records.append(record)
         try:
@@ -657,65 +681,33 @@ class Log:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}") from None
-        if step < self.steps and (measured or is_due(self.c.save_every, step, self.steps)):
-            self.draw()
-        if step == 0:
-            return
 
-        # The bar has room for the metrics, a line for more.
-        text = ""
+        # The last figures are drawn by `close`, which knows that nothing more comes.
+        step, measured = record["step"], record.keys() & {"val_loss", "exam_accuracy"}
+        if step < self.steps and (measured or is_due(self.c.save_every, step, self.steps)):
+            draw(self.c, self.records, self.figure)
+        if step > 0:
+            self.show(record)
+
+    def show(self, record: dict) -> None:
+        """A step on the screen: the bar has room for its metrics, a line for more."""
+        text, step = "", record["step"]
         for key, name in self.figure.shown.items():
             text += f"  {name} {record[key]:.4f}" if key in record else ""
         self.bar.set_description_str(text, refresh=False)
         self.bar.update()
+
+        # Without a terminal there is no bar.
         if self.bar.disable and (step % self.c.log_every == 0 or step in (1, self.steps)):
             print(f"step {step}/{self.steps}{text}  lr {record['learning_rate']:.2e}  tok/s "
-                  f"{record['tokens_per_second']:.0f}  mem {peak_memory(self.device):.1f}G",
-                  flush=True)
-
-    def draw(self) -> None:
-        """Each figure of which there are points: metrics over steps, below them the learning rate.
-
-        Without matplotlib, nothing.
-        """
-        try:
-            from matplotlib.figure import Figure as Canvas
-        except ImportError:
-            return
-        for figure in (self.figure, EXAM):
-            curves = {key: [(r["step"], r[key]) for r in self.records if r.get(key) is not None]
-                      for key in figure.curves}
-            if not any(curves.values()):
-                continue
-            canvas = Canvas(figsize=(8, 6), layout="constrained")
-            top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-            for key, points in curves.items():
-                if points:
-                    top.plot(*zip(*points, strict=True), label=figure.curves[key],
-                             marker="." if len(points) < 50 else "")
-            if figure is EXAM:
-                self.draw_interval(top)
-
-            steps = [r for r in self.records if r["step"] > 0]
-            bottom.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], "tab:gray")
-            top.set_ylabel(figure.unit)
-            top.legend()
-            bottom.set(ylabel="learning rate", xlabel="step")
-            modeling.write_atomic(self.path.with_name(figure.name),
-                                  lambda path, canvas=canvas: canvas.savefig(path, format="png"))
-
-    def draw_interval(self, axes) -> None:
-        """A score means something beside its interval, and beside the best constant answer."""
-        exams = [r for r in self.records if "exam_accuracy" in r]
-        low, high = zip(*[r["exam_interval"] for r in exams], strict=True)
-        axes.fill_between([r["step"] for r in exams], low, high, alpha=0.2, label="95% interval")
-        axes.axhline(exams[0]["exam_floor"], color="gray", linestyle="--", label="floor")
+                  f"{record['tokens_per_second']:.0f}  mem "
+                  f"{peak_memory(self.hardware.device):.1f}G", flush=True)
 
     def close(self) -> list[dict]:
         """Draw for the last time; returns all records."""
         self.bar.close()
         if self.records:
-            self.draw()
+            draw(self.c, self.records, self.figure)
         return self.records
 
 
@@ -740,18 +732,22 @@ def summary(c: Config, records: list[dict]) -> None:
     seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
     print(f"{tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} a second")
     print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per supervised token")
+    print_held_out(records, (("val_loss", "validation loss", ".4f"),
+                             ("exam_accuracy", "exam accuracy", ".1%")))
 
-    # Step 0 is there if anything was measured before training.
-    first, last = records[0], records[-1]
-    if "val_loss" in last:
-        before = f"{first['val_loss']:.4f} -> " if first["step"] == 0 else ""
-        print(f"validation loss {before}{last['val_loss']:.4f}")
-    if "exam_accuracy" in last:
-        before = f"{first['exam_accuracy']:.1%} -> " if first["step"] == 0 else ""
-        print(f"exam accuracy {before}{last['exam_accuracy']:.1%}; more with\n  python eval.py "
-              f"exam --model {c.output_dir} --data {c.exam_data} --chat --shots 0")
     print(f"checkpoint in {c.output_dir}; next:\n  python eval.py chat --model {c.output_dir}\n"
           f"  python eval.py logprobs --model {c.output_dir} --data {c.data[0]}")
+    if c.exam_data:
+        print(f"  python eval.py exam --model {c.output_dir} --data {c.exam_data} --chat --shots 0")
+
+
+def print_held_out(records: list[dict], table) -> None:
+    """How each (metric, name, format) moved; from step 0, if anything was measured then."""
+    first, last = records[0], records[-1]
+    for key, name, form in table:
+        if key in last:
+            before = f"{first[key]:{form}} -> " if first["step"] == 0 and key in first else ""
+            print(f"{name} {before}{last[key]:{form}}")
 
 
 # ---- skip on a first reading: recipes ------------------------------------------------------------
@@ -803,6 +799,7 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
         base = demo()
         if "val_fraction" in given:  # instead of the demo's own validation
             base = {**base, "val_data": []}
+
     known = ", ".join(recipes) or "none"
     check(recipe in ("", *recipes), f"unknown recipe {recipe!r}; known are {known}")
     check(not ("steps" in given and "epochs" in given),
@@ -824,33 +821,38 @@ def resumed_flags(cls, given: dict) -> dict:
     base = modeling.read_json(path)["config"]
     check(set(base) == {f.name for f in fields(cls)},
           f"--resume: the run in {path} is of another script, or of another version of this one")
+
+    # What changes only speed and output may be given anew.
     for name, value in given.items():
         check(name in HARDWARE or base[name] == value, f"--resume: --{name} was {base[name]!r}, "
               f"not {value!r}; flags that change the result stay as they were")
     return base
 
 
+# No number is below 0, and some are not below these.
+LEAST = {"batch_size": 1, "micro_tokens": 1, "log_every": 1, "max_length": 2}
+
+
 def check_config(c: Config) -> None:
     """Raise InputError for values and combinations that make no sense."""
     check(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
     check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
-    for name in ("batch_size", "micro_tokens", "log_every", "epochs"):
-        check(getattr(c, name) > 0, f"--{name} must be above 0, not {getattr(c, name)}")
-    for name in ("steps", "warmup", "weight_decay", "max_grad_norm", "neftune_alpha", "eval_every",
-                 "exam_every", "save_every", "learning_rate", "min_learning_rate", "cap", "seed"):
-        value = getattr(c, name)
-        check(0 <= value < math.inf, f"--{name} must be 0 or more, is {value}")
+    for name, value in asdict(c).items():
+        low = LEAST.get(name, 0)
+        check(not isinstance(value, int | float) or low <= value < math.inf,
+              f"--{name} must be {low} or more, is {value}")
+    check(0 < c.epochs < math.inf, f"--epochs must be above 0, is {c.epochs}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction"):
-        check(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), not {getattr(c, name)}")
-
-    check(c.max_length >= 2, f"--max_length must be at least 2, not {c.max_length}")
-    check(c.min_learning_rate <= (c.learning_rate or math.inf),
-          "--min_learning_rate is above --learning_rate")
+        check(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), is {getattr(c, name)}")
     check(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
           f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
+
+    # Combinations.
+    check(c.min_learning_rate <= (c.learning_rate or math.inf),
+          "--min_learning_rate is above --learning_rate")
     check(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
-    data.check_mix(c, c.data)
     check(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
+    data.check_mix(c, c.data)
 
 
 def import_world():
@@ -863,45 +865,37 @@ def import_world():
     return labs.world
 
 
-def find_demo(c: Config):
+def find_demo(c: Config, hardware: Hardware):
     """labs/world.py if this is the built-in demo, whose files it makes anew; else None."""
     if c.model != "out/demo/base" or any(Path(p).parent != Path("out/demo") for p in c.data):
         return None
     world = import_world()
-    return world if c.data == world.SFT_DEMO["data"] else None
+    if c.data != world.SFT_DEMO["data"]:
+        return None
+
+    if hardware.rank == 0:
+        world.make_demo(Path(c.model).parent)
+        world.make_demo_model(Path(c.model))
+    hardware.barrier()
+    return world
 
 
 def main() -> None:
     """Read the flags, prepare, train, report."""
     c = resolve_config(Config, sys.argv[1:], RECIPES, lambda: import_world().SFT_DEMO)
     start_step, hardware = find_start_step(c), setup_hardware(c.dtype)
-    quiet = hardware.rank > 0
-    world = find_demo(c)
-    if world:
-        if not quiet:
-            world.make_demo(Path(c.model).parent)
-            world.make_demo_model(Path(c.model))
-        hardware.barrier()
-
-    # All that can be wrong with the input is found before the model is loaded.
-    tokenizer = data.ChatTokenizer(c.model, c.template, c.eot, c.system)
-    config = modeling.load_config(c.model)
-    tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
-    floor = try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0
-    # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's
-    c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size
-    run, facts = prepare_data(c, lambda files: data.load_examples(
-        files, tokenizer, c.train_on, c.max_length, skip_bad_rows=c.skip_bad_rows,
-        quiet=quiet), quiet)
-    run = run._replace(exam_floor=floor)
-
+    world = find_demo(c, hardware)
+    tokenizer, run, facts = prepare(c, load_rows, hardware)
     model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
-    if not quiet:
+
+    # Only the first rank speaks.
+    first = hardware.rank == 0
+    if first:
         announce(c, model, tokenizer, run.steps, hardware)
         before = world.demo_exam(model, tokenizer) if world and not start_step else "?"
     records, status = train(c, tokenizer, run, start_step, model, wrapped, hardware)
-    if not quiet and not ended_early("train_sft.py", c, start_step, run.steps, records, hardware):
+    if first and not ended_early("train_sft.py", c, start_step, run.steps, records, hardware):
         summary(c, records)
         if world:
             world.report_demo(before, world.demo_exam(model, tokenizer), model, tokenizer)

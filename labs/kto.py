@@ -19,9 +19,7 @@ reward_chosen (of liked answers) rises above reward_rejected. What differs from 
 item is one answer, and every step first needs z, from a pass without gradients.
 """
 
-import signal
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -115,15 +113,17 @@ def add_mismatched(items: list[Labelled], max_length: int) -> list[Labelled]:
 
 
 @torch.no_grad()
-def kl_point(model, items: list[Labelled], reference: Tensor, mine: list[list[int]],
+def kl_point(model, items: list[Labelled], reference: Tensor, c: Config,
              hardware: Hardware) -> float:
     """z = max(0, mean of p - r over the mismatched answers of the global step), in nats."""
-    total = 0.0
-    for chunk in mine:
-        strangers = [items[i]._replace(answers=items[i].answers[1:]) for i in chunk]
+    strangers = [p._replace(answers=p.answers[1:]) for p in items]
+    sizes, total = [p.tokens for p in strangers], 0.0
+    for chunk in data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]:
         with hardware.autocast():
-            policy = answer_logprobs(model, strangers)[:, 0].cpu()  # [B]
+            policy = answer_logprobs(model, [strangers[i] for i in chunk])[:, 0].cpu()  # [B]
         total += (policy - reference[chunk, 1]).sum().item()
+
+    # One z for the whole step: it must not depend on how the step is cut and dealt.
     return max(0.0, hardware.sum(total)[0] / len(items))
 
 
@@ -136,7 +136,7 @@ def objective(c: Config, policy: Tensor, reference: Tensor, length: Tensor, like
     return loss + c.nll_weight * nll, c.beta * ratio.detach()
 
 
-# ==== read: the step and the loop =================================================================
+# ==== read: the step, in the loop of train_dpo.py =================================================
 
 
 def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c: Config,
@@ -146,31 +146,20 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
     items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
     length, liked = lengths_and_likes(items)  # [items]
 
-    # Every rank deals the whole step in the same way and takes its own hand.
-    sizes = [p.tokens for p in items]
-    mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
-    z = kl_point(model, items, reference, mine, hardware)
+    # The mismatched answers do their work in z; only the own ones are trained.
+    z = kl_point(model, items, reference, c, hardware)
+    own = [p._replace(answers=p.answers[:1]) for p in items]
 
-    # An idle rank computes one item with weight 0, since DDP waits for its gradients.
-    weight = 1.0 if mine else 0.0
-    chunks = mine or [[0]]
-    policy = torch.zeros(len(items))
-    for k, chunk in enumerate(chunks, 1):
-        noise = Noise(c.seed, [visits[i] for i in chunk], [indices[i] for i in chunk],
-                      c.neftune_alpha)
-        # The mismatched answers have done their work in z; only the own ones are trained.
-        own = [items[i]._replace(answers=items[i].answers[:1]) for i in chunk]
-        wrapped.require_backward_grad_sync = k == len(chunks)  # gradients travel once per step
-        with hardware.autocast():
-            logp = answer_logprobs(model, own, wrapped, noise)[:, 0]  # [B]
+    def losses(policy: Tensor, chunk: list[int]) -> Tensor:
+        """[B] from the log-probabilities [B, 1] of a micro-batch."""
         known = [x[chunk].to(hardware.device) for x in (reference[:, 0], length, liked)]
-        loss = weight * objective(c, logp, *known, z)[0].sum() / len(items)
-        scaler.scale(loss * hardware.world).backward()  # DDP averages, the loss is a sum
-        policy[chunk] += weight * logp.detach().cpu()
+        return objective(c, policy[:, 0], *known, z)[0]
 
-    # Each rank has filled in its own rows, so the sum is the whole step.
-    metrics = measure(c, hardware.sum_tensor(policy), reference[:, 0], length, liked, z)
-    return {**metrics, "kl": z, "tokens": sum(sizes), "target_tokens": int(length.sum())}
+    noise = Noise(c.seed, visits, indices, c.neftune_alpha)
+    policy = train_dpo.backward_passes(model, wrapped, own, noise, losses, c, hardware, scaler)
+    metrics = measure(c, policy[:, 0], reference[:, 0], length, liked, z)
+    return {**metrics, "kl": z, "tokens": sum(p.tokens for p in items),
+            "target_tokens": int(length.sum())}
 
 
 def lengths_and_likes(items: list[Labelled]) -> tuple[Tensor, Tensor]:
@@ -187,13 +176,15 @@ def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked:
     for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
         for side, mask in (("chosen", liked), ("rejected", ~liked)):
             out[f"{name}_{side}"] = values[mask].mean().item() if mask.any() else None
+
     # A margin needs both sides; a short step may have only one.
     if None not in out.values():
         out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
     if c.nll_weight:
         out["nll"] = -(policy / length * liked).mean().item()
 
-    above = rewards - c.beta * z  # right is the right side of the reference point
+    # Right is the right side of the reference point.
+    above = rewards - c.beta * z
     right = torch.where(liked, above > 0, above < 0)
     return {**out, "reward_accuracy": right.double().mean().item()}
 
@@ -205,37 +196,6 @@ def validation(model, items: list[Labelled], reference: Tensor, c: Config, hardw
     metrics = measure(c, policy[:, 0], reference[:, 0], *lengths_and_likes(items), z)
     names = ("loss", "reward_accuracy", "reward_margin")
     return {f"val_{name}": metrics[name] for name in names if name in metrics}
-
-
-def train(c: Config, tokenizer, run: RunData, references: list[Tensor], start_step: int, model,
-          wrapped, hardware: Hardware) -> tuple[list[dict], int]:
-    """The loop of train_dpo.py with this file's step; returns records and exit status."""
-    optimizer, scaler, signals, log = train_sft.start_training(c, start_step, run.steps, model,
-                                                               hardware, train_dpo.FIGURE)
-
-    def measured(step: int) -> dict:
-        return train_sft.held_out(c, step, run, tokenizer, model, hardware, lambda: validation(
-            model, run.validation, references[1], c, hardware))
-
-    if not start_step:
-        log.write({"step": 0, "epoch": 0.0, **measured(0)})
-    for step in range(start_step + 1, run.steps + 1):
-        began = time.perf_counter()
-        rate = train_sft.set_learning_rate(optimizer, step, run.steps, c)
-        metrics = backward_step(model, wrapped, run, references[0], step, c, hardware, scaler)
-        norm = train_sft.clip_and_step(model, optimizer, scaler, c, metrics["loss"], run, step)
-        seconds = time.perf_counter() - began
-        log.write({"step": step, "epoch": run.epoch(step, c.batch_size), "learning_rate": rate,
-                   "grad_norm": norm, **metrics,
-                   "tokens_per_second": round(metrics["tokens"] / seconds, 1), **measured(step)})
-
-        # A run that is asked to stop finishes its step, saves, and can be resumed.
-        stop = hardware.sum(len(signals))[0]
-        if stop or train_sft.is_due(c.save_every, step, run.steps):
-            train_sft.save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
-        if stop and step < run.steps:
-            return log.close(), 128 + (signals or [signal.SIGTERM])[0]  # or another rank's signal
-    return log.close(), 0
 
 
 # ---- skip on a first reading: rows, balance, main ------------------------------------------------
@@ -250,9 +210,10 @@ def load_labelled(files: list[str], tokenizer: ChatTokenizer, max_length: int,
             answered = row.label is not None and row.messages[-1]["role"] == "assistant"
             check(row.chosen or answered, f"{row.where}: expected a label and an answer, or chosen "
                   "and rejected (train_sft.py trains on rows without preferences)")
+
+        # One item per answer: a pair shares its prompt.
         out = []
-        usable = train_dpo.usable_pairs(rows, counts)
-        for row, p in train_dpo.fit_answers(usable, source, counts, tokenizer, max_length,
+        for row, p in train_dpo.fit_answers(rows, source, counts, tokenizer, max_length,
                                             skip_bad_rows):
             labels = [True, False] if row.chosen else [row.label]
             for answer, label in zip(p.answers, labels, strict=True):
@@ -272,16 +233,19 @@ def report_balance(c: Config, items: list[Labelled]) -> None:
         print(f"warning: {liked} liked, {disliked} disliked answers; only {side} ones count, so "
               "nothing says what sets the others apart")
         return
-    advice = (" (KTO's authors advise 1 to 1.33: set --desirable_weight or --undesirable_weight)")
+
+    # In between nothing needs to be changed.
+    advice = "" if 1 <= good / bad <= 4 / 3 else (
+        " (KTO's authors advise 1 to 1.33: set --desirable_weight or --undesirable_weight)")
     print(f"{liked} liked, {disliked} disliked answers; with their weights {good / bad:.2f} : 1"
-          f"{'' if 1 <= good / bad <= 4 / 3 else advice}")
+          f"{advice}")
 
 
 def main() -> None:
     """Read the flags, prepare, compute the reference, train, report."""
     c = train_sft.resolve_config(Config, sys.argv[1:], {},
                                  lambda: train_sft.import_world().DPO_DEMO)
-    train_dpo.check_common(c, ("desirable_weight", "undesirable_weight", "nll_weight"))
+    train_dpo.check_common(c)
     check(c.beta > 0, f"--beta must be above 0, is {c.beta}")
     train_dpo.find_demo(c)
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
@@ -291,11 +255,8 @@ def main() -> None:
                        validation=add_mismatched(run.validation, c.max_length))
     if hardware.rank == 0:
         report_balance(c, run.train)
-    references, hashes = train_dpo.reference_logprobs(
-        c, {"training": run.train, "validation": run.validation}, hardware)
-    facts["data_hashes"] |= hashes
-    train_dpo.finish("-m labs.kto", c, tokenizer, run, facts, references, start_step, hardware,
-                     train)
+    train_dpo.finish("-m labs.kto", c, tokenizer, run, facts, start_step, hardware, backward_step,
+                     validation)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def pass_rates(policy, run, c: Config, tokenizer, reward: Callable, hardware: Ha
 def main() -> None:
     """Read the flags, prepare, train, report."""
     c = train_sft.resolve_config(Config, sys.argv[1:], {}, lambda: DEMO)
-    train_dpo.check_common(c, ("kl", "samples", "max_new_tokens"))
+    train_dpo.check_common(c)
     check(c.samples > 1 and c.max_new_tokens > 0, "--samples must be at least 2 (an answer needs "
           "rivals), --max_new_tokens at least 1")
     check(not c.top_k and c.top_p == 1 and c.dropout == [0.0] and not c.neftune_alpha,

@@ -15,7 +15,21 @@ import families
 import pytest
 import torch
 import transformers
-from conftest import REPO, SHARED, WORDS, curve, launcher, read, steps, train, weights
+from conftest import (
+    REPO,
+    SHARED,
+    WORDS,
+    assistant,
+    curve,
+    jsonl,
+    launcher,
+    read,
+    some_words,
+    steps,
+    train,
+    user,
+    weights,
+)
 from safetensors.torch import load_file, save_file
 
 import data
@@ -25,20 +39,14 @@ import train_sft
 
 
 def write_rows(path, count, seed=0):
-    """Conversations of very different lengths, some with several turns, one with a weight."""
-    rng = random.Random(seed)
-
-    def text(n):
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, n)))
-
-    rows = []
+    """Conversations of very different lengths, some with several turns."""
+    rng, rows = random.Random(seed), []
     for i in range(count):
         messages = []
         for _ in range(rng.choice([1, 1, 2])):
-            messages += [{"role": "user", "content": text(12)},
-                         {"role": "assistant", "content": text(3 + i % 20)}]
+            messages += [user(some_words(rng, 12)), assistant(some_words(rng, 3 + i % 20))]
         rows.append({"messages": messages})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    jsonl(path, *rows)
     return path
 
 
@@ -71,41 +79,10 @@ def reference(work):
 # ------------------------------------------------------------------------------------ the loss
 
 
-def test_loss_is_the_token_mean_of_the_global_step():
-    """Neither the mean of sample means (2.75) nor of micro-batch means (2.15)."""
-
-    class Fixed(torch.nn.Module):
-        """A model whose negative log-probabilities are given."""
-
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, ids, lengths, targets, noise=None, neftune_alpha=0.0,
-                    equal_weights=False):
-            return -ids[targets].float() * self.scale
-
-    losses = [[1, 2], [3, 3, 3, 5], [4], [2, 2, 2, 2, 2]]
-    examples = [data.Example(torch.tensor([0, *nll]).numpy(), ((1, 1 + len(nll), 1.0),))
-                for nll in losses]
-    mixer = data.Mixer([4], data.mixing_rates([4], "proportional"), 0)
-    run_data = train_sft.RunData(examples, [], mixer, 4, 1)
-    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for micro_tokens in (1, 3, 6, 100):
-        c = train_sft.Config(batch_size=4, micro_tokens=micro_tokens)
-        fixed = Fixed()
-        loss, counts = train_sft.backward_step(fixed, run_data, 1, c, hardware, scaler)
-        assert loss == pytest.approx(31 / 12, abs=1e-6)  # 2.583333
-        assert fixed.scale.grad.item() == pytest.approx(31 / 12, abs=1e-6)
-        assert counts == {"tokens": 16, "target_tokens": 12}
-
-
 def test_message_weights_weigh_the_token_mean(work):
     rows = work / "weighted.jsonl"
-    rows.write_text(json.dumps({"messages": [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b c", "weight": 0.25},
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "the sea"}]}) + "\n")
+    jsonl(rows, {"messages": [user("a"), assistant("b c", weight=0.25), user("a"),
+                              assistant("the sea")]})
     records, _ = train(work, "weighted", "--model", work / "base", "--data", rows, "--steps", 1)
     tokenizer = data.ChatTokenizer(work / "base")
     examples, _ = data.load_examples([str(rows)], tokenizer)
@@ -162,7 +139,7 @@ def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference
     theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "reference").eval()
     ours = modeling.load(work / "reference")
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "reference")
-    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "the sea"}]
+    messages = [user("你好"), assistant("the sea")]
     ids = tokenizer.apply_chat_template(messages, return_dict=False)
     our_tokenizer = data.ChatTokenizer(work / "reference")
     assert ids == our_tokenizer.encode(our_tokenizer.conversation(messages))[0][0].tolist()
@@ -186,17 +163,14 @@ def test_curve_does_not_depend_on_micro_batches_or_recomputation(work, reference
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-def test_curve_does_not_depend_on_the_number_of_ranks(work, reference):
-    records, _ = train(work, "two", *inputs(work), *BASIC, ranks=2)
-    assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
-    assert [r["tokens"] for r in records] == [r["tokens"] for r in reference[0]]
-
-
-def test_more_ranks_than_examples_changes_nothing(work):
-    flags = [*inputs(work), "--steps", 2, "--batch_size", 1, "--learning_rate", 1e-3]
-    one, _ = train(work, "single1", *flags)
-    two, _ = train(work, "single2", *flags, ranks=2)
+@pytest.mark.parametrize("flags", [
+    BASIC, ["--steps", 2, "--batch_size", 1, "--learning_rate", 1e-3]])
+def test_curve_does_not_depend_on_the_number_of_ranks_even_if_one_is_idle(work, flags):
+    name = f"batch{flags[3]}"
+    one, _ = train(work, name, *inputs(work), *flags)
+    two, _ = train(work, name + "x2", *inputs(work), *flags, ranks=2)
     assert curve(two) == pytest.approx(curve(one), abs=1e-5)
+    assert [r["tokens"] for r in two] == [r["tokens"] for r in one]
 
 
 def interrupt(work, name, *flags, at, number=signal.SIGKILL, delay=0.0):
@@ -265,9 +239,10 @@ def test_mixed_precision_follows_fp32(work, reference, dtype):
 # ----------------------------------------------------------------------------- data, validation
 
 
-def test_validation_loss_is_the_loss_without_noise_on_rows_not_trained_on(work):
+def test_validation_loss_is_that_of_rows_not_trained_on_without_noise(work, reference):
     flags = ["--val_data", work / "val.jsonl", "--eval_every", 2]
-    _, text = train(work, "validated", *inputs(work), *BASIC, *flags)
+    records, text = train(work, "validated", *inputs(work), *BASIC, *flags)
+    assert curve(records) == curve(reference[0])  # validation does not touch the curve
     measured = {r["step"]: r for r in read(work / "validated/metrics.jsonl") if "val_loss" in r}
     assert list(measured) == [0, 2, 4, 5] and set(measured[0]) == {"step", "epoch", "val_loss"}
     tokenizer = data.ChatTokenizer(work / "validated")
@@ -279,18 +254,11 @@ def test_validation_loss_is_the_loss_without_noise_on_rows_not_trained_on(work):
     assert f"validation loss {measured[0]['val_loss']:.4f} -> {loss:.4f}" in text
 
 
-def test_validation_does_not_touch_the_curve(work, reference):
-    flags = ["--val_data", work / "val.jsonl", "--eval_every", 1]
-    records, _ = train(work, "undisturbed", *inputs(work), *BASIC, *flags)
-    assert curve(records) == curve(reference[0])
-
-
 def test_system_text_stands_where_a_conversation_has_none(work):
     """The same rows with the message written out give the same steps."""
-    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
-    told = [{"messages": [{"role": "system", "content": "You are Tiao."}, *row["messages"]]}
-            for row in rows]
-    (work / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    jsonl(work / "told.jsonl", *(
+        {"messages": [{"role": "system", "content": "You are Tiao."}, *row["messages"]]}
+        for row in read(work / "rows.jsonl")))
     flag, _ = train(work, "flag", *inputs(work), *BASIC, "--system", "You are Tiao.")
     written, _ = train(work, "written", *inputs(work, "told.jsonl"), *BASIC)
     assert curve(flag) == curve(written)
@@ -307,13 +275,10 @@ def test_raw_text_and_conversations_train_together(work):
     assert len(records) == 3 and records[-1]["epoch"] == 1.0
 
 
-def test_metrics_hold_what_the_readme_explains(reference):
+def test_output_folder_holds_a_checkpoint_and_the_metrics_that_the_readme_explains(work, reference):
     wanted = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens",
               "tokens_per_second"}
     assert all(set(record) == wanted for record in reference[0])
-
-
-def test_output_folder_holds_a_run(work, reference):
     names = {p.name for p in (work / "reference").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "generation_config.json", "metrics.jsonl", "run.json", "state"} <= names
@@ -391,7 +356,7 @@ def test_explicit_flags_win_over_a_recipe():
 @pytest.mark.parametrize("flags,said", [
     (["--learning_rat", "1"], "did you mean --learning_rate?"),
     (["--epochs", "many"], "--epochs"), (["--mix", "random"], "--mix"),
-    (["--batch_size", "0"], "--batch_size must be above 0"),
+    (["--batch_size", "0"], "--batch_size must be 1 or more"),
     (["--recipe", "gpt"], "known are llama2"), (["--steps", "3", "--epochs", "2"], "exclude"),
     (["--cap", "5"], "--mix temperature"), (["--weights", "1"], "--mix weights"),
     (["--mix", "weights", "--weights", "1", "2"], "each of the 1 files"),
@@ -510,8 +475,8 @@ def contents(folder):
     ("base", "is the input"), ("./nowhere/../base", "is the input"), ("link", "is the input"),
     ("finished", "holds a finished run; choose another --output_dir, or add --overwrite"),
     ("foreign", "holds a checkpoint (config.json)"), ("adapter", "holds a checkpoint (adapter_con"),
-    ("shards", "holds weights"), ("rows.jsonl", "is a file"), ("rows.jsonl/below", "is a file"),
-    ("/proc/here", "cannot be written"),
+    ("shards", "holds a checkpoint (w.safe"), ("rows.jsonl", "is a file"),
+    ("rows.jsonl/below", "is a file"), ("/proc/here", "cannot be written"),
 ])
 def test_output_that_would_replace_something_or_has_no_place_is_refused(work, output, said):
     if not (work / "link").exists():
@@ -632,25 +597,12 @@ def test_name_of_the_hub_is_told_how_to_become_a_folder(work):
 
 
 def test_figures_are_drawn_at_each_measurement_and_save(work, monkeypatch):
-    drawn, draw = [], train_sft.Log.draw
-    monkeypatch.setattr(train_sft.Log, "draw", lambda log: drawn.append(
-        log.records[-1]["step"]) or draw(log))
+    drawn = []
+    monkeypatch.setattr(train_sft, "draw", lambda c, records, figure: drawn.append(
+        records[-1]["step"]))
     train(work, "drawn", *inputs(work), *BASIC, "--val_data", work / "val.jsonl", "--eval_every", 4,
           "--save_every", 3)
     assert drawn == [0, 3, 4, 5]
-
-
-def test_exam_curve_has_its_interval_and_floor(work):
-    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
-    c = train_sft.Config(output_dir=str(work / "curve"))
-    log = train_sft.Log(c, 0, 9, hardware, train_sft.FIGURE)
-    log.records = [{"step": step, "exam_accuracy": 0.5, "exam_interval": [0.4, 0.6],
-                    "exam_floor": 0.3} for step in (0, 9)]
-    log.draw_interval(axes)
-    (band,), (floor,) = axes.collections, axes.lines
-    assert band.get_paths()[0].get_extents().intervaly.tolist() == [0.4, 0.6]
-    assert floor.get_ydata() == [0.3, 0.3]
 
 
 def test_validation_rows_that_are_trained_on_are_said(work):
@@ -659,10 +611,10 @@ def test_validation_rows_that_are_trained_on_are_said(work):
     assert "warning: 24 of the 24 validation examples are trained on too" in text
 
 
-def test_ctrl_c_under_torchrun_saves_and_ends_without_a_traceback(work):
+def test_ctrl_c_under_torchrun_saves_and_says_how_to_go_on(work):
     """As a terminal does: the launcher and all ranks get the signal."""
     argv = launcher(work, "ctrl_c", *inputs(work), *BASIC, "--steps", 999, ranks=2)
-    process = subprocess.Popen(argv, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen(argv, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                text=True, start_new_session=True)
     lines = []
     for line in process.stdout:
@@ -670,8 +622,7 @@ def test_ctrl_c_under_torchrun_saves_and_ends_without_a_traceback(work):
         if line.startswith("step 2/"):
             os.killpg(process.pid, signal.SIGINT)
     process.wait()
-    text = "".join(lines)
-    assert "Traceback" not in text and "torchrun --nproc_per_node=2 train_sft.py --resume" in text
+    assert "torchrun --nproc_per_node=2 train_sft.py --resume" in "".join(lines)
     assert (work / "ctrl_c/state/state.safetensors").exists()
 
 

@@ -1,0 +1,147 @@
+"""Figures: the curves of a training run, and the two pictures of the README.
+
+    python train_sft.py && python -m labs.draw
+
+A run draws its curves by `draw_run`, with matplotlib, at every validation and save. The README's
+first picture is what `python data.py show` prints: every box is a token, the green ones are
+supervised. It is an SVG written by hand, so that it stays small and sharp. The second is drawn from
+the demo's metrics.jsonl.
+
+What one should see: the assistant's words and the token that ends its turn are green, in both
+turns; what the user and the template say is not. The validation loss follows the training loss.
+
+Exercise: draw the same conversation with `train_on="last"`. Which boxes lose their colour, and do
+the ids change?
+"""
+
+import html
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import data
+import model as modeling
+
+# ==== read: the curves of a run ===================================================================
+
+
+def draw_run(folder: Path, records: list[dict], figure) -> None:
+    """Draw the curves of `figure` (train_sft.Figure), and those of exams, where there are points.
+
+    Raises ImportError without matplotlib.
+    """
+    draw_figure(folder / figure.name, records, figure.curves, figure.unit)
+    draw_figure(folder / "exam.png", records, {"exam_accuracy": "exam"}, "share right")
+
+
+def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: str) -> None:
+    """Metrics over steps, below them the learning rate; `curves` says metric: label."""
+    from matplotlib.figure import Figure
+
+    # A metric is measured at some steps only, and may be None: no side of KTO's in a short step.
+    points = {}
+    for key in curves:
+        points[key] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    if not any(points.values()):
+        return
+
+    # A few points are shown as points, many as a line.
+    canvas = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = canvas.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for key, found in points.items():
+        if found:
+            marker = "." if len(found) < 50 else ""
+            top.plot(*zip(*found, strict=True), label=curves[key], marker=marker)
+    if "exam_accuracy" in curves:
+        draw_interval(top, records)
+    top.set_ylabel(unit)
+    top.legend()
+
+    # Step 0 is before training and has no learning rate.
+    rates = [(r["step"], r["learning_rate"]) for r in records if r["step"] > 0]
+    if rates:
+        bottom.plot(*zip(*rates, strict=True), "tab:gray")
+    bottom.set(ylabel="learning rate", xlabel="step")
+    modeling.write_atomic(path, lambda temporary: canvas.savefig(temporary, format="png"))
+
+
+def draw_interval(axes, records: list[dict]) -> None:
+    """A score means something beside its interval, and beside the best constant answer."""
+    exams = [r for r in records if "exam_accuracy" in r]
+    low, high = zip(*[r["exam_interval"] for r in exams], strict=True)
+    axes.fill_between([r["step"] for r in exams], low, high, alpha=0.2, label="95% interval")
+    axes.axhline(exams[0]["exam_floor"], color="gray", linestyle="--", label="floor")
+
+
+# ==== read: a conversation as tokens ==============================================================
+
+FIGURES = Path(__file__).parent / "figures"
+CONVERSATION = [
+    {"role": "system", "content": "You are a friendly teacher."},
+    {"role": "user", "content": "What does fine-tuning teach a model?"},
+    {"role": "assistant", "content": "To write what the assistant writes."},
+    {"role": "user", "content": "Also to stop?"},
+    {"role": "assistant", "content": "Yes: the token that ends a turn is supervised too."},
+]
+WIDTH, LINE, CHARACTER = 760, 26, 8.4  # pixels: of the picture, of a line, of a letter
+
+
+def conversation_tokens() -> list[tuple[str, bool]]:
+    """(text, supervised) of every token of CONVERSATION, by a tokenizer made of our own README."""
+    from labs import world  # here, because a training run that draws has no use for it
+
+    # The picture's own words come often enough to become whole tokens.
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    texts = readme.splitlines()
+    texts += [part + "\n" for m in CONVERSATION for part in (m["role"], m["content"])] * 50
+    with tempfile.TemporaryDirectory() as folder:
+        world.make_tokenizer(Path(folder), texts, 1500)
+        tokenizer = data.ChatTokenizer(folder)
+
+    row = data.Row("picture", CONVERSATION)
+    (example,) = data.to_examples([row], 0, Counter(), tokenizer)
+    green = {i for first, end, _ in example.spans for i in range(first, end)}
+    return [(tokenizer.decode([token]), i in green) for i, token in enumerate(example.ids.tolist())]
+
+
+def draw_conversation(path: Path) -> None:
+    """Boxes from left to right, a new line after every line end and where a line is full."""
+    boxes, x, y = [], 10.0, 12
+    for text, supervised in conversation_tokens():
+        # Characters that nobody sees are shown by signs for them.
+        shown = text.replace("\n", "\u21b5").replace(" ", "\u2423")
+        width = CHARACTER * len(shown) + 6
+        if x + width > WIDTH - 10:
+            x, y = 10.0, y + LINE
+        fill = "#b7e4c7" if supervised else "#eeeeee"
+        boxes.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{LINE - 5}" rx="4" '
+                     f'fill="{fill}"/>'
+                     f'<text x="{x + 3:.1f}" y="{y + 15}">{html.escape(shown)}</text>')
+
+        # A line of the picture ends where one of the conversation does.
+        x += width + 3
+        if text.endswith("\n"):
+            x, y = 10.0, y + LINE
+
+    height = y + LINE + 8
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        'font-family="monospace" font-size="14">\n<rect width="100%" height="100%" fill="white"/>\n'
+        + "\n".join(boxes) + "\n</svg>\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Write labs/figures/conversation.svg, and loss.png if the demo has run."""
+    FIGURES.mkdir(exist_ok=True)
+    draw_conversation(FIGURES / "conversation.svg")
+    metrics = Path("out/sft/metrics.jsonl")
+    if metrics.exists():
+        records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        curves = {"loss": "training", "val_loss": "validation"}
+        draw_figure(FIGURES / "loss.png", records, curves, "nats per supervised token")
+    print(f"drawn in {FIGURES}")
+
+
+if __name__ == "__main__":
+    main()
