@@ -200,15 +200,17 @@ def read_pair(values: dict, keys: dict) -> dict:
     check(chosen and rejected, "expected both chosen and rejected, neither empty")
     check(chosen[-1]["role"] == rejected[-1]["role"] == "assistant",
           "chosen and rejected must end with an answer")
-    whole, other = (side[0]["role"] in ("system", "user") for side in (chosen, rejected))
-    check(whole == other, "one of chosen and rejected is a whole conversation, the other an answer")
+    begins = ("system", "user")  # an answer begins with neither
+    whole = chosen[0]["role"] in begins
+    check(whole == (rejected[0]["role"] in begins),
+          "one of chosen and rejected is a whole conversation, the other an answer")
 
     # Whole conversations win over a prompt beside them, which may differ by a space: only a system
     # text that they do not have is kept of it.
     if whole:
         beside |= {"system", "history", "messages", "input"}
-        said = chosen[0]["role"] == "system"
-        messages = [m for m in messages[:1] if m["role"] == "system" and not said]
+        kept = messages[:1] if chosen[0]["role"] != "system" else []
+        messages = kept if kept and kept[0]["role"] == "system" else []
     elif messages and messages[-1]["role"] == "assistant":
         check(messages[-1] in chosen + rejected,
               "the messages before chosen and rejected end with an answer of their own")
@@ -436,7 +438,8 @@ class Generation(Extension):
         # Jinja asks an extension for the nodes of its tag: here two texts around the body.
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        begin, end = (nodes.Output([nodes.TemplateData(sign)]) for sign in (BEGIN, END))
+        begin = nodes.Output([nodes.TemplateData(BEGIN)])
+        end = nodes.Output([nodes.TemplateData(END)])
         return [node.set_lineno(line) for node in (begin, nodes.Scope(body), end)]
 
 
@@ -519,9 +522,8 @@ class ChatTemplate:
     def prepare(self, messages: list[dict], tools: list | None) -> tuple[list, list | None]:
         """Messages and tools for `render`; InputError for what the template would pass over."""
         # A template that never says `tools` would drop them without a word.
-        calls = any(m.get("tool_calls") for m in messages)
-        results = any(m["role"] == "tool" for m in messages)
-        for key, used in (("tools", tools), ("tool_calls", calls), ("tool", results)):
+        calls, roles = any(m.get("tool_calls") for m in messages), {m["role"] for m in messages}
+        for key, used in (("tools", tools), ("tool_calls", calls), ("tool", "tool" in roles)):
             check(not used or key in self.source, f"{key}: the chat template writes none{OTHER}")
 
         # Reasoning goes where the template looks for it: in a key of its own, or in the content.
@@ -536,7 +538,7 @@ class ChatTemplate:
                       f"reasoning_content: the chat template writes none{OTHER}")
                 m["content"] = f"<think>\n{thought}\n</think>\n\n{m['content']}"
             prepared.append(self.hide(m))
-        if self.system and all(m["role"] != "system" for m in messages):
+        if self.system and "system" not in roles:
             prepared.insert(0, {"role": "system", "content": self.hide(self.system)})
         return prepared, self.hide(tools)
 
@@ -880,9 +882,9 @@ def render_rows(rows: list[Row], tokenizer: ChatTokenizer, train_on: str, counts
                 plans = [tokenizer.text(row.text)]
             else:
                 # Of a pair only the answers are new: nothing of its history is supervised.
-                part = "last" if row.chosen else train_on
-                plans = [plan for messages in conversations(row)
-                         for plan in tokenizer.conversation(messages, row.tools, part)]
+                part, plans = "last" if row.chosen else train_on, []
+                for messages in conversations(row):
+                    plans += tokenizer.conversation(messages, row.tools, part)
             rendered.append((row, plans))
         except InputError as error:
             refuse_unless(skip_bad_rows, InputError(f"{row.where}: {error}"))
@@ -1001,6 +1003,7 @@ def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int 
     K the cap (0: none), T the temperature. proportional is T = 1 without K, equal is T -> infinity.
     """
     counts = {"weights": weights, "equal": np.ones(len(sizes))}.get(mix, sizes)
+
     # The cap comes before the temperature, as in the paper.
     rates = np.array(counts, dtype=np.float64)
     if mix == "temperature":
@@ -1020,6 +1023,7 @@ class Mixer:
 
     def __init__(self, sizes: list[int], rates: np.ndarray, seed: int):
         self.sizes, self.seed, self.size = sizes, seed, sum(sizes)
+
         # Largest remainders: all get the whole part of their share, the largest rests one more.
         exact = rates * self.size
         self.quotas = np.floor(exact).astype(int)
@@ -1057,10 +1061,12 @@ def shares(examples: list[tuple], names: list[str]) -> dict[str, dict]:
     for source, count in examples:
         rows[source] += 1
         targets[source] += count
-    all_rows, all_targets = max(rows.total(), 1), max(targets.total(), 1)
-    return {name: {"examples": rows[m], "share": rows[m] / all_rows,
-                   "target_tokens": targets[m], "target_share": targets[m] / all_targets}
-            for m, name in enumerate(names)}
+    out = {}
+    for m, name in enumerate(names):
+        out[name] = {"examples": rows[m], "share": rows[m] / max(rows.total(), 1),
+                     "target_tokens": targets[m],
+                     "target_share": targets[m] / max(targets.total(), 1)}
+    return out
 
 
 def check_mix(c, files: list[str]) -> None:
@@ -1077,20 +1083,24 @@ def mix_files(c, files: list[str], examples: list[tuple], draws: int, quiet: boo
 
     Prints the share that was intended, and those realised in examples and in supervised tokens.
     """
-    # What is left of each file: a share of nothing cannot be drawn.
-    sizes = [sum(source == m for source, _ in examples) for m in range(len(files))]
+    # A share of nothing cannot be drawn.
+    names = source_names(files)
+    sizes = [row["examples"] for row in shares(examples, names).values()]
     for path, size in zip(files, sizes, strict=True):
         check(size, f"{path}: nothing is left to train on")
+
+    # Rounding and repetition decide what is drawn: the shares of the draws of this training.
     rates = mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
-    # The shares of the draws that training will make, which rounding and repetition decide.
     mixer = Mixer(sizes, rates, c.seed)
-    mix = shares([examples[i] for i, _ in mixer.draws(0, draws)], source_names(files))
+    mix = shares([examples[i] for i, _ in mixer.draws(0, draws)], names)
     for row, size, rate in zip(mix.values(), sizes, rates.tolist(), strict=True):
         row.update(available=size, rate=rate)
     if not quiet:
-        names = ("source", "examples", "intended", "drawn", "share", "of supervised tokens")
-        keys = ("available", "rate", "examples", "share", "target_share")
-        print_table([names, *((name, *map(row.get, keys)) for name, row in mix.items())])
+        table = [("source", "examples", "intended", "drawn", "share", "of supervised tokens")]
+        for name, row in mix.items():
+            table.append((name, row["available"], row["rate"], row["examples"], row["share"],
+                          row["target_share"]))
+        print_table(table)
     return mixer, mix
 
 
@@ -1158,15 +1168,17 @@ class Batch(NamedTuple):
 def collate(examples: list[Example], device="cpu") -> Batch:
     """Lay examples end to end."""
     # Spans count from the start of an example, the batch from the start of the first one.
-    lengths = [len(e.ids) for e in examples]
-    starts = np.cumsum([0, *lengths]).tolist()
-    spans = [(start + first, start + end, weight)
-             for start, e in zip(starts, examples, strict=False) for first, end, weight in e.spans]
-    ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))
-    targets = torch.tensor([i for first, end, _ in spans for i in range(first, end)]).long()
-    weights = torch.tensor([w for first, end, w in spans for _ in range(first, end)]).float()
-    ids, targets, weights = (modeling.send(x, device) for x in (ids, targets, weights))
-    return Batch(ids, lengths, targets, weights)
+    targets, weights, start = [], [], 0
+    for e in examples:
+        for first, end, weight in e.spans:
+            targets += range(start + first, start + end)
+            weights += [weight] * (end - first)
+        start += len(e.ids)
+
+    ids = np.concatenate([e.ids for e in examples]).astype(np.int64)
+    return Batch(modeling.send(torch.from_numpy(ids), device), [len(e.ids) for e in examples],
+                 modeling.send(torch.tensor(targets, dtype=torch.int64), device),
+                 modeling.send(torch.tensor(weights, dtype=torch.float32), device))
 
 
 # ---- skip on a first reading: show ---------------------------------------------------------------
@@ -1269,19 +1281,21 @@ def print_tokens(example: Example, tokenizer: ChatTokenizer, folder: str) -> Non
 
 def print_sizes(files: list[str], examples: list[Example], counts: Counter) -> None:
     """Shares and lengths of the examples of each file, and what was lost."""
-    lengths = np.array([len(e.ids) for e in examples])
-    sources = np.array([e.source for e in examples])
+    sizes = np.array([(e.source, len(e.ids), e.targets) for e in examples])
     table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
-    rows = shares([(e.source, e.targets) for e in examples], source_names(files))
+    rows = shares(sizes[:, ::2].tolist(), source_names(files))
     for m, (name, row) in enumerate(rows.items()):
-        tokens = lengths[sources == m]
-        table.append((name, *row.values(), round(np.median(tokens)), tokens.max()))
+        lengths = sizes[sizes[:, 0] == m, 1]
+        table.append((name, *row.values(), round(np.median(lengths)), lengths.max()))
     print_table(table)
 
-    supervised = sum(e.targets for e in examples) / lengths.sum()
-    print(f"supervised: {supervised:.1%} of the tokens\ntokens of an example, by percentiles:",
-          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
-    counts["nothing to supervise"] = sum(not e.spans for e in examples)
+    _, tokens, supervised = sizes.sum(0)
+    print(f"supervised: {supervised / tokens:.1%} of the tokens\n"
+          "tokens of an example, by percentiles:", end="")
+    for percent in (1, 5, 25, 50, 75, 95, 99, 100):
+        print(f" {percent}%: {np.percentile(sizes[:, 1], percent):.0f} ", end="")
+    print()
+    counts["nothing to supervise"] = int((sizes[:, 2] == 0).sum())
     for reason, count in (+counts).items():
         print(f"{reason}: {count}")
 

@@ -36,7 +36,6 @@ import data
 import model as modeling
 import train_dpo
 from data import Example, InputError, Mixer, mixing_rates
-from labs import kto
 
 DROPPED = "dropped: nothing to supervise"
 
@@ -169,11 +168,10 @@ def test_rows_with_nothing_to_supervise_are_dropped_and_counted(tmp_path, letter
 TURNS = [user("a"), assistant("b"), user("c")]
 
 
-def preferences(path, tokenizer, *rows, max_length=2048, labelled=False, **options):
+def preferences(path, tokenizer, *rows, max_length=2048):
     """(preferences, counts) of a file with these rows."""
     path = jsonl(path / "pairs.jsonl", *rows)
-    load = kto.load_labelled if labelled else train_dpo.load_preferences
-    return load([path], tokenizer, max_length, **options)
+    return train_dpo.load_preferences([path], tokenizer, max_length)
 
 
 def test_pair_is_one_prompt_and_two_answers_with_their_end_of_turn(tmp_path, letters):
@@ -229,34 +227,17 @@ def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
             assert spans == ((1, min(len(ids), len(row[side]) + 2), 1.0),)
         cut += max(map(len, (row["chosen"], row["rejected"]))) + 1 + len(full) > max_length
     assert counts["truncated"] == cut and len(items) == 100
-    singles, _ = preferences(tmp_path, letters, *rows, max_length=max_length, labelled=True)
-    assert [p.prompt.tolist() for p in singles[::2]] == [p.prompt.tolist() for p in items]
-    assert [p.prompt.tolist() for p in singles[1::2]] == [p.prompt.tolist() for p in items]
 
 
-@pytest.mark.parametrize("labelled,row,said", [
-    (False, {"prompt": "a", "completion": "b"}, "expected chosen and rejected"),
-    (False, {"prompt": "a", "completion": "b", "label": True}, "labels are for labs/kto.py"),
-    (False, {"text": "a"}, "expected chosen and rejected"),
-    (True, {"prompt": "a", "completion": "b"}, "expected a label and an answer, or chosen"),
-    (True, {"messages": [HI], "label": True}, "expected a label and an answer"),
+@pytest.mark.parametrize("row,said", [
+    ({"prompt": "a", "completion": "b"}, "expected chosen and rejected"),
+    ({"prompt": "a", "completion": "b", "label": True}, "labels are for labs/kto.py"),
+    ({"text": "a"}, "expected chosen and rejected"),
 ])
-def test_row_that_the_loss_cannot_use_is_refused_in_one_line(
-    labelled, row, said, tmp_path, letters
-):
+def test_row_that_is_no_pair_is_refused_in_one_line(row, said, tmp_path, letters):
     with pytest.raises(InputError, match="pairs.jsonl line 2: ") as error:
-        preferences(tmp_path, letters, PAIRS["instruction"], row, labelled=labelled)
+        preferences(tmp_path, letters, PAIRS["instruction"], row)
     assert said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_labelled_rows_keep_their_label_and_a_pair_is_a_liked_and_a_disliked_row(tmp_path, letters):
-    rows = [{"messages": [*TURNS, YO], "label": False}, PAIRS["instruction"],
-            {"prompt": "q", "completion": "z", "label": True}]
-    items, _ = preferences(tmp_path, letters, *rows, labelled=True)
-    found = [(p.label, *supervised(letters, a)) for p in items for a in p.answers]
-    assert found == [(False, "yo<|im_end|>"), (True, "yo<|im_end|>"), (False, "no<|im_end|>"),
-                     (True, "z<|im_end|>")]
-    assert items[1].key == items[2].key != items[3].key
 
 
 def test_validation_split_keeps_all_answers_to_a_prompt_on_one_side(tmp_path, letters):
@@ -698,15 +679,13 @@ def test_real_file_is_read_whole_and_has_something_to_supervise_in_every_row(nam
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["dpo_zh_demo", "kto_en_demo"])
-def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(name):
-    path = str(SHARED / "data" / f"{name}.json")
+def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response():
+    path = str(SHARED / "data" / "dpo_zh_demo.json")
     tokenizer = data.ChatTokenizer(SHARED / "models" / "minimind-tokenizer")
-    load = kto.load_labelled if name.startswith("kto") else train_dpo.load_preferences
-    items, counts = load([path], tokenizer, 10**6)
+    items, counts = train_dpo.load_preferences([path], tokenizer, 10**6)
     wholes, _ = data.load_examples([path], tokenizer, max_length=10**6, keep_all=True)
     found = [item.prompt.tolist() + ids.tolist() for item in items for ids, _ in item.answers]
     assert found == [e.ids[: e.spans[-1][1]].tolist() for e in wholes] and not counts
-    items, counts = load([path], tokenizer, 256)
+    items, counts = train_dpo.load_preferences([path], tokenizer, 256)
     assert len(items) + counts["dropped: alike once truncated"] == 300
     assert all(len(p.prompt) + len(ids) <= 256 and spans for p in items for ids, spans in p.answers)

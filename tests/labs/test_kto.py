@@ -209,6 +209,7 @@ def test_balance_of_labels_is_reported_with_the_weights_its_authors_advise(work,
     (["--data", "ONE"], "one.jsonl line 1: KTO needs at least two prompts"),
     (["--val_data", "ONE"], "one.jsonl line 1: KTO needs at least two prompts"),
     (["--data", "PLAIN"], "plain.jsonl line 1: expected a label"),
+    (["--data", "ASKED"], "asked.jsonl line 1: expected a label and an answer"),
     (["--length_normalize"], "unknown flag"), (["--label_smoothing", 0.1], "unknown flag"),
     (["--recipe", "tulu3"], "--recipe"), (["--beta", 0], "--beta must be above 0"),
     (["--desirable_weight", -1], "--desirable_weight must be 0 or more"),
@@ -216,7 +217,8 @@ def test_balance_of_labels_is_reported_with_the_weights_its_authors_advise(work,
 def test_what_kto_cannot_use_is_refused_in_one_line(work, flags, said):
     one = [{"prompt": "a", "completion": text, "label": text > "c"} for text in "bcd"]
     files = {"ONE": jsonl(work / "one.jsonl", *one),
-             "PLAIN": jsonl(work / "plain.jsonl", {"prompt": "a", "completion": "b"})}
+             "PLAIN": jsonl(work / "plain.jsonl", {"prompt": "a", "completion": "b"}),
+             "ASKED": jsonl(work / "asked.jsonl", {"messages": [conftest.HI], "label": 1})}
     _, text = run(work, "bad", *inputs(work), *(files.get(f, f) for f in flags), status=2)
     assert said in text.splitlines()[-1] and "Traceback" not in text
     assert not (work / "bad").exists()
