@@ -9,6 +9,10 @@ keys of config.json mean, loading and saving. Three things differ from most such
   prefix        attention can continue kept keys and values, and gradients flow into them
   log-probs     the LM head sees only positions whose next token is wanted, a chunk at a time
 
+On a CPU a run repeats, and resumes, bit for bit. CUDA cannot promise that: some of its kernels add
+by atomics, in any order. There a resumed run, or one with other hardware settings, agrees with the
+first to rounding only.
+
 Shapes in the comments: T tokens in a micro-batch, B examples, L tokens of one example, P tokens of
 its prefix, S = P + L keys it sees, D hidden size, H query heads, K key/value heads, Dh head size,
 V vocabulary, N supervised tokens, G stored prefixes. [T, H, Dh] is a tensor of that shape.
@@ -24,6 +28,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # The threads of a small model wait for each other thousands of times a second. GNU OpenMP lets a
@@ -50,7 +55,7 @@ except ImportError:
 
 @dataclass
 class ModelConfig:
-    """The keys of a Hugging Face config.json that shape the computation."""
+    """The keys of a Hugging Face config.json that shape the computation; see `read_config`."""
 
     source: dict  # the config.json this was read from, kept for saving
     model_type: str
@@ -69,11 +74,6 @@ class ModelConfig:
     attention_bias: bool = False  # on q, k, v and o; qwen2 has it on q, k, v whatever this says
     mlp_bias: bool = False
     initializer_range: float = 0.02
-
-    @classmethod
-    def from_dict(cls, source: dict) -> "ModelConfig":
-        """Read a config.json; `read_config` says how."""
-        return read_config(source)
 
 
 class RMSNorm(nn.Module):
@@ -108,44 +108,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class Rotation(torch.autograd.Function):
-    """`rotate`, whose gradient is the rotation back: it needs to keep nothing but the angles."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, g):
-        cos, sin = ctx.saved_tensors
-        return rotate(g, cos, -sin), None, None
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """What attention is, for one example: softmax(q k^T / sqrt(Dh)) v over the keys a query sees.
-
-    The queries [L, H, Dh] belong to the last L of the S tokens whose keys and values [S, K, Dh] are
-    given. A token sees itself and those before it, with a window only the last `window` of them.
-    Read this; `attention` is what runs.
-    """
-    (L, H, Dh), (S, K, _) = q.shape, k.shape
-    k = k.repeat_interleave(H // K, 1)  # [S, H, Dh]
-    v = v.repeat_interleave(H // K, 1)  # [S, H, Dh]
-    scores = torch.einsum("lhd,shd->hls", q, k) / math.sqrt(Dh)  # [H, L, S]
-    unseen = ~visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
-    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)  # [H, L, S]
-    return torch.einsum("hls,shd->lhd", weights, v)  # [L, H, Dh]
-
-
-def visible(position: Tensor, S: int, window: int | None) -> Tensor:
-    """Which of the keys 0 to S - 1 the queries at these positions [L] see: [L, S]."""
-    age = position[:, None] - torch.arange(S, device=position.device)  # [L, S] tokens in between
-    return (age >= 0) & (age < (window or S))
-
-
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245): H query heads share K key/value heads.
+    """The projections of grouped-query attention (arXiv:2305.13245): H heads share K keys, values.
 
         query heads   0 1 2 3   4 5 6 7
         key/value     ---0---   ---1---
@@ -153,26 +117,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.H, self.K, self.Dh = (config.num_attention_heads, config.num_key_value_heads,
-                                   config.head_dim)
+        self.Dh = config.head_dim
         D, bias = config.hidden_size, config.attention_bias
-        qkv_bias = bias or config.model_type == "qwen2"
-        self.q_proj = nn.Linear(D, self.H * self.Dh, bias=qkv_bias)
-        self.k_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
-        self.v_proj = nn.Linear(D, self.K * self.Dh, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.H * self.Dh, D, bias=bias and config.model_type != "qwen2")
+        all_q, all_kv = config.num_attention_heads * self.Dh, config.num_key_value_heads * self.Dh
+        qwen2, qwen3 = config.model_type == "qwen2", config.model_type == "qwen3"
+        self.q_proj = nn.Linear(D, all_q, bias=bias or qwen2)
+        self.k_proj = nn.Linear(D, all_kv, bias=bias or qwen2)
+        self.v_proj = nn.Linear(D, all_kv, bias=bias or qwen2)
+        self.o_proj = nn.Linear(all_q, D, bias=bias and not qwen2)
 
         # Qwen3 normalises every head of q and k before they are rotated.
-        qwen3 = config.model_type == "qwen3"
         self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
         self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, Dh], keys and values [T, K, Dh] of states x [T, D]."""
-        q = self.q_norm(self.q_proj(x).view(-1, self.H, self.Dh))  # [T, H, Dh]
-        k = self.k_norm(self.k_proj(x).view(-1, self.K, self.Dh))  # [T, K, Dh]
-        v = self.v_proj(x).view(-1, self.K, self.Dh)  # [T, K, Dh]
-        return Rotation.apply(q, cos, sin), Rotation.apply(k, cos, sin), v
+        q = self.q_norm(self.q_proj(x).unflatten(1, (-1, self.Dh)))  # [T, H, Dh]
+        k = self.k_norm(self.k_proj(x).unflatten(1, (-1, self.Dh)))  # [T, K, Dh]
+        v = self.v_proj(x).unflatten(1, (-1, self.Dh))  # [T, K, Dh]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -217,9 +180,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None,
                 wanted: Tensor | None = None):
-        """x [T, D] -> [T, D], and with `keep_kv` this layer's (keys, values) [T, K, Dh].
+        """x [T, D] -> [T, D] (or [N, D] of the tokens `wanted`), and with `keep_kv` (keys, values).
 
-        Of the tokens `wanted` [N] alone, if given: the others are then but keys and values.
+        Tokens that are not `wanted` [N] still serve the others as keys and values.
         """
         q, k, v = self.before(x, layout.cos, layout.sin)
         attended = attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
@@ -236,7 +199,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.checkpoint_activations = config, False
         self.stop_ids = ()  # the tokens that end an answer; `load` fills them in
-        self.model = nn.ModuleDict({  # the checkpoint's names of these weights begin with `model.`
+
+        # The names are those of the checkpoint, where these weights begin with `model.`.
+        self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, window) for window in config.windows),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
@@ -248,11 +213,11 @@ class Llama(nn.Module):
                wanted: Tensor | None = None):
         """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
 
-        Examples do not see each other. `prefix` (B rows) stands before them. `noise` [T] from
-        `noise_keys` switches on NEFTune and dropout, in training mode only; `full_lengths` [B] are
-        then the lengths of the examples if these tokens are but a part of them. `wanted` [N] are
-        the flat indices of the tokens whose states are asked for: the last layer spares itself the
-        others. Returns the states, and with `keep_kv` a Prefix of these tokens, else None.
+        prefix        what stands before each example (B rows)
+        keep_kv       whether the second thing returned is a Prefix of these tokens, or None
+        noise         [T] from `noise_keys`: switches on NEFTune and dropout, in training mode only
+        full_lengths  [B] for NEFTune: the lengths of the examples if these tokens are but a part
+        wanted        [N] flat indices of the tokens whose states are asked for; None: of all
         """
         x = self.model.embed_tokens(ids)  # [T, D]
         layout = Layout(self.config, lengths, prefix, x.device, product_dtype(x))
@@ -263,30 +228,32 @@ class Llama(nn.Module):
             added = neftune_noise(noise, lengths, x.shape[1], neftune_alpha, full_lengths)
             x = x + added.to(x.dtype)
 
-        kept = []
-        last = len(self.model.layers) - 1
+        kept, last = [], len(self.model.layers) - 1
         for i, layer in enumerate(self.model.layers):
             past = prefix.layers[i] if prefix is not None else None
             drops = noise is not None and layer.dropout > 0
             mine = combine(noise, i + 1) if drops else None  # [T] each layer draws its own
-            arguments = x, layout, past, keep_kv, mine, wanted if i == last else None
-            if self.checkpoint_activations and self.training:  # noise needs no RNG state to replay
-                x, kv = checkpoint(layer, *arguments, use_reentrant=False,
-                                   preserve_rng_state=False)
-            else:
-                x, kv = layer(*arguments)  # [T, D]
+
+            # Checkpointing computes the layer again in the backward pass. Our noise is a function
+            # of its keys: there is no state of a generator to bring back.
+            run = layer
+            if self.checkpoint_activations and self.training:
+                run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+
+            # Only the last layer may spare itself tokens: all others feed the keys of the next.
+            x, kv = run(x, layout, past, keep_kv, mine, wanted if i == last else None)  # [T, D]
             kept.append(kv)
         return self.model.norm(x), Prefix(kept, list(lengths)) if keep_kv else None
 
     def forward(self, ids, lengths, targets, prefix=None, noise=None, neftune_alpha=0.0,
-                full_lengths=None, equal_weights=False) -> Tensor:
+                full_lengths=None) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
         """
         states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha, full_lengths,
                                 wanted=targets - 1)  # [N, D]
-        return token_logprobs(states, self.head, ids[targets], equal_weights)
+        return token_logprobs(states, self.head, ids[targets])
 
     def next_logits(self, states: Tensor) -> Tensor:
         """Scores of every next token in fp32, for generation and exams: [B, D] -> [B, V]."""
@@ -328,6 +295,89 @@ class Llama(nn.Module):
 # ==== read: attention over flat tokens ============================================================
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """What attention is, for one example: softmax(q k^T / sqrt(Dh)) v over the keys a query sees.
+
+    The queries [L, H, Dh] belong to the last L of the S tokens whose keys and values [S, K, Dh] are
+    given. A token sees itself and those before it, with a window only the last `window` of them.
+    Read this; `attention` is what runs.
+    """
+    (L, H, Dh), (S, K, _) = q.shape, k.shape
+    k = k.repeat_interleave(H // K, 1)  # [S, H, Dh]
+    v = v.repeat_interleave(H // K, 1)  # [S, H, Dh]
+    scores = torch.einsum("lhd,shd->hls", q, k) / math.sqrt(Dh)  # [H, L, S]
+    unseen = ~visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)  # [H, L, S]
+    return torch.einsum("hls,shd->lhd", weights, v)  # [L, H, Dh]
+
+
+def visible(position: Tensor, S: int, window: int | None) -> Tensor:
+    """Which of the keys 0 to S - 1 the queries at these positions [L] see: [L, S]."""
+    age = position[:, None] - torch.arange(S, device=position.device)  # [L, S] tokens in between
+    return (age >= 0) & (age < (window or S))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -> Tensor:
+    """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
+
+    `past` are the keys and values that stand before them, or None. There is one call per group of
+    equally long neighbours: nothing is padded, so no work is wasted.
+    """
+    if isinstance(layout.prefix, Cache):
+        return attend_cached(q, k, v, past, layout, window)
+    if layout.varlen:
+        return attend_varlen(q, k, v, past, layout, window)
+
+    # Cut the flat tokens into the groups, and what was kept into its G prefixes.
+    sizes = [L * b for _, L, b in layout.groups]
+    q, k, v = q.split(sizes), k.split(sizes), v.split(sizes)
+    if past is not None:
+        past_k, past_v = (t.split(layout.prefix.lengths) for t in past)  # G of [P, K, Dh]
+
+    found = []
+    for i, (row, L, b) in enumerate(layout.groups):
+        query, key, value = (t[i].unflatten(0, (b, L)) for t in (q, k, v))  # [b, L, heads, Dh]
+
+        # The b examples of a group continue the same prefix.
+        if past is not None:
+            key = torch.cat((past_k[row].expand(b, -1, -1, -1), key), 1)  # [b, S, K, Dh]
+            value = torch.cat((past_v[row].expand(b, -1, -1, -1), value), 1)  # [b, S, K, Dh]
+        found.append(attend_group(query, key, value, layout, window).flatten(0, 1))  # [b*L, H, Dh]
+    return torch.cat(found)  # [T, H, Dh]
+
+
+SHORT = 192  # tokens below which a CPU's backward pass of attention is faster in fp32 than in bf16
+
+
+def attend_group(q: Tensor, k: Tensor, v: Tensor, layout: "Layout", window) -> Tensor:
+    """The queries [b, L, H, Dh] of b examples over their keys and values [b, S, K, Dh]."""
+    L, S, dtype = q.shape[1], k.shape[1], v.dtype
+    if L < SHORT and q.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()
+
+    # A causal kernel skips the half of the square [S, S] that a mask would hide. That is worth
+    # some empty queries before the L, unless a long prefix makes them the larger part.
+    mask = None
+    if (window or S) < S or L < S - L:
+        mask = layout.mask(L, S, window, q)  # [L, S]
+    elif L < S:
+        q = F.pad(q, (0, 0, 0, 0, S - L, 0))  # [b, S, H, Dh]
+    return attend(q, k, v, mask)[:, -L:].to(dtype)  # [b, L, H, Dh]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's attention of [B, L, H, Dh] queries over [B, S, K, Dh] keys; no mask: causal."""
+    shared = q.shape[2] != k.shape[2]  # query head h reads key/value head h // (H / K)
+
+    # CUDA's kernels take a mask or shared heads: with both, all scores would be written out.
+    if shared and mask is not None and q.device.type != "cpu":
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
+        shared = False
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, tokens, Dh]
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)
+    return out.transpose(1, 2)  # [B, L, H, Dh]
+
+
 @dataclass
 class Prefix:
     """Keys and values of tokens that later tokens continue; gradients flow into them.
@@ -342,7 +392,7 @@ class Prefix:
 
     def select(self, rows: Iterable[int]) -> "Prefix":
         """The prefixes that B examples continue: `rows` [B] of the G stored ones."""
-        return Prefix(self.layers, self.lengths, [int(row) for row in rows])
+        return Prefix(self.layers, self.lengths, list(rows))
 
 
 class Layout:
@@ -364,6 +414,8 @@ class Layout:
         first = count.cumsum(0) - count  # [B] flat index of each example's first token
         example = torch.arange(B).repeat_interleave(count)  # [T]
         position = torch.arange(T) + (start - first)[example]  # [T]
+
+        # The angles of RoPE, the same for all layers and heads.
         frequencies, factor = rope_frequencies(config, start + count)  # [B or 1, Dh/2]
         angles = position[:, None] * frequencies.expand(B, -1)[example]  # [T, Dh/2]
         turns = factor * torch.stack((angles.cos(), angles.sin()))  # [2, T, Dh/2]
@@ -376,7 +428,7 @@ class Layout:
         if isinstance(prefix, Cache):
             self.place = send(torch.stack((torch.arange(B), start)), device)  # [2, B] row, column
         elif self.varlen:
-            self.plan_varlen(count, start, rows, device)
+            plan_varlen(self, torch.stack((count, start + count)), rows, device)
 
     def mask(self, L: int, S: int, window: int | None, q: Tensor) -> Tensor:
         """[L, S] what to add to the scores of the last L of S tokens: 0, or -inf where unseen."""
@@ -385,95 +437,6 @@ class Layout:
             seen = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
             self.masks[key] = q.new_zeros(L, S).masked_fill(~seen, -torch.inf)
         return self.masks[key]
-
-    def plan_varlen(self, count: Tensor, start: Tensor, rows: list, device) -> None:
-        """What `varlen_attn` asks: where examples end among the queries and among the keys."""
-        zero, seen = torch.zeros(1, dtype=torch.long), start + count  # [B] keys of each example
-        ends = torch.cat((zero, count.cumsum(0), zero, seen.cumsum(0))).int()  # [2 (B + 1)]
-        self.query_ends, self.key_ends = send(ends, device).chunk(2)  # [B + 1] each
-        self.longest = int(count.max()), int(seen.max())
-        if self.prefix is not None:  # where each example's keys lie: its prefix's, then its own
-            sizes = [*self.prefix.lengths, *count.tolist()]
-            *stored, own = torch.arange(sum(sizes)).split([*self.prefix.lengths, int(count.sum())])
-            pairs = zip(rows, own.split(count.tolist()), strict=True)
-            order = torch.cat([part for row, mine in pairs for part in (stored[row], mine)])
-            self.order = send(order, device)  # [sum of S]
-
-
-SHORT = 192  # tokens below which a CPU's backward pass of attention is faster in fp32 than in bf16
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: Layout, window: int | None) -> Tensor:
-    """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
-
-    `past` are the keys and values that stand before them, or None. One call per group of equally
-    long neighbours: nothing is padded, so no work is wasted.
-    """
-    if isinstance(layout.prefix, Cache):
-        return attend_cached(q, k, v, past, layout, window)
-    if layout.varlen:
-        return attend_varlen(q, k, v, past, layout, window)
-
-    out, sizes = [], [length * members for _, length, members in layout.groups]
-    if past is not None:
-        past_k, past_v = (t.split(layout.prefix.lengths) for t in past)  # G of [P, K, Dh]
-    parts = zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    for (row, L, b), q_, k_, v_ in parts:
-        q_, k_, v_ = (t.unflatten(0, (b, L)) for t in (q_, k_, v_))  # [b, L, heads, Dh]
-        if past is not None:
-            k_ = torch.cat((past_k[row].expand(b, -1, -1, -1), k_), 1)  # [b, S, K, Dh]
-            v_ = torch.cat((past_v[row].expand(b, -1, -1, -1), v_), 1)
-        S, mask = k_.shape[1], None
-        if L < SHORT and q.device.type == "cpu":
-            q_, k_, v_ = (t.float() for t in (q_, k_, v_))
-        if (window or S) < S or L < S - L:
-            mask = layout.mask(L, S, window, q_)  # [L, S]
-        elif L < S:  # a causal kernel skips what a mask would hide: worth some empty queries
-            q_ = F.pad(q_, (0, 0, 0, 0, S - L, 0))  # [b, S, H, Dh]
-        found = attend(q_, k_, v_, mask)[:, -L:]  # [b, L, H, Dh]
-        out.append(found.flatten(0, 1).to(v.dtype))  # [b * L, H, Dh]
-    return torch.cat(out)  # [T, H, Dh]
-
-
-def attend_cached(q, k, v, past, layout, window) -> Tensor:
-    """One new token per row: it joins its row's cache [B, room, K, Dh], and looks at all of it."""
-    row, column = layout.place  # [B] each
-    for stored, new in zip(past, (k, v), strict=True):
-        stored[row, column] = new
-    S = max(layout.prefix.lengths) + 1
-    mask = visible(column, S, window)[:, None, None]  # [B, 1, 1, S]
-    return attend(q[:, None], past[0][:, :S], past[1][:, :S], mask)[:, 0]  # [B, H, Dh]
-
-
-def attend_varlen(q, k, v, past, layout, window) -> Tensor:
-    """CUDA's kernel for examples end to end; its mask is causal, aligned at the last tokens."""
-    if past is not None:
-        k, v = (torch.cat((p, own)).index_select(0, layout.order)  # [sum of S, K, Dh]
-                for p, own in zip(past, (k, v), strict=True))
-    left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest,
-                       window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
-
-
-def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `varlen_attn` is there, with the arguments we need, for this device and type."""
-    if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
-        return False
-    known = varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return bool(known) and torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's attention of [B, L, H, Dh] queries over [B, S, K, Dh] keys; no mask: causal."""
-    shared = q.shape[2] != k.shape[2]  # query head h reads key/value head h // (H / K)
-    if shared and mask is not None and q.device.type != "cpu":
-        # CUDA's kernels take a mask or shared heads: with both, all scores would be written out.
-        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
-        shared = False
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, tokens, Dh]
-    causal = mask is None
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
-    return out.transpose(1, 2)  # [B, L, H, Dh]
 
 
 # ==== read: noise as a pure function ==============================================================
@@ -544,15 +507,12 @@ def plain_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]  # [N]
 
 
-def token_logprobs(states: Tensor, head: Tensor, targets: Tensor,
-                   equal_weights: bool = False) -> Tensor:
+def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """ln p(target) in nats [N] from states [N, D], the head's weight [V, D] and target ids [N].
 
     The one place where hidden states become log-probabilities: training and evaluation come here.
-    Set `equal_weights` if the loss gives every target the same weight (SFT does). It is a hint: if
-    it is wrong the result is still right, only slower.
     """
-    return TokenLogprobs.apply(states, head, targets, equal_weights)
+    return TokenLogprobs.apply(states, head, targets)
 
 
 LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp32)
@@ -564,85 +524,75 @@ def logit_elements(device: torch.device) -> int:
     return CUDA_LOGIT_ELEMENTS if device.type == "cuda" else LOGIT_ELEMENTS
 
 
-def head_pass(states, head, targets, dtype, grad_states, grad_head, g=None, kept=None) -> Tensor:
-    """ln softmax(h W^T)[target] [N], a chunk of rows at a time: never all N * V logits at once.
-
-    With p_i = softmax(h_i W^T) and the residual r_i = p_i - onehot(target_i), whose negative is the
-    gradient of ln p_i[target_i] by the logits, fills where they are not None
-        kept         [N, V] with r_i,
-        grad_states  [N, D] with -r_i W,
-        grad_head    [V, D] with -sum_i g_i r_i^T h_i (g_i = 1 where no g is given).
-    """
-    weight = head.to(dtype)  # [V, D]
-    size = max(1, logit_elements(states.device) // len(head))
-    logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
+def logit_chunks(states: Tensor, weight: Tensor):
+    """Yield (rows, ln softmax(h W^T) [n, V] of these rows in fp32): never all N * V at once."""
+    size = max(1, logit_elements(states.device) // len(weight))
     for first in range(0, len(states), size):
         rows = slice(first, first + size)
-        h, target = states[rows].to(dtype), targets[rows, None]  # [rows, D], [rows, 1]
-        logits = (h @ weight.T).float().log_softmax(-1)  # [rows, V] normalised
-        logp[rows] = logits.gather(1, target)[:, 0]
-        if kept is None and grad_states is None and grad_head is None:
-            continue
+        logits = states[rows].to(weight.dtype) @ weight.T  # [n, V]
+        yield rows, logits.float().log_softmax(-1)
 
-        # In the memory of the logits: softmax, less 1 at the target.
-        residual = logits.exp_()  # [rows, V]
-        residual.scatter_add_(1, target, residual.new_full(target.shape, -1.0))
-        if kept is not None:
-            kept[rows] = residual
-        residual = residual.to(dtype) if kept is None else kept[rows]
-        if grad_states is not None:
-            grad_states[rows] = -(residual @ weight)  # [rows, D]
-        if grad_head is not None:  # [V, D] summed in fp32, whatever the products' type
-            h = h if g is None else (h * g[rows, None]).to(dtype)
-            grad_head.sub_(residual.T @ h)
-    return logp
+
+def residuals(log_softmax: Tensor, targets: Tensor) -> Tensor:
+    """r = softmax - onehot(target) [n, V], in the memory of what is given."""
+    r = log_softmax.exp_()
+    return r.scatter_add_(1, targets[:, None], r.new_full((len(r), 1), -1.0))
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """The gradient of `head_pass`, for arriving gradients g_i of the log-probabilities.
+    """`plain_logprobs` and its gradients, a chunk of rows at a time.
 
-    dL/dh_i = -g_i r_i W is only [N, D], so the forward pass keeps -r_i W. dL/dW mixes the g_i,
-    which are not known yet: the residuals are kept for it, if they are few. If not, `equal_weights`
-    (the token mean of SFT) lets the forward pass sum dL/dW for g = 1, which only has to be scaled
-    if the g_i prove equal; else the backward pass computes the logits again.
+    The gradient of ln p_i by its logits h_i W^T is -r_i, the residual of row i. So for arriving
+    gradients g_i
+
+        dL/dh_i = -g_i r_i W           is only [N, D]: the forward pass keeps -r_i W
+        dL/dW   = -sum_i g_i r_i^T h_i mixes the g_i, which the forward pass cannot know: it keeps
+                                       the r_i if they are few, else they are computed again
     """
 
     @staticmethod
-    def forward(ctx, states, head, targets, equal_weights):
+    def forward(ctx, states, head, targets):
         ctx.dtype = product_dtype(states)
+        weight = head.to(ctx.dtype)  # [V, D]
+        logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
+        grad_states = kept = None
 
         # Under no_grad the head still has requires_grad=True. The states tell whether a gradient
         # is wanted.
-        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_head = kept = None
-        bytes_kept = len(states) * len(head) * ctx.dtype.itemsize
-        if all(ctx.needs_input_grad[:2]) and bytes_kept <= 16 * logit_elements(states.device):
-            kept = states.new_empty(len(states), len(head), dtype=ctx.dtype)  # [N, V]
-        elif ctx.needs_input_grad[1] and equal_weights:
-            grad_head = torch.zeros_like(head, dtype=torch.float32)
-        with torch.autocast(states.device.type, enabled=False):
-            logp = head_pass(states, head, targets, ctx.dtype, grad_states, grad_head, None, kept)
-        ctx.save_for_backward(states, head, targets, grad_states, grad_head, kept)
+        if ctx.needs_input_grad[0]:
+            grad_states = torch.empty_like(states)
+            few = 16 * logit_elements(states.device)  # bytes
+            if ctx.needs_input_grad[1] and len(states) * len(head) * ctx.dtype.itemsize <= few:
+                kept = states.new_empty(len(states), len(head), dtype=ctx.dtype)  # [N, V]
+
+        for rows, log_softmax in logit_chunks(states, weight):
+            logp[rows] = log_softmax.gather(1, targets[rows, None])[:, 0]
+            if grad_states is not None:
+                r = residuals(log_softmax, targets[rows]).to(ctx.dtype)  # [n, V]
+                grad_states[rows] = -(r @ weight)  # [n, D]
+                if kept is not None:
+                    kept[rows] = r
+        ctx.save_for_backward(states, head, targets, grad_states, kept)
         return logp
 
     @staticmethod
     def backward(ctx, g):
-        states, head, targets, grad_states, grad_head, kept = ctx.saved_tensors
+        states, head, targets, grad_states, kept = ctx.saved_tensors
         if grad_states is not None:
             grad_states = grad_states * g[:, None].to(grad_states.dtype)
         if not ctx.needs_input_grad[1]:
-            return grad_states, None, None, None
+            return grad_states, None, None
 
-        with torch.autocast(states.device.type, enabled=False):
-            if kept is not None:
-                weighted = (states * -g[:, None]).to(ctx.dtype)  # [N, D]
-                grad_head = kept.T @ weighted  # [V, D]
-            elif grad_head is not None and bool((g == g[0]).all()):  # the hint is checked
-                grad_head = grad_head.mul_(g[0])
-            else:
-                grad_head = torch.zeros_like(head, dtype=torch.float32)
-                head_pass(states, head, targets, ctx.dtype, None, grad_head, g)
-        return grad_states, grad_head.to(head.dtype), None, None
+        weighted = (states * -g[:, None]).to(ctx.dtype)  # [N, D]
+        if kept is not None:
+            return grad_states, (kept.T @ weighted).to(head.dtype), None
+
+        # Summed over the chunks in fp32, whatever the type of the products.
+        grad_head = torch.zeros_like(head, dtype=torch.float32)  # [V, D]
+        for rows, log_softmax in logit_chunks(states, head.to(ctx.dtype)):
+            r = residuals(log_softmax, targets[rows]).to(ctx.dtype)  # [n, V]
+            grad_head += r.T @ weighted[rows]
+        return grad_states, grad_head.to(head.dtype), None
 
 
 # ==== read: generation ============================================================================
@@ -679,6 +629,18 @@ class Cache:
         self.layers = [[t[rows] for t in pair] for pair in self.layers]
 
 
+def attend_cached(q, k, v, past, layout, window) -> Tensor:
+    """One new token per row: it joins its row's cache [B, room, K, Dh], and looks at all of it."""
+    row, column = layout.place  # [B] each
+    for stored, new in zip(past, (k, v), strict=True):
+        stored[row, column] = new
+
+    # The rows are unlike in length, so a mask hides what lies behind the end of each.
+    S = max(layout.prefix.lengths) + 1
+    mask = visible(column, S, window)[:, None, None]  # [B, 1, 1, S]
+    return attend(q[:, None], past[0][:, :S], past[1][:, :S], mask)[:, 0]  # [B, H, Dh]
+
+
 @dataclass
 class Sampling:
     """How the next token is drawn from the scores."""
@@ -690,38 +652,35 @@ class Sampling:
     seed: int = 0  # of what is drawn
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL (arXiv:1909.05858, eq. 2): scores of `seen` [B, V] / penalty if positive, else *."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def adjust_scores(logits: Tensor, seen: Tensor, how: Sampling) -> Tensor:
+    """The scores [B, V] to draw from; `seen` [B, V] are the tokens that stand in each text."""
+    if how.repetition_penalty != 1.0:  # CTRL, arXiv:1909.05858, eq. 2
+        up, down = logits * how.repetition_penalty, logits / how.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, down, up), logits)
+    if how.temperature > 0:
+        logits = logits / how.temperature
+    if how.top_k:
+        floor = logits.topk(min(how.top_k, logits.shape[1])).values[:, -1:]  # [B, 1]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
 
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """-inf for all but the k highest scores of each row."""
-    floor = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < floor, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Nucleus (arXiv:1904.09751): -inf outside the smallest set of tokens that reaches p."""
-    ordered, index = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
-    return logits.masked_fill((before >= p).gather(1, index.argsort()), -torch.inf)
+    # Nucleus (arXiv:1904.09751): the smallest set of likeliest tokens that reaches top_p.
+    if how.top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
+        outside = (before >= how.top_p).gather(1, index.argsort())  # [B, V] in the old order
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits
 
 
 def next_token(logits, seen, how: Sampling, samples: list[int], step: int) -> Tensor:
-    """Draw from scores [B, V] one token per row [B].
+    """Draw from scores [B, V] one token per row [B], the likeliest at temperature 0."""
+    logits = adjust_scores(logits, seen, how)
 
-    Sampling is Gumbel's argmax(logits + g), its noise keyed by (seed, sample, step): what is drawn
-    for a prompt does not depend on the batch it is in.
-    """
-    if how.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, seen, how.repetition_penalty)
+    # Gumbel: argmax(logits + g) is a draw from their softmax. The noise is keyed by seed, sample
+    # and step, so that what is drawn for a prompt does not depend on the batch it is in.
     if how.temperature > 0:
-        logits = logits / how.temperature
-        logits = keep_top_k(logits, how.top_k) if how.top_k else logits
-        logits = keep_top_p(logits, how.top_p) if how.top_p < 1 else logits
-        ones = [1] * len(samples)
-        keys = noise_keys(how.seed, samples, [step] * len(samples), ones, logits.device)  # [B]
+        B = len(samples)
+        keys = noise_keys(how.seed, samples, [step] * B, [1] * B, logits.device)  # [B]
         logits = logits - (-uniform(keys, logits.shape[1]).log()).log()
     return logits.argmax(-1)
 
@@ -751,6 +710,8 @@ def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, 
     samples = list(samples or range(len(prompts)))
     if not all(prompts):
         raise ValueError("a prompt needs at least one token")
+
+    # Which tokens each text holds, for the repetition penalty.
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device)
     for row, prompt in zip(seen, prompts, strict=True):
         row[torch.tensor(prompt, device=model.device)] = True
@@ -793,6 +754,43 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, **how)
     return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
 
 
+# ---- skip on a first reading: attention by CUDA's kernel for flat tokens -------------------------
+
+
+def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `varlen_attn` is there, with the arguments we need, for this device and type."""
+    if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
+        return False
+    known = varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return bool(known) and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def plan_varlen(layout: Layout, counts: Tensor, rows: list, device) -> None:
+    """What `varlen_attn` asks: where examples end among queries and keys; `counts` [2, B] of each.
+
+    With a prefix also where the keys of each example lie: its prefix's, then its own.
+    """
+    ends = F.pad(counts.cumsum(1), (1, 0)).int()  # [2, B + 1], from 0
+    layout.query_ends, layout.key_ends = send(ends, device)  # [B + 1] each
+    layout.longest = counts.max(1).values.tolist()  # of the queries, of the keys
+    if layout.prefix is not None:
+        sizes = [*layout.prefix.lengths, *counts[0].tolist()]
+        pieces = torch.arange(sum(sizes)).split(sizes)
+        own = pieces[len(layout.prefix.lengths) :]
+        pairs = [torch.cat((pieces[row], mine)) for row, mine in zip(rows, own, strict=True)]
+        layout.order = send(torch.cat(pairs), device)  # [sum of S]
+
+
+def attend_varlen(q, k, v, past, layout, window) -> Tensor:
+    """All examples in one call; the kernel's mask is causal, aligned at the last tokens."""
+    if past is not None:
+        k = torch.cat((past[0], k)).index_select(0, layout.order)  # [sum of S, K, Dh]
+        v = torch.cat((past[1], v)).index_select(0, layout.order)  # [sum of S, K, Dh]
+    left = -1 if window is None else window - 1
+    return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest,
+                       window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
 # ---- skip on a first reading: RoPE's variants ----------------------------------------------------
 
 
@@ -811,30 +809,37 @@ def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, floa
     """
     rope, d = config.rope, config.head_dim
     kind, s = rope["rope_type"], rope.get("factor")
-    original = rope["original_max_position_embeddings"]
+    L0 = rope["original_max_position_embeddings"]
     theta = torch.full((1, 1), float(rope["rope_theta"]), device=lengths.device)
     if kind == "dynamic":
-        length = lengths.clamp(min=original).float()[:, None]  # [B, 1]
-        theta = theta * (s * length / original - (s - 1)) ** (d / (d - 2))
+        L = lengths.clamp(min=L0).float()[:, None]  # [B, 1]
+        theta = theta * (s * L / L0 - (s - 1)) ** (d / (d - 2))
     f = 1.0 / theta ** (torch.arange(0, d, 2, device=lengths.device).float() / d)  # [B or 1, Dh/2]
+
     if kind == "linear":
         f = f / s
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        blend = ((original * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        blend = ((L0 * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         f = (1 - blend) * f / s + blend * f
-    if kind != "yarn":
-        return f, 1.0
+    return yarn(rope, f) if kind == "yarn" else (f, 1.0)
+
+
+def yarn(rope: dict, f: Tensor) -> tuple[Tensor, float]:
+    """Stretch slow turns, keep fast ones: frequencies [1, Dh/2], and the factor for cos and sin."""
+    d, s, L0 = 2 * f.shape[1], rope["factor"], rope["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:  # the i that turns so often within the pretraining length
-        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+        return d * math.log(L0 / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
+    # From f at i <= low to f / s at i >= high.
     low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d - 1)
     ramp = ((torch.arange(d // 2, device=f.device) - low) / max(high - low, 0.001)).clamp(0, 1)
 
+    # DeepSeek's config.json names two scales, whose quotient it is then.
     grow, over, under = 0.1 * math.log(max(s, 1)), rope.get("mscale"), rope.get("mscale_all_dim")
     factor = (grow * over + 1) / (grow * under + 1) if over and under else grow + 1
     return f / s * ramp + f * (1 - ramp), rope.get("attention_factor") or factor
@@ -860,10 +865,9 @@ def read_config(source: dict) -> ModelConfig:
 
     Raises InputError for what is not supported, KeyError for a key that is missing.
     """
-    family = source.get("model_type")
+    family, act = source.get("model_type"), source.get("hidden_act", "silu")
     check(family in FAMILIES,
           f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    act = source.get("hidden_act", "silu")
     check(act == "silu", f"hidden_act {act} is not supported, only silu")
 
     # What is missing means what it means in transformers.
@@ -875,6 +879,8 @@ def read_config(source: dict) -> ModelConfig:
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
     values["windows"], values["rope"] = read_windows(values), read_rope(values)
+
+    # Keys that do not shape the computation stay in `source` alone.
     fields = ModelConfig.__dataclass_fields__
     return ModelConfig(**{name: values[name] for name in fields if name in values})
 
@@ -887,9 +893,10 @@ def read_windows(values: dict) -> list[int | None]:
         return [window] * layers
     if family == "llama" or not values.get("use_sliding_window", False):
         return [None] * layers
-    slides = [i >= values.get("max_window_layers", 28) for i in range(layers)]
-    if values.get("layer_types"):
-        slides = [kind == "sliding_attention" for kind in values["layer_types"]]
+
+    # Newer files list the layers, older ones say where the windows begin.
+    kinds, first = values.get("layer_types"), values.get("max_window_layers", 28)
+    slides = [kinds[i] == "sliding_attention" if kinds else i >= first for i in range(layers)]
     return [window if s else None for s in slides]
 
 
@@ -905,8 +912,9 @@ def read_rope(values: dict) -> dict:
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     check(part == 1.0, "partial_rotary_factor other than 1 is not supported")
 
+    # Dynamic RoPE grows from the largest position, the others from the length of pretraining.
     key, length = "original_max_position_embeddings", values["max_position_embeddings"]
-    if kind != "dynamic":  # which grows from max_position_embeddings, not from pretraining's length
+    if kind != "dynamic":
         length = values.get(key) or rope.get(key) or length
     rope[key] = length
     return rope
@@ -916,6 +924,7 @@ def read_rope(values: dict) -> dict:
 
 SHARD_BYTES = 5 * 10**9  # largest weight file we write, as in the Hugging Face layout
 INDEX = "model.safetensors.index.json"  # which file holds which weight, where there are several
+QUANTISED = ("qweight", "qzeros", "absmax", "weight_scale", "scale_inv")  # ends of their names
 
 
 class InputError(ValueError):
@@ -930,8 +939,7 @@ def check(condition, message: str) -> None:
 
 def send(tensor: Tensor, device) -> Tensor:
     """A CPU tensor on the device, behind the work that is queued there: the host does not wait."""
-    device = torch.device(device)
-    if device.type == "cuda" and torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()  # the copy of pageable memory would wait
     return tensor.to(device, non_blocking=True)
 
@@ -959,13 +967,12 @@ def read_json(path: Path) -> dict:
     """The object of a JSON file, or an InputError that names it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, found {type(value).__name__}")
-        return value
     except FileNotFoundError:
         raise InputError(f"{path} is missing; is that a Hugging Face checkpoint?") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+    check(isinstance(value, dict), f"{path}: expected an object, found {type(value).__name__}")
+    return value
 
 
 def checkpoint_file(folder: Path, name: str) -> Path:
@@ -977,18 +984,23 @@ def checkpoint_file(folder: Path, name: str) -> Path:
         check(not pointer, f"{path} is only a pointer of git-lfs; `git lfs pull` fetches the file")
         return path
 
-    cached, inner = sorted(folder.glob("snapshots/*/config.json")), sorted(folder.glob(f"*/{name}"))
-    if cached:
-        raise InputError(f"{folder} is a cache of the hub; its checkpoint is {cached[-1].parent}")
-    check(not (folder / "adapter_config.json").exists(), f"{folder} is an adapter, not a model; "
-          "merge it into its base first (peft: merge_and_unload(), then save_pretrained)")
-    check(folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)), f"no folder "
-          f"{folder}; a model of the hub comes with `hf download {folder} --local-dir DIR`")
-    check(name != "tokenizer.json" or not (folder / "tokenizer.model").exists(), f"{folder} has "
-          "only tokenizer.model; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of "
-          "transformers writes tokenizer.json")
-    hint = f"give {inner[0].parent}" if inner else "is that a Hugging Face checkpoint?"
-    raise InputError(f"{path} is missing; {hint}")
+    # What people give in place of a checkpoint's folder, and what helps.
+    cached = max((p.parent for p in folder.glob("snapshots/*/config.json")), default=None)
+    inner = min((p.parent for p in folder.glob(f"*/{name}")), default=None)
+    adapter = (folder / "adapter_config.json").exists()
+    hub_id = not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
+    old = name == "tokenizer.json" and (folder / "tokenizer.model").exists()
+    for found, message in (
+            (cached, f"{folder} is a cache of the hub; its checkpoint is {cached}"),
+            (adapter, f"{folder} is an adapter, not a model; merge it into its base first (peft: "
+             "merge_and_unload(), then save_pretrained)"),
+            (hub_id, f"no folder {folder}; a model of the hub comes with `hf download {folder} "
+             "--local-dir DIR`"),
+            (old, f"{folder} has only tokenizer.model; AutoTokenizer.from_pretrained(DIR)."
+             "save_pretrained(DIR) of transformers writes tokenizer.json"),
+            (inner, f"{path} is missing; give {inner}"),
+            (True, f"{path} is missing; is that a Hugging Face checkpoint?")):
+        check(not found, message)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -1009,7 +1021,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     kind = (source.get("quantization_config") or {}).get("quant_method")
     check(not kind, f"{path}: the weights are quantised ({kind}); take the checkpoint in 16 bits")
     try:
-        return ModelConfig.from_dict(source)
+        return read_config(source)
     except KeyError as error:
         raise InputError(f"{path}: key {error} is missing") from None
     except (TypeError, ValueError) as error:
@@ -1048,18 +1060,19 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     """Put a stored tensor where its name says and take it off the list of what is missing."""
     if name.endswith("rotary_emb.inv_freq"):  # stored by old conversions, derived here
         return
+    quantised = tensor.itemsize == 1 or not tensor.is_floating_point() or name.endswith(QUANTISED)
+    check(not quantised, f"{path}: the weights are quantised ({name} is stored as {tensor.dtype}); "
+          "take the checkpoint in 16 bits")
+
+    # A tied matrix may be stored under either name, or both.
+    embedding = "model.embed_tokens.weight"
     if name == "lm_head.weight" and model.config.tie_word_embeddings:
-        name = "model.embed_tokens.weight"  # tied: either name may be stored, or both
-    if name not in missing:
-        if name == "model.embed_tokens.weight" and torch.equal(model.head, tensor.to(model.head)):
-            return
-        check(name != "model.embed_tokens.weight", f"{path}: tie_word_embeddings is set, but "
-              "lm_head.weight and model.embed_tokens.weight differ")
-        quantised = name.endswith(("qweight", "qzeros", "absmax", "weight_scale", "scale_inv"))
-        check(not quantised, f"{path}: the weights are quantised ({name}); take those in 16 bits")
-        raise InputError(f"{path}: config.json leaves no place for weight {name}")
-    check(tensor.is_floating_point() and tensor.itemsize > 1, f"{path}: weight {name} is stored as "
-          f"{tensor.dtype}: quantised; take the checkpoint in 16 bits")
+        name = embedding
+    if name == embedding and name not in missing:
+        check(torch.equal(model.head, tensor.to(model.head)), f"{path}: tie_word_embeddings is set,"
+              f" but lm_head.weight and {embedding} differ")
+        return
+    check(name in missing, f"{path}: config.json leaves no place for weight {name}")
     want, shape = list(missing.pop(name).shape), list(tensor.shape)
     check(want == shape, f"{path}: weight {name} has shape {shape}, expected {want}")
 
@@ -1087,27 +1100,23 @@ def check_output(flag: str, output: str | Path, inputs=(), size: int = 2**20) ->
     written at least.
     """
     output = Path(output)
-    kind = "folder" if flag == "--output_dir" else "file"
     for path in map(Path, inputs):
         same = path.resolve() == output.resolve()
         same = same or (path.exists() and output.exists() and path.samefile(output))
         check(not same, f"{flag} {output} is the input {path}; choose another place")
 
     # Tried in the nearest folder there is: what is refused later must leave no folder behind.
-    folder = output.absolute()
-    while not folder.is_dir():
-        fine = not folder.exists() or (folder == output.absolute() and kind == "file")
-        check(fine, f"{flag} {output} cannot be written: {folder} is a file")
-        folder = folder.parent
-    check(kind == "folder" or folder != output.absolute(),
-          f"{flag} {output} cannot be written: it is a folder")
+    place = output.absolute() if flag == "--output_dir" else output.absolute().parent
+    folder = next(p for p in (place, *place.parents) if p.exists())
+    no = f"{flag} {output} cannot be written:"
+    check(folder.is_dir(), f"{no} {folder} is a file")
+    check(flag == "--output_dir" or not output.is_dir(), f"{no} it is a folder")
     try:
         free = shutil.disk_usage(folder).free
-        check(free >= size, f"{flag} {output} cannot be written: {size / 1e9:.1f} GB are needed, "
-              f"{free / 1e9:.1f} GB are free")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{flag} {output} cannot be written: {error.strerror}") from None
+        raise InputError(f"{no} {error.strerror}") from None
+    check(free >= size, f"{no} {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
 def write_atomic(path: Path, write) -> None:
@@ -1143,30 +1152,32 @@ def write_json(path: Path, value: dict) -> None:
 
 def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """config.json and the weights, above 5 GB in shards with an index."""
-    folder, shards, room = Path(folder), [], 0
+    folder, shards, room, total = Path(folder), [], 0, 0
     for name, parameter in model.named_parameters():
-        if parameter.numel() * dtype.itemsize > room:
+        size = parameter.numel() * dtype.itemsize
+        if size > room:
             shards.append({})
             room = SHARD_BYTES
         shards[-1][name] = parameter
-        room -= parameter.numel() * dtype.itemsize
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+        room, total = room - size, total + size
 
     # The files that these replace: those of the folder's own checkpoint, and no stranger's.
     old, weight_map = {"model.safetensors", INDEX}, {}
     if (folder / INDEX).exists():
         listed = read_json(folder / INDEX).get("weight_map", {}).values()
         old |= {name for name in listed if Path(name).name == name}
-    for name, shard in zip(names, shards, strict=True):
+
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = name if len(shards) > 1 else "model.safetensors"
         tensors = {key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()}
-        write_atomic(folder / name, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))
+        write_atomic(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
-        total = sum(p.numel() * dtype.itemsize for p in model.parameters())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        names.append(INDEX)
-    for stale in old - set(names):
+        old.remove(INDEX)
+    for stale in old - set(weight_map.values()):
         (folder / stale).unlink(missing_ok=True)
+
     config = {k: v for k, v in model.config.source.items() if k not in ("torch_dtype", "dtype")}
     write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})

@@ -163,7 +163,7 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
         model.require_backward_grad_sync = k == len(batches)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
-                         neftune_alpha=c.neftune_alpha, equal_weights=divisor is None)  # [N]
+                         neftune_alpha=c.neftune_alpha)  # [N]
         loss = -(batch.weights * logp).sum() / total
 
         # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.

@@ -68,7 +68,7 @@ def rows(vocabulary: int) -> list[data.Example]:
 
 def new_model(config: dict, device) -> modeling.Llama:
     """A random model, the same every time."""
-    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
+    model = modeling.Llama(modeling.read_config(config))
     model.initialize(0)
     return model.to(device).train()
 
@@ -90,7 +90,7 @@ class Ours:
         for chunk in data.micro_batches([len(e.ids) for e in examples], MICRO_TOKENS)[0]:
             batch = data.collate([examples[i] for i in chunk], self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=DTYPE == "bf16"):
-                logp = self.model(batch.ids, batch.lengths, batch.targets, equal_weights=True)
+                logp = self.model(batch.ids, batch.lengths, batch.targets)
                 loss = -logp.sum() / count
             loss.backward()
             total += loss.item()

@@ -163,7 +163,7 @@ def make_student(folder: Path, teacher: str) -> None:
     config = dict(modeling.load_config(teacher).source)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         config[name] = config[name] // 2
-    student = modeling.Llama(modeling.ModelConfig.from_dict(config))
+    student = modeling.Llama(modeling.read_config(config))
     student.initialize(0)
     modeling.save(student, folder)
     data.ChatTokenizer(teacher).save(folder)

@@ -305,6 +305,6 @@ def make_demo_model(folder: Path, seed: int = 0) -> None:
               "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
               "initializer_range": 0.1, "eos_token_id": tokenizer.eos_id,
               "vocab_size": tokenizer.vocab_size}
-    model = modeling.Llama(modeling.ModelConfig.from_dict(config))
+    model = modeling.Llama(modeling.read_config(config))
     model.initialize(seed)
     modeling.save(model, folder)

@@ -25,7 +25,7 @@ from labs.text import ngrams, signature
 
 def small_model(seed=0):
     """A random Llama of two layers, grouped queries included."""
-    model = modeling.Llama(modeling.ModelConfig.from_dict({
+    model = modeling.Llama(modeling.read_config({
         "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "initializer_range": 0.5}))

@@ -115,9 +115,9 @@ def exact_setting(kl):
     """
     source = {"model_type": "llama", "vocab_size": 5, "hidden_size": 8, "intermediate_size": 16,
               "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
-    model = modeling.Llama(modeling.ModelConfig.from_dict(source))
+    model = modeling.Llama(modeling.read_config(source))
     model.initialize(0)
-    other = modeling.Llama(modeling.ModelConfig.from_dict(source))
+    other = modeling.Llama(modeling.read_config(source))
     other.initialize(1)
     answers = [[0]] + [[a, b] for a in range(1, 5) for b in range(5)]
     rewards = torch.rand(len(answers), generator=torch.Generator().manual_seed(0))
