@@ -5,6 +5,7 @@
     python -m labs.bench --dtype bf16       # the products of all loops in 16 bit
     python -m labs.bench --large            # 1.1B parameters at length 2048, eager and compiled
     python -m labs.bench --gpu              # the first ten minutes on a new GPU, as one command
+    python -m labs.bench --tiny --steps 1   # a toy model, only to try the commands
 
 In SFT and DPO three loops, in turn, train the same random model (50M parameters, vocabulary 32,000)
 on the same rows: 16 of ../shared/data/alpaca_zh_demo.json per step, for DPO 4 pairs of
@@ -48,6 +49,8 @@ SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "interm
          "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 LARGE = {**SMALL, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
          "num_attention_heads": 32}  # TinyLlama's shape
+TINY = {**SMALL, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 6400}
 DTYPE = "fp32"  # of matrix products: fp32 or bf16, see --dtype
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "T4": 65e12}  # dense, 16 bit
 
@@ -71,6 +74,11 @@ def new_model(config: dict, device) -> modeling.Llama:
     model = modeling.Llama(modeling.read_config(config))
     model.initialize(0)
     return model.to(device).train()
+
+
+def size(model: torch.nn.Module) -> str:
+    """Its parameters in millions."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"
 
 
 class Ours:
@@ -210,8 +218,8 @@ class TheirsDPO(Theirs):
         logp = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (logp * answers[:, 1:]).sum(1)
 
-    def step(self, items: list[train_dpo.Preference], reference=None) -> float:
-        """One optimizer step; returns the loss."""
+    def padded(self, items: list[train_dpo.Preference]) -> list[torch.Tensor]:
+        """ids, what is no padding, what an answer is: [2B, L] each, all chosen before rejected."""
         rows = [(p, *p.answers[side]) for side in (0, 1) for p in items]
         length = max(len(p.prompt) + len(ids) for p, ids, _ in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -223,7 +231,11 @@ class TheirsDPO(Theirs):
             mask[i, : first + len(answer)] = 1
             for a, b, _ in spans:
                 answers[i, first + a : first + b] = 1
-        ids, mask, answers = (t.to(self.device) for t in (ids, mask, answers))
+        return [t.to(self.device) for t in (ids, mask, answers)]
+
+    def step(self, items: list[train_dpo.Preference], reference=None) -> float:
+        """One optimizer step; returns the loss."""
+        ids, mask, answers = self.padded(items)
         with torch.autocast(self.device, torch.bfloat16, enabled=DTYPE == "bf16"):
             policy = self.logprobs(self.model, ids, mask, answers)
             with torch.no_grad():
@@ -380,11 +392,13 @@ def report(task: str, unit: str, speeds: dict[str, list], device: str) -> None:
     """Medians, ours divided by each, and the peak memory of each loop in a new process."""
     threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
     steps = len(speeds["ours"])
-    print(f"{task}, 50M parameters, {steps} steps in turn, {DTYPE}, {device}{threads}")
+    print(f"{task}, {size(new_model(SMALL, 'cpu'))} parameters, {steps} steps in turn, {DTYPE}, "
+          f"{device}{threads}")
     print(f"{'':10}{unit:>24}{'ours is times':>15}{'(lowest, highest)':>20}{'peak GiB':>10}")
     for name, values in speeds.items():
         ratios = [a / b for a, b in zip(speeds["ours"], values, strict=True)]
-        argv = [sys.executable, "-m", "labs.bench", "--memory", f"{task} {name}", "--dtype", DTYPE]
+        argv = [sys.executable, "-m", "labs.bench", "--memory", f"{task} {name}", "--dtype", DTYPE,
+                *(["--tiny"] if SMALL is TINY else [])]
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         spread = f"({min(ratios):.2f}, {max(ratios):.2f})"
         print(f"{name:10}{statistics.median(values):24.2f}{statistics.median(ratios):15.2f}"
@@ -526,34 +540,40 @@ def exam(steps: int, device: str) -> None:
     tokenizer, subjects = data.ChatTokenizer(source), evaluation.read_exam(c)
     sheets = [evaluation.make_sheet(tokenizer, s, c, 2048) for s in subjects]
     larger = {**SMALL, "num_hidden_layers": 8}
-    for title, config, some in (("2.0M", EXAM, sheets), ("50M", larger, sheets[::6])):
+    for config, some in ((EXAM, sheets), (larger, sheets[::6])):
         model, bare = new_model(config, device).eval(), BareExam(config, device)
         bare.model.eval()
         loops = {"ours": lambda *a: evaluation.score_options(*a, 8192), "bare": bare.score,
                  "in full": score_in_full}
-        seconds, scores = ({name: [] for name in loops} for _ in range(2))
-        for turn in range(1 + min(steps, 2)):  # in turn, subject by subject; the first warms up
-            for sheet in some if turn else some[:1]:
-                for name, score in loops.items():
-                    began = synchronized()
-                    found = score(model, sheet.prompts, sheet.options)
-                    if turn:
-                        seconds[name].append(synchronized() - began)
-                        scores[name].append(found)
-        asked = sum(map(len, scores["ours"]))
-        print(f"exam, 5 shots, {asked} questions, {title} parameters, fp32, {device}, "
+        seconds, scores = time_exam(loops, model, some, min(steps, 2))
+
+        asked = len(scores["ours"])
+        print(f"exam, 5 shots, {asked} questions, {size(model)} parameters, fp32, {device}, "
               f"{torch.get_num_threads()} threads")
         for name, values in seconds.items():
-            ours, other = (torch.cat(scores[k]) for k in ("ours", name))
             ratio = sum(values) / sum(seconds["ours"])
+            apart = (scores["ours"] - scores[name]).abs().max()
             print(f"{name:10}{1e3 * sum(values) / asked:8.2f} ms per question; ours is {ratio:.2f} "
-                  f"times as fast; largest difference {(ours - other).abs().max():.1e} nats",
-                  flush=True)
+                  f"times as fast; largest difference {apart:.1e} nats", flush=True)
 
 
-def main() -> None:
+def time_exam(loops: dict, model, sheets: list, turns: int) -> tuple[dict, dict]:
+    """The seconds and the scores of each loop, in turn and subject by subject."""
+    seconds, scores = {name: [] for name in loops}, {name: [] for name in loops}
+    for turn in range(1 + turns):
+        for sheet in sheets if turn else sheets[:1]:  # the first turn warms up
+            for name, score in loops.items():
+                began = synchronized()
+                found = score(model, sheet.prompts, sheet.options)
+                if turn:
+                    seconds[name].append(synchronized() - began)
+                    scores[name].append(found)
+    return seconds, {name: torch.cat(found) for name, found in scores.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
     """Read the flags."""
-    global DTYPE
+    global DTYPE, SMALL, EXAM
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="bf16 on a GPU, fp32 on a CPU")
@@ -562,13 +582,18 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="waits and kernels of a step")
     parser.add_argument("--compile", action="store_true", help="compile our layers")
     parser.add_argument("--only", choices=[*LOOPS, "exam"], help="one comparison instead of all")
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the commands")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     DTYPE = flags.dtype or ("bf16" if device == "cuda" else "fp32")
     Ours.compiled = flags.compile
+    if flags.tiny:
+        SMALL = EXAM = TINY
     if (flags.large or flags.gpu) and device != "cuda":
         sys.exit("there is no CUDA device here: --large and --gpu need one")
+
     if flags.gpu:
         first_minutes()
     elif flags.large:
