@@ -90,7 +90,8 @@ def after_reasoning(text: str) -> str | None:
 def answer_in_words(model, tokenizer: data.ChatTokenizer, prompts: list[list[int]], p: Protocol,
                     micro_tokens: int) -> list[dict]:
     """Greedy answers to prompts, and the letter that each of them gives after its reasoning."""
-    found = [{} for _ in prompts]
+    found = [None] * len(prompts)
+    # A chunk is what fits one forward pass when its answers are as long as they may be.
     for chunk in data.micro_batches([len(ids) + p.tokens for ids in prompts], micro_tokens)[0]:
         answers = modeling.generate(model, [prompts[k] for k in chunk], p.tokens,
                                     stop_ids=tokenizer.stop_ids)
@@ -223,6 +224,7 @@ def named_subjects(benchmark: str) -> dict[str, tuple[str, str]]:
     for category, paragraph in zip(CATEGORIES, SUBJECTS[benchmark].split("\n\n"), strict=True):
         words = paragraph.split()
         handles, names = words[::2], words[1::2]
+        # MMLU's names are its handles.
         if benchmark == "mmlu":
             handles, names = words, [word.replace("_", " ") for word in words]
         for handle, name in zip(handles, names, strict=True):

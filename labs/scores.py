@@ -52,7 +52,9 @@ def mcnemar(lost: int, won: int) -> float:
     """
     n = lost + won
     if n < 25:
-        return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
+        # An even split is counted from both sides, hence the limit.
+        outcomes = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
+        return min(1.0, 2 * outcomes / 2**n)
     return math.erfc(math.sqrt(max(abs(lost - won) - 1, 0) ** 2 / n / 2))
 
 
@@ -84,11 +86,14 @@ def score_lines(r: dict) -> dict[str, tuple]:
     def percent(*shares, digits: int = 2) -> str:
         return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
 
+    # Subjects first, then their categories, last all together.
     lines = {"accuracy in %": ("questions", short_name(r["model"]))}
     for handle, row in r["subjects"].items():
         lines[handle] = row["questions"], percent(row["accuracy"])
     for name, row in {**r["categories"], "all": r}.items():
         lines[f"{name}: macro / micro"] = row["questions"], percent(row["macro"], row["micro"])
+
+    # What the score is worth; without labels there is none.
     if r["floor"]:
         lines["95% interval of micro, low / high"] = "", percent(*r["interval"])
         floor = percent(r["floor"]["micro"])
@@ -101,12 +106,11 @@ def score_lines(r: dict) -> dict[str, tuple]:
 
 def print_scores(results: list[dict], comparisons: list[dict]) -> None:
     """One line per subject, one column per checkpoint; then what a reader must know."""
-    first, *others = map(score_lines, results)
-    table = {label: list(row) for label, row in first.items()}
-    for column in others:
-        for label, (_, cell) in column.items():
-            table[label].append(cell)
-    data.print_table([(label, *row) for label, row in table.items()])
+    table = {}
+    for r in results:
+        for label, (count, cell) in score_lines(r).items():
+            table.setdefault(label, [label, count]).append(cell)
+    data.print_table(list(table.values()))
 
     # What makes a score mean less than it seems.
     for r in results:
@@ -120,6 +124,8 @@ def print_scores(results: list[dict], comparisons: list[dict]) -> None:
         if r["characters_lost"]:
             print(f"{name}: the tokenizer loses {r['characters_lost']:.1%} of the characters of "
                   "the questions; the score means nothing")
+
+    # Of two checkpoints on the same questions only the changed answers count.
     for row in comparisons:
         verdict = "a difference" if row["p"] < 0.05 else "which may be noise"
         print(f"{row['first']} -> {row['second']}: {row['lost']} questions lost, {row['won']} won; "
@@ -159,25 +165,37 @@ def say_what_is_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> None
 
 def draw_exam(path: Path, results: list[dict]) -> None:
     """Bars by subject; of one run's checkpoints, whose names end in their steps, a curve."""
+    # matplotlib is an extra: without it there is no figure.
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    names = [short_name(r["model"]) for r in results]
-    floor = 100 * results[0]["floor"]["micro"]
+
     # A run is a curve over its steps; anything else is bars.
     figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    ends = [re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", name) for name in names]
-    if len(names) > 1 and all(ends) and len({end[1] for end in ends}) == 1:
-        draw_curve(axes, [int(end[2]) for end in ends], results)
+    axes, floor = figure.subplots(), 100 * results[0]["floor"]["micro"]
+    steps = run_steps(results)
+    if steps:
+        draw_curve(axes, steps, results)
         axes.axhline(floor, color="gray", linestyle="--")
     else:
         figure.set_figheight(2 + 0.2 * len(results[0]["subjects"]))
-        draw_bars(axes, names, results)
+        draw_bars(axes, results)
         axes.axvline(floor, color="gray", linestyle="--", label="floor")
         figure.legend(loc="outside lower center", ncols=3)
     modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def run_steps(results: list[dict]) -> list[int]:
+    """The steps of one run's checkpoints, whose names differ in them alone; else none."""
+    runs, steps = set(), []
+    for r in results:
+        end = re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", short_name(r["model"]))
+        if end is None:
+            return []
+        runs.add(end[1])
+        steps.append(int(end[2]))
+    return steps if len(runs) == 1 < len(steps) else []
 
 
 def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
@@ -194,13 +212,13 @@ def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
     axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
 
 
-def draw_bars(axes, names: list[str], results: list[dict]) -> None:
+def draw_bars(axes, results: list[dict]) -> None:
     """One bar per subject and checkpoint."""
-    handles, thick = list(results[0]["subjects"]), 0.8 / len(names)
+    handles, thick = list(results[0]["subjects"]), 0.8 / len(results)
     rows = np.arange(len(handles))
-    for k, (name, r) in enumerate(zip(names, results, strict=True)):
-        shares = [100 * r["subjects"][h]["accuracy"] for h in handles]
-        axes.barh(rows + k * thick, shares, thick, align="edge", label=name)
+    for k, r in enumerate(results):
+        shares = [100 * r["subjects"][handle]["accuracy"] for handle in handles]
+        axes.barh(rows + k * thick, shares, thick, align="edge", label=short_name(r["model"]))
 
     # The first subject on top, its name at the middle of its bars.
     axes.set_yticks(rows + 0.4, handles, fontsize=7)
@@ -244,6 +262,7 @@ def write_submissions(output: Path, results: list[dict], answers: list[list[dict
 def main(c: Config) -> None:
     """`python -m labs.scores`."""
     results, answers, asked = [], [], []
+    # An exam of several checkpoints has a folder for each of them.
     for folder in map(Path, c.folders):
         files = sorted([*folder.glob("results.json"), *folder.glob("*/results.json")])
         check(files, f"{folder} holds no results.json of `eval.py exam`")
