@@ -143,6 +143,7 @@ def objective(c: Config, policy: Tensor, reference: Tensor,
     A reward is beta times what enters the margin; `length` [B, 2] counts tokens.
     """
     ratio = policy - reference  # [B, 2]
+
     # A sum grows with the length of an answer, a mean does not.
     if c.length_normalize:
         ratio = ratio / length  # [B, 2]
@@ -187,23 +188,25 @@ def answer_logprobs(model, items: list[Preference], forward=None,
     device = model.device
     prompts = data.collate([data.Example(p.prompt, ()) for p in items], device)
     answers = data.collate([data.Example(*answer) for p in items for answer in p.answers], device)
-    row = [i for i, p in enumerate(items) for _ in p.answers]  # [2B] the prompt of each answer
 
-    # Prompt and answer together, per answer [2B], and the longer of the two per prompt [B].
-    full = [prompts.lengths[i] + n for i, n in zip(row, answers.lengths, strict=True)]
-    longest = [len(p.prompt) + max(len(ids) for ids, _ in p.answers) for p in items]
+    # Of each answer, [2B]: its prompt, the length of both together, and a number for the noise, to
+    # which preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
+    indices = noise.indices if noise else [0] * len(items)
+    row, full, numbers, longest = [], [], [], []
+    for i, p in enumerate(items):
+        lengths = [len(p.prompt) + len(ids) for ids, _ in p.answers]
+        longest.append(max(lengths))
+        for place, length in enumerate(lengths, 1):
+            row.append(i)
+            full.append(length)
+            numbers.append(3 * indices[i] + place)
 
-    # To the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
-    prompt_noise = answer_noise = None
+    alpha, prompt_noise, answer_noise = 0.0, None, None
     if noise:
-        visits = [noise.visits[i] for i in row]
-        prompt_ids = [3 * index for index in noise.indices]
-        answer_ids = [3 * noise.indices[i] + 1 + place for i, p in enumerate(items)
-                      for place in range(len(p.answers))]
-        prompt_noise = modeling.noise_keys(noise.seed, noise.visits, prompt_ids, prompts.lengths,
-                                           device)
-        answer_noise = modeling.noise_keys(noise.seed, visits, answer_ids, answers.lengths, device)
-    alpha = noise.alpha if noise else 0.0
+        alpha, visits = noise.alpha, [noise.visits[i] for i in row]
+        prompt_noise = modeling.noise_keys(noise.seed, noise.visits, [3 * i for i in indices],
+                                           prompts.lengths, device)
+        answer_noise = modeling.noise_keys(noise.seed, visits, numbers, answers.lengths, device)
 
     # The prompts once, then both answers as continuations of them.
     _, prefix = model.hidden(prompts.ids, prompts.lengths, keep_kv=True, noise=prompt_noise,

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,18 @@ def train(work, name, *flags, ranks=1, status=0, script=train_sft):
         code, text = run_here(argv, script)
     assert code == status, text
     return steps(work / name), text
+
+
+def interrupt(work, name, *flags, at, number=signal.SIGKILL, delay=0.0, script=train_sft):
+    """Start a run in a process of its own and send it a signal once it has printed `at`."""
+    process = subprocess.Popen(launcher(work, name, *flags, script=script), cwd=work, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for line in process.stdout:
+        if line.startswith(at):
+            time.sleep(delay)
+            process.send_signal(number)
+            break
+    return process.stdout.read(), process.wait()
 
 
 def steps(folder):

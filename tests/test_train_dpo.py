@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import shutil
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -44,7 +43,7 @@ BASIC = ["--steps", 4, "--batch_size", 6, "--learning_rate", 1e-3, "--neftune_al
          "--dropout", 0, 0.1, "--log_every", 1]
 
 
-command = functools.partial(conftest.launcher, script=train_dpo)
+interrupt = functools.partial(conftest.interrupt, script=train_dpo)
 run = functools.partial(conftest.train, script=train_dpo)
 
 
@@ -125,12 +124,6 @@ def test_gradients_of_the_losses_are_those_worked_out_by_hand(vector, flags):
         slope = -beta * logistic(0.5 - beta * (pc / nc - pr / nr))
     wanted = [slope / nc - a / vector[4], -slope / nr]
     assert objective(vector, flags)[1] == pytest.approx(wanted, abs=1e-9)
-
-
-@pytest.mark.parametrize("smoothing,slope", [(0.0, -0.0450166003), (0.1, -0.0350166003)])
-def test_dpo_gradient_pulls_the_two_answers_apart_with_equal_force(smoothing, slope):
-    found = objective(A, {"label_smoothing": smoothing})[1]
-    assert found == pytest.approx([slope, -slope], abs=1e-9)
 
 
 def test_dpo_loss_is_ln_2_and_accuracy_0_when_policy_is_reference():
@@ -353,19 +346,8 @@ def test_resumed_run_equals_uninterrupted_run_bitwise_even_without_its_reference
         assert_same_run(work / "reference", work / name)
 
 
-def kill(work, name, *flags, at):
-    """Start a run in a process of its own and kill it once it has printed `at`."""
-    process = subprocess.Popen(command(work, name, *flags), cwd=work, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if line.startswith(at):
-            break
-    process.kill()
-    process.communicate()
-
-
 def test_killed_run_resumes_bitwise(work, reference):
-    kill(work, "killed", *inputs(work), *BASIC, "--save_every", 1, at="step 2")
+    interrupt(work, "killed", *inputs(work), *BASIC, "--save_every", 1, at="step 2")
     run(work, "killed", "--resume")
     assert_same_run(work / "reference", work / "killed")
 
@@ -520,19 +502,6 @@ def test_figure_of_rewards_is_drawn_with_matplotlib_and_silently_left_out_withou
     assert "matplotlib" not in text and not (work / "nofigure" / "rewards.png").exists()
 
 
-def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference):
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(work / "reference").eval()
-    ours, ids = modeling.load(work / "reference"), torch.arange(5, 45)
-    with torch.no_grad():
-        states, _ = ours.hidden(ids, [40])
-        torch.testing.assert_close(ours.next_logits(states), theirs(ids[None]).logits[0],
-                                   atol=1e-5, rtol=1e-5)
-    names = {p.name for p in (work / "reference").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "generation_config.json", "metrics.jsonl", "run.json", "state", "reference"} <= names
-    assert not any(p.name.startswith(".") for p in (work / "reference").rglob("*"))
-
-
 def test_system_text_stands_where_a_prompt_has_none(work):
     rows = [{**row, "system": "You are Tiao."} for row in read(work / "pairs.jsonl")]
     flags = ["--steps", 1, "--loss", "simpo"]
@@ -644,7 +613,7 @@ def test_story_learns_real_preferences_with_a_rising_margin(tmp_path):
 def test_state_of_a_finished_run_is_none_of_the_next_runs_in_the_same_folder(work):
     flags = [*inputs(work), "--log_every", 1]
     run(work, "replaced", *flags, "--steps", 2)
-    kill(work, "replaced", *flags, "--steps", 500, "--overwrite", at="step 1/")  # nothing is saved
+    interrupt(work, "replaced", *flags, "--steps", 500, "--overwrite", at="step 1/")  # unsaved
     assert not (work / "replaced/state/state.safetensors").exists()
 
 

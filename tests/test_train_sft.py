@@ -9,27 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import conftest
 import families
 import pytest
 import torch
 import transformers
-from conftest import (
-    REPO,
-    SHARED,
-    WORDS,
-    assistant,
-    curve,
-    jsonl,
-    launcher,
-    read,
-    some_words,
-    steps,
-    train,
-    user,
-    weights,
-)
+from conftest import WORDS, assistant, curve, interrupt, jsonl, launcher, read, train, user, weights
 from safetensors.torch import load_file, save_file
 
 import data
@@ -44,7 +30,8 @@ def write_rows(path, count, seed=0):
     for i in range(count):
         messages = []
         for _ in range(rng.choice([1, 1, 2])):
-            messages += [user(some_words(rng, 12)), assistant(some_words(rng, 3 + i % 20))]
+            question, answer = (conftest.some_words(rng, n) for n in (12, 3 + i % 20))
+            messages += [user(question), assistant(answer)]
         rows.append({"messages": messages})
     jsonl(path, *rows)
     return path
@@ -173,21 +160,9 @@ def test_curve_does_not_depend_on_the_number_of_ranks_even_if_one_is_idle(work, 
     assert [r["tokens"] for r in two] == [r["tokens"] for r in one]
 
 
-def interrupt(work, name, *flags, at, number=signal.SIGKILL, delay=0.0):
-    """Start a run in a process of its own and send it a signal once it has printed `at`."""
-    process = subprocess.Popen(launcher(work, name, *flags), cwd=work, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if line.startswith(at):
-            time.sleep(delay)
-            process.send_signal(number)
-            break
-    return process.stdout.read(), process.wait()
-
-
 def assert_same(work, one, two):
     """Losses and weights of two runs agree bit for bit."""
-    assert curve(steps(work / one)) == curve(steps(work / two))
+    assert curve(conftest.steps(work / one)) == curve(conftest.steps(work / two))
     found = weights(work / two)
     assert all(torch.equal(value, found[name]) for name, value in weights(work / one).items())
 
@@ -360,7 +335,7 @@ def test_explicit_flags_win_over_a_recipe():
     (["--recipe", "gpt"], "known are llama2"), (["--steps", "3", "--epochs", "2"], "exclude"),
     (["--cap", "5"], "--mix temperature"), (["--weights", "1"], "--mix weights"),
     (["--mix", "weights", "--weights", "1", "2"], "each of the 1 files"),
-    (["--dropout", "1.5"], "--dropout"), (["--template", "gpt"], "known are chatml"),
+    (["--dropout", "1.5"], "--dropout"), (["--template", "gpt"], "expected chatml, plain"),
     (["--val_fraction", "0.1", "--val_data", "x.json"], "give one"),
     (["--data", "absent.json"], "absent.json does not exist"),
     (["--model", "absent"], "absent"), (["--resume"], "no run to go on with"),
@@ -406,10 +381,11 @@ def test_bad_rows_stop_or_are_skipped_and_listed(work):
 # -------------------------------------------------------------------------------- the real thing
 
 
-@pytest.mark.skipif(not (SHARED / "models" / "story").exists(), reason="needs ../shared")
+@pytest.mark.skipif(not (conftest.SHARED / "models" / "story").exists(), reason="needs ../shared")
 def test_story_learns_alpaca_and_still_loads_everywhere(tmp_path):
-    flags = ["--model", SHARED / "models/story", "--data", SHARED / "data/alpaca_en_demo.json",
-             "--steps", 12, "--max_length", 128, "--warmup", 0]
+    rows = conftest.SHARED / "data/alpaca_en_demo.json"
+    flags = ["--model", conftest.SHARED / "models/story", "--data", rows, "--steps", 12,
+             "--max_length", 128, "--warmup", 0]
     records, _ = train(tmp_path, "out", *flags)
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -428,7 +404,7 @@ def isolated(work, code):
     core = work / "core"
     if not core.exists():
         core.mkdir()
-        for path in REPO.glob("*.py"):
+        for path in conftest.REPO.glob("*.py"):
             shutil.copyfile(path, core / path.name)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=core)
     return done.returncode, done.stdout + done.stderr
