@@ -186,6 +186,8 @@ class Block(nn.Module):
         """
         q, k, v = self.before(x, layout.cos, layout.sin)
         attended = attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
+
+        # From here on tokens are on their own: those that nobody asks for may go.
         if wanted is not None:
             x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)  # [N, ...]
             noise = None if noise is None else noise.index_select(0, wanted)  # [N]
@@ -277,13 +279,15 @@ class Llama(nn.Module):
 
     def compile_layers(self, **options) -> None:
         """Compile what layers do to single tokens: a graph serves every layer and every length."""
-        torch._dynamo.config.recompile_limit = 64  # with and without noise, gradients
+        # With and without noise, with and without gradients: more than the default allows.
+        torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True, **options)
             layer.after = torch.compile(layer.after, dynamic=True, fullgraph=True, **options)
 
     def initialize(self, seed: int) -> None:
         """Random weights of a new model: matrices normal (`initializer_range`), biases 0."""
+        # Norms begin with 1, as they were built.
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -382,8 +386,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Prefix:
     """Keys and values of tokens that later tokens continue; gradients flow into them.
 
-    Keys are stored rotated. Under dynamic RoPE past the pretraining length the angles change with
-    every token, so that a prefix is then an approximation; `generate` does without it there.
+    Keys are stored rotated: an approximation under dynamic RoPE past the pretraining length, where
+    the angles change with every token. `generate` does without it there.
     """
 
     layers: list[tuple[Tensor, Tensor]]  # a layer's keys and values, [S, K, Dh]: G end to end
@@ -404,7 +408,10 @@ class Layout:
     def __init__(self, config: ModelConfig, lengths: list[int], prefix: "Prefix | Cache | None",
                  device: torch.device, dtype: torch.dtype):
         B, T = len(lengths), sum(lengths)
-        self.prefix, self.masks, rows, before = prefix, {}, [None] * B, [0] * B
+        self.prefix, self.masks = prefix, {}
+
+        # Which stored prefix each example continues, and how many tokens it has.
+        rows, before = [None] * B, [0] * B
         if prefix is not None:
             rows = prefix.rows or list(range(B))
             before = [prefix.lengths[row] for row in rows]
@@ -432,8 +439,9 @@ class Layout:
 
     def mask(self, L: int, S: int, window: int | None, q: Tensor) -> Tensor:
         """[L, S] what to add to the scores of the last L of S tokens: 0, or -inf where unseen."""
+        # Worked out in the first layer, used by all.
         key = L, S, window, q.dtype
-        if key not in self.masks:  # worked out in the first layer, used by all
+        if key not in self.masks:
             seen = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
             self.masks[key] = q.new_zeros(L, S).masked_fill(~seen, -torch.inf)
         return self.masks[key]
@@ -461,9 +469,12 @@ def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="c
     NEFTune, dropout and sampling draw from it, so that neither the micro-batch, nor the rank, nor
     the device changes what a token gets.
     """
-    count = torch.tensor(lengths)  # [B]
-    key = combine(torch.tensor(seed % 2**31 + 1), 0)  # the hash of 0 would be 0
+    # The seed plus 1, for the hash of 0 would be 0.
+    key = combine(torch.tensor(seed % 2**31 + 1), 0)
     key = combine(combine(key, torch.tensor(epochs)), torch.tensor(examples))  # [B]
+
+    # Positions count from the example's own start, not from the micro-batch's.
+    count = torch.tensor(lengths)  # [B]
     starts = (count.cumsum(0) - count).repeat_interleave(count)  # [T]
     position = torch.arange(len(starts)) - starts  # [T]
     return send(combine(key.repeat_interleave(count), position), device)
@@ -479,10 +490,9 @@ def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float,
                   full_lengths=None) -> Tensor:
     """NEFTune (arXiv:2310.05914, algorithm 1): U(-1, 1) * alpha / sqrt(L d), for embeddings [T, d].
 
-    L is the true number of tokens of each example, prompt and answer, as in the authors' code.
-    Their README and the Hugging Face hook take the padded width instead, which makes the noise
-    depend on the neighbours. `full_lengths` gives L where `lengths` [B] are but parts of the
-    examples.
+    L is the true number of tokens of each example, prompt and answer, as in the authors' code (the
+    Hugging Face hook takes the padded width, which depends on the neighbours). `full_lengths` gives
+    L where `lengths` [B] are but parts of the examples.
     """
     L = torch.tensor(full_lengths or lengths)  # [B]
     scale = alpha / (L * size).float().sqrt()  # [B]
@@ -612,6 +622,7 @@ class Cache:
         self.lengths = [prefix.lengths[row] - 1 for row in prefix.rows]  # [B]
         self.layers = []
         for pair in prefix.layers:
+            # Texts that were encoded once part here: every row gets room of its own.
             padded = [nn.utils.rnn.pad_sequence(t.split(prefix.lengths), True) for t in pair]
             self.layers.append([t[prefix.rows] for t in padded])  # [B, longest, K, Dh]
         self.advance()
@@ -687,6 +698,7 @@ def next_token(logits, seen, how: Sampling, samples: list[int], step: int) -> Te
 
 def read_prompts(model: Llama, texts: list[list[int]]) -> tuple[Tensor, Cache]:
     """The last state [B, D] of each text, and their cache; equal texts are encoded once."""
+    # Samples of one prompt are equal texts.
     different = list(dict.fromkeys(map(tuple, texts)))
     rows = [different.index(tuple(text)) for text in texts]  # [B]
     lengths = [len(text) for text in different]
@@ -719,7 +731,8 @@ def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, 
     texts, cache, token = [list(prompt) for prompt in prompts], None, None
     alive = list(range(len(prompts)))  # the prompts that still go on: the rows of seen and cache
     for step in range(max_new_tokens):
-        with torch.compiler.set_stance("force_eager"):  # every step has a new length
+        # Eager, because every step has a new length.
+        with torch.compiler.set_stance("force_eager"):
             if cache is None:
                 states, cache = read_prompts(model, [texts[i] for i in alive])
             else:
@@ -766,13 +779,13 @@ def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def plan_varlen(layout: Layout, counts: Tensor, rows: list, device) -> None:
-    """What `varlen_attn` asks: where examples end among queries and keys; `counts` [2, B] of each.
-
-    With a prefix also where the keys of each example lie: its prefix's, then its own.
-    """
+    """What `varlen_attn` asks: where the `counts` [2, B] of queries and keys of examples end."""
+    # The kernel takes running sums from 0, in int32.
     ends = F.pad(counts.cumsum(1), (1, 0)).int()  # [2, B + 1], from 0
     layout.query_ends, layout.key_ends = send(ends, device)  # [B + 1] each
     layout.longest = counts.max(1).values.tolist()  # of the queries, of the keys
+
+    # Gathered in this order, prefix and own keys of an example lie side by side.
     if layout.prefix is not None:
         sizes = [*layout.prefix.lengths, *counts[0].tolist()]
         pieces = torch.arange(sum(sizes)).split(sizes)
@@ -810,6 +823,8 @@ def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, floa
     rope, d = config.rope, config.head_dim
     kind, s = rope["rope_type"], rope.get("factor")
     L0 = rope["original_max_position_embeddings"]
+
+    # In fp32, the type in which transformers computes the frequencies.
     theta = torch.full((1, 1), float(rope["rope_theta"]), device=lengths.device)
     if kind == "dynamic":
         L = lengths.clamp(min=L0).float()[:, None]  # [B, 1]
@@ -956,10 +971,9 @@ def best_device(local: int = 0) -> torch.device:
 
 def best_dtype(name: str, device: torch.device) -> torch.dtype:
     """fp32, bf16 or fp16; auto is fp32, on CUDA bf16, fp16 before Ampere (a T4 emulates bf16)."""
-    if name == "auto":
-        name = "fp32"
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    name = "fp32" if name == "auto" else name
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -979,6 +993,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     """The path of a checkpoint's file; where it is missing, InputError says what the folder is."""
     path = folder / name
     if path.is_file():
+        # A clone without git-lfs holds a line of text in place of every large file.
         with open(path, "rb") as file:
             pointer = file.read(23) == b"version https://git-lfs"
         check(not pointer, f"{path} is only a pointer of git-lfs; `git lfs pull` fetches the file")
@@ -1058,7 +1073,8 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -
 
 def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device, path) -> None:
     """Put a stored tensor where its name says and take it off the list of what is missing."""
-    if name.endswith("rotary_emb.inv_freq"):  # stored by old conversions, derived here
+    # Old conversions stored RoPE's frequencies, which are derived here.
+    if name.endswith("rotary_emb.inv_freq"):
         return
     quantised = tensor.itemsize == 1 or not tensor.is_floating_point() or name.endswith(QUANTISED)
     check(not quantised, f"{path}: the weights are quantised ({name} is stored as {tensor.dtype}); "
@@ -1128,6 +1144,7 @@ def write_atomic(path: Path, write) -> None:
         os.chmod(temporary, 0o644)  # safetensors leaves its files readable by their owner only
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        # Only the system's own errors have a strerror.
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be written: {why}") from None
     finally:
@@ -1152,6 +1169,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """config.json and the weights, above 5 GB in shards with an index."""
+    # A new shard begins where the next weight has no room in the last one.
     folder, shards, room, total = Path(folder), [], 0, 0
     for name, parameter in model.named_parameters():
         size = parameter.numel() * dtype.itemsize
