@@ -1077,7 +1077,7 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     if name.endswith("rotary_emb.inv_freq"):
         return
     quantised = tensor.itemsize == 1 or not tensor.is_floating_point() or name.endswith(QUANTISED)
-    check(not quantised, f"{path}: the weights are quantised ({name} is stored as {tensor.dtype}); "
+    check(not quantised, f"{path}: the weights are quantised ({name}), stored as {tensor.dtype}; "
           "take the checkpoint in 16 bits")
 
     # A tied matrix may be stored under either name, or both.
