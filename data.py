@@ -1194,8 +1194,9 @@ class Show:
     rows: int = 3  # rows of each file to print
     tokens: bool = False  # print one example as a table instead: id, text, supervised, ln p
     template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
+    system: str = ""  # system message put where a conversation has none
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
-    max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
+    max_length: int = 2048  # tokens per example; longer ones are truncated, raw text is split
     steps: int = 0  # show what training for so many steps draws of each file; 0: do not
     batch_size: int = 16  # examples per step
     mix: Literal["proportional", "temperature", "equal", "weights"] = "proportional"  # of the files
@@ -1216,7 +1217,7 @@ def show(c: Show) -> None:
         if not c.model:
             byte_tokenizer(Path(folder))
             print("no --model: tokens are bytes, the template is ChatML")
-        tokenizer = ChatTokenizer(c.model or folder, c.template)
+        tokenizer = ChatTokenizer(c.model or folder, c.template, system=c.system)
 
     # All files first: what is wrong with a row is said before anything is shown.
     options = (c.train_on, c.max_length, True, c.skip_bad_rows)

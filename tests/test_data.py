@@ -689,3 +689,9 @@ def test_real_preferences_have_the_tokens_that_show_prints_and_lose_no_response(
     items, counts = train_dpo.load_preferences([path], tokenizer, 256)
     assert len(items) + counts["dropped: alike once truncated"] == 300
     assert all(len(p.prompt) + len(ids) <= 256 and spans for p in items for ids, spans in p.answers)
+
+
+def test_show_puts_a_system_message_where_training_with_the_same_flag_would(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"question": "hi", "answer": "yo"})
+    _, out, _ = command("data.py", "show", path, "--system", "Be kind.")
+    assert "<|im_start|>system\nBe kind.<|im_end|>" in out
