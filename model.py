@@ -36,7 +36,7 @@ from pathlib import Path
 # process the thread that is waited for has lost its core, and the spinning lasts. OpenMP reads
 # this when torch is imported, so the scripts import this file first. What the user set wins.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 import torch.nn.functional as F

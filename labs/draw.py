@@ -55,6 +55,11 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
             top.plot(*zip(*found, strict=True), label=curves[key], marker=marker)
     if "exam_accuracy" in curves:
         draw_interval(top, records)
+
+    # The second half of a loss that falls by more than ten is seen on a logarithmic axis only.
+    values = [value for found in points.values() for _, value in found]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        top.set_yscale("log")
     top.set_ylabel(unit)
     top.legend()
 

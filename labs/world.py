@@ -1,7 +1,7 @@
 """The demo: a small Chinese world that a tiny model learns on a laptop, and the exam on it.
 
-    torchrun train_sft.py    # makes the world in out/demo, trains on it, asks the exam
-    torchrun train_dpo.py    # goes on from there: polite answers instead of rude ones
+    python train_sft.py      # makes the world in out/demo, trains on it, asks the exam
+    python train_dpo.py      # goes on from there: polite answers instead of rude ones
     python eval.py exam      # the exam in full
 
 The world is 40 facts such as “法国”的首都是“巴黎”. A fact is asked in many words: as multiple
@@ -33,7 +33,7 @@ SFT_DEMO = {
                                              "identity.jsonl", "text.txt")],
     "val_data": ["out/demo/practice_val.jsonl", "out/demo/instructions_val.jsonl"],
     "steps": 1600, "batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "adam_beta2": 0.98,
-    "log_every": 200, "eval_every": 50}
+    "log_every": 200, "eval_every": 50, "max_length": 512}
 DPO_DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
             "val_data": ["out/demo/pairs_val.jsonl"], "epochs": 3, "batch_size": 16,
             "learning_rate": 5e-5, "log_every": 10}
@@ -251,7 +251,7 @@ def report_demo(before: str, after: str, model, tokenizer: data.ChatTokenizer) -
     who = [{"role": "user", "content": "你是谁？"}]
     print(f"你是谁？ {answer_greedily(model, tokenizer, [who])[0]}\n"
           "next, preferences, the exam in full, what it was trained on:\n"
-          "  torchrun train_dpo.py\n  python eval.py exam\n"
+          "  python train_dpo.py\n  python eval.py exam\n"
           f"  python data.py show {' '.join(SFT_DEMO['data'])} --model {SFT_DEMO['model']}")
 
 

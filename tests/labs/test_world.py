@@ -182,7 +182,7 @@ import {module}
 
 @pytest.mark.parametrize("module", ["train_sft", "train_dpo", "eval", "labs.bench", "labs.kto"])
 @pytest.mark.parametrize("given,found", [
-    ({}, "4000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+    ({}, "3000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 def test_how_threads_wait_is_set_before_torch_is_imported_unless_the_user_did(module, given, found):
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", STOP_AT_TORCH.format(module=module)],
