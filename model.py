@@ -317,7 +317,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) 
 
 def visible(position: Tensor, S: int, window: int | None) -> Tensor:
     """Which of the keys 0 to S - 1 the queries at these positions [L] see: [L, S]."""
-    age = position[:, None] - torch.arange(S, device=position.device)  # [L, S] tokens in between
+    age = position[:, None] - torch.arange(S, device=position.device)  # [L, S] how far back
     return (age >= 0) & (age < (window or S))
 
 
@@ -332,7 +332,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -
     if layout.varlen:
         return attend_varlen(q, k, v, past, layout, window)
 
-    # Cut the flat tokens into the groups, and what was kept into its G prefixes.
+    # Cut the flat tokens into groups, and the stored keys and values into the G prefixes.
     sizes = [L * b for _, L, b in layout.groups]
     q, k, v = q.split(sizes), k.split(sizes), v.split(sizes)
     if past is not None:

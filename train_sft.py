@@ -145,8 +145,8 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
     """Gradients of one optimizer step; returns this rank's part of its loss, and token counts.
 
     loss = -sum_i w_i ln p_i / sum_i w_i in nats, over the supervised tokens i of the whole global
-    step; w_i = 1 unless a message says otherwise. Where weights are signed their sum means nothing,
-    and a `divisor` is given instead.
+    step; w_i = 1 unless a message says otherwise. labs/rl.py gives a `divisor` instead: its weights
+    have signs, and their sum means nothing.
     """
     # Every rank knows the whole step, so it can divide by the sum of all weights without asking
     # the others, and before the first forward pass.
