@@ -151,7 +151,7 @@ def choice_rows(exam: Path, rng: random.Random) -> tuple[list[dict], list[dict]]
         write_exam(exam, handle, [draw_choice(q, facts, rng) for q in held[:5] + 5 * held])
 
         # The answer is the letter and its option's text. The exam asks for the letter alone, but
-        # to copy the text teaches where a letter's option stands: the exam rises in half the steps.
+        # to copy the text ties the letter to its option: with one seed it rose a third sooner.
         for rows, questions, count in ((training, practised, 2500), (validation, held, 100)):
             for question in rng.choices(questions, k=count):
                 choice = draw_choice(question, facts, rng)
