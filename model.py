@@ -350,23 +350,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -
     return torch.cat(found)  # [T, H, Dh]
 
 
-SHORT = 192  # tokens below which a CPU's backward pass of attention is faster in fp32 than in bf16
-
-
 def attend_group(q: Tensor, k: Tensor, v: Tensor, layout: "Layout", window) -> Tensor:
     """The queries [b, L, H, Dh] of b examples over their keys and values [b, S, K, Dh]."""
-    L, S, dtype = q.shape[1], k.shape[1], v.dtype
-    if L < SHORT and q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
-
     # A causal kernel skips the half of the square [S, S] that a mask would hide. That is worth
     # some empty queries before the L, unless a long prefix makes them the larger part.
-    mask = None
+    L, S, mask = q.shape[1], k.shape[1], None
     if (window or S) < S or L < S - L:
         mask = layout.mask(L, S, window, q)  # [L, S]
     elif L < S:
         q = F.pad(q, (0, 0, 0, 0, S - L, 0))  # [b, S, H, Dh]
-    return attend(q, k, v, mask)[:, -L:].to(dtype)  # [b, L, H, Dh]
+    return attend(q, k, v, mask)[:, -L:]  # [b, L, H, Dh]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

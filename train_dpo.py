@@ -587,7 +587,7 @@ def find_demo(c):
     world = train_sft.import_world()
     for path in (f"{c.model}/config.json", *c.data):
         check(Path(path).exists(), f"the demo continues from the checkpoint in {c.model}, but "
-              f"{path} is missing; `python train_sft.py` makes both in two minutes")
+              f"{path} is missing; `python train_sft.py` makes both")
     return world
 
 
