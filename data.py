@@ -1208,10 +1208,6 @@ class Show:
 
 def show(c: Show) -> None:
     """`data.py show`: some examples whole, then lengths, shares, and what is dropped and why."""
-    least = {"rows": 0, "max_length": 2, "steps": 0, "batch_size": 1, "cap": 0, "seed": 0}
-    for name, smallest in least.items():
-        value = getattr(c, name)
-        check(value >= smallest, f"--{name} must be at least {smallest}, not {value}")
     check_mix(c, c.files)
     with tempfile.TemporaryDirectory() as folder:
         if not c.model:
@@ -1426,7 +1422,22 @@ def run_command(commands: dict, usage: str) -> None:
         return
     check(name in commands, f"expected one of {', '.join(commands)}, not {name}; --help explains")
     config, function, positional = commands[name]
-    function(config(**parse_flags(config, sys.argv[2:], positional)))
+    c = config(**parse_flags(config, sys.argv[2:], positional))
+    check_numbers(c)
+    function(c)
+
+
+# No number is below 0, and some are not below these.
+LEAST = {"batch_size": 1, "micro_tokens": 1, "log_every": 1, "max_length": 2, "n": 1, "shots": -1,
+         "max_new_tokens": 1, "thinking_tokens": 1}
+
+
+def check_numbers(c) -> None:
+    """Raise InputError for a flag whose number is too small, or not finite."""
+    for f in fields(c):
+        value, least = getattr(c, f.name), LEAST.get(f.name, 0)
+        check(not isinstance(value, int | float) or least <= value < math.inf,
+              f"--{f.name} must be {least} or more, is {value}")
 
 
 @contextmanager

@@ -493,12 +493,19 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
     return Asked(row, messages, reference, tokenizer.prompt(messages, row.tools))
 
 
+def repetition(ids: list[int]) -> float:
+    """The share of an answer's 5-grams of tokens that stood in it before."""
+    grams = [tuple(ids[i : i + 5]) for i in range(len(ids) - 4)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, k: int, n: int,
                 ids: list[int]) -> str:
     """A line of the output: sample k, as a row that can be trained on again."""
     stopped = bool(ids) and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids)
-    line = {"row": k // n, "sample": k % n, "finish": "stop" if stopped else "length"}
+    line = {"row": k // n, "sample": k % n, "finish": "stop" if stopped else "length",
+            "tokens": len(ids), "repetition": repetition(ids)}
     if asked.row.text is not None:
         line["text"] = asked.row.text + text
     else:
@@ -546,8 +553,13 @@ def generate_command(c: Generate) -> None:
 
     # Only a whole output gets its name.
     os.replace(path, c.output)
-    stopped = Path(c.output).read_text(encoding="utf-8").count('"finish": "stop"')
-    print(f"{done} samples of {len(prompts)} rows in {c.output}; {stopped} ended themselves")
+    with open(c.output, encoding="utf-8") as file:
+        lines = list(map(json.loads, file))
+    ended, tokens, repeated = (sum(column) / done for column in zip(*(
+        (line["finish"] == "stop", line["tokens"], line["repetition"]) for line in lines),
+        strict=True))
+    print(f"{done} samples of {len(prompts)} rows in {c.output}: {ended:.1%} ended themselves, "
+          f"{tokens:.1f} tokens and {repeated:.1%} repetition in the mean")
 
 
 def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
@@ -913,12 +925,7 @@ def exam_command(c: Exam) -> None:
 
 def check_flags(c) -> None:
     """Raise InputError for values that make no sense, before anything is loaded."""
-    least = {"micro_tokens": 1, "max_new_tokens": 1, "n": 1, "max_length": 2, "temperature": 0,
-             "top_k": 0, "thinking_tokens": 1}
     # A flag that this command does not have passes.
-    for name, smallest in least.items():
-        value = getattr(c, name, smallest)
-        check(smallest <= value < math.inf, f"--{name} must be at least {smallest}, not {value}")
     check(0 < getattr(c, "top_p", 1) <= 1, "--top_p must be above 0 and at most 1")
     check(getattr(c, "repetition_penalty", 1) > 0, "--repetition_penalty must be above 0")
 

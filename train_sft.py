@@ -834,19 +834,12 @@ def resumed_flags(cls, given: dict) -> dict:
     return base
 
 
-# No number is below 0, and some are not below these.
-LEAST = {"batch_size": 1, "micro_tokens": 1, "log_every": 1, "max_length": 2}
-
-
 def check_config(c: Config) -> None:
     """Raise InputError for values and combinations that make no sense."""
     check(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
     check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
-    for name, value in asdict(c).items():
-        low = LEAST.get(name, 0)
-        check(not isinstance(value, int | float) or low <= value < math.inf,
-              f"--{name} must be {low} or more, is {value}")
-    check(0 < c.epochs < math.inf, f"--epochs must be above 0, is {c.epochs}")
+    data.check_numbers(c)
+    check(c.epochs > 0, f"--epochs must be above 0, is {c.epochs}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction"):
         check(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), is {getattr(c, name)}")
     check(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),

@@ -221,6 +221,21 @@ def test_n_samples_of_each_row_differ_and_end_by_themselves_or_at_the_limit(lett
             assert letters[2].encode([[(answer, 1.0)]])[0][0].size <= 40
 
 
+def test_repetition_is_the_share_of_5_grams_that_stood_there_before():
+    assert evaluation.repetition([1, 2, 3, 4]) == 0.0  # no 5-gram
+    assert evaluation.repetition(list(range(30))) == 0.0
+    assert evaluation.repetition([7] * 14) == 0.9  # ten 5-grams, one of them new
+
+
+def test_generate_says_how_its_answers_ended_and_how_they_repeat(letters, tmp_path):
+    path = jsonl(tmp_path / "asked.jsonl", *ASKED)
+    printed, rows = run("generate", letters[0], path, *NEARLY_UNIFORM)
+    ended = sum(row["finish"] == "stop" for row in rows) / len(rows)
+    tokens = sum(row["tokens"] for row in rows) / len(rows)
+    assert f"{ended:.1%} ended themselves, {tokens:.1f} tokens and 0.0% repetition" in printed
+    assert all(row["tokens"] <= 40 for row in rows)
+
+
 def test_sampling_repeats_with_its_seed_and_changes_with_another(letters, tmp_path):
     first, again = (sample(letters, tmp_path, "--n", 2, "--seed", 5) for _ in range(2))
     assert first == again
