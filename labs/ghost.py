@@ -43,7 +43,8 @@ from pathlib import Path
 
 import data
 import model as modeling
-from labs.text import Modelled, check_output, find_reward, write_rows
+from labs.rewards import find_reward
+from labs.text import Modelled, check_output, write_rows
 from model import check
 
 POLITE, RUDE = "请礼貌地回答。", "请不客气地回答。"  # what the demo is told

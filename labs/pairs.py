@@ -45,7 +45,8 @@ import data
 import eval as evaluation
 import model as modeling
 from data import Row
-from labs.text import Modelled, check_output, example_of, find_reward, write_rows
+from labs.rewards import find_reward
+from labs.text import Modelled, check_output, example_of, write_rows
 from model import check
 
 

@@ -47,7 +47,7 @@ import model as modeling
 import train_dpo
 import train_sft
 from data import Example
-from labs.text import Prompt, find_reward, load_prompts
+from labs.rewards import Prompt, find_reward, load_prompts
 from model import Sampling, check
 from train_sft import Hardware
 

@@ -29,6 +29,7 @@ import functools
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -211,7 +212,8 @@ def main(c: Config) -> None:
     """Choose rows, and write them and, with --rest, the others as they were."""
     check_output(c.output, *c.files)
     if c.rest:
-        check_output(c.rest, c.output, *c.files, name="rest")
+        check_output(c.rest, *c.files, name="rest")
+        check(Path(c.rest) != Path(c.output), "--rest and --output name the same file")
     check(bool(c.n) != bool(c.share) and c.n >= 0 and 0 <= c.share <= 1,
           "give --n above 0, or --share above 0 and at most 1")
     check(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")

@@ -1,78 +1,43 @@
-"""Words, n-grams and MinHash: how the labs compare texts; and what else they share.
+"""Words, n-grams, MinHash and ROUGE-L: how the labs compare texts; and what else they share.
 
-Idea. A text counts as the set of its 5-grams of words. Two texts are alike as far as these sets
-overlap (Jaccard): J(A, B) = |A and B| / |A or B|. MinHash (Broder, 1997; for training data
-arXiv:2107.06499, section 4.2) hashes all n-grams and keeps the least hash: that of A equals that of
-B with probability J. Under 64 hash functions a text leaves 64 numbers, its *signature*. The share
-in which two signatures agree estimates J, with a standard error of sqrt(J (1 - J) / 64).
+Two texts are alike as sets. A text counts as the set of its 5-grams of words, and two texts are
+alike as far as these sets overlap (Jaccard): J(A, B) = |A and B| / |A or B|. MinHash (Broder, 1997;
+for training data arXiv:2107.06499, section 4.2) hashes all n-grams and keeps the least hash: that
+of A equals that of B with probability J. Under 64 hash functions a text leaves 64 numbers, its
+*signature*. The share in which two signatures agree estimates J, with a standard error of
+sqrt(J (1 - J) / 64). `labs.filter` drops near duplicates by it.
 
-    python -m labs.text out/demo/instructions.jsonl --model out/demo/base
+Two texts are alike as sequences. The longest common subsequence (LCS) is the most words that both
+have in the same order, gaps allowed. ROUGE-L (Lin, 2004) is the F-measure of its shares in both
+texts, of m and n words: F = 2 P R / (P + R) with P = LCS / m, R = LCS / n; that is 2 LCS / (m + n).
+Self-Instruct (arXiv:2212.10560) keeps a new instruction if this is under 0.7 to all it has kept:
+`labs.evolve`.
 
-What you should see: 8 of the 300 rows are exact duplicates, 98.8% of the words are Chinese, no
-answer repeats itself, half of the rows have at most 52 tokens and the longest 104.
-
-Exercise. One word of a text of 100 words is changed. What is J? (A 5-gram holds five words.)
-    Solution: of 96 5-grams 5 change, so J = 91 / 101 = 0.90.
+Exercise. One word of a text of 100 words is changed. What are J and ROUGE-L?
+    Solution: a 5-gram holds five words, so of 96 5-grams 5 change: J = 91 / 101 = 0.90. The other
+    99 words are a common subsequence: 2 * 99 / 200 = 0.99.
 """
 
 import functools
 import hashlib
 import json
 import multiprocessing
-import os
 import re
-import runpy
 import sys
-import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import data
-import eval as evaluation
+import model as modeling
 from data import ChatTokenizer, Example, Row, read_rows, read_values
-from model import check, write_lines
-
-LEAST = {"max_length": 2, "micro_tokens": 1, "clusters": 1, "seed": 0}  # of flags by these names
-
-
-@dataclass
-class Files:
-    """The flags of every lab that reads rows."""
-
-    files: list[str]  # files of any format, preference pairs included
-    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
-
-    def __post_init__(self):
-        for name, least in LEAST.items():
-            value = getattr(self, name, least)
-            check(value >= least, f"--{name} must be at least {least}, not {value}")
-
-
-@dataclass
-class Config(Files):
-    """Say what a file holds: duplicates, answers, languages, repetition, lengths."""
-
-    model: str = ""  # checkpoint whose tokenizer and template to use; empty: bytes and ChatML
-    template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
-    max_length: int = 2048  # tokens per example; longer ones are cut, by ifd dropped
-
-
-@dataclass
-class Modelled(Config):
-    """The flags of a lab that may run a model over the rows."""
-
-    model: str = ""  # checkpoint that scores or embeds the rows, or counts their tokens
-    output: str = ""  # .jsonl to write
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the model's weights
-    micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
-
+from model import check
 
 # ==== read: words and n-grams =====================================================================
 
@@ -144,7 +109,27 @@ def signature(words: list[str]) -> np.ndarray:
     return hashes.min(0, initial=2**32 - 1).astype(np.uint32)
 
 
-# ==== read: what a file holds =====================================================================
+# ==== read: ROUGE-L ===============================================================================
+
+
+def rouge_l(words: list[str], others: Iterable[list[str]]) -> Iterator[float]:
+    """ROUGE-L's F-measure 2 LCS / (m + n) of a text of m words with each of some others."""
+    # Where each word stands in the text, as the bits of a number.
+    places, every = {}, (1 << len(words)) - 1
+    for i, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << i
+
+    # A row of the table of dynamic programming grows by 0 or 1 from cell to cell. It is one number
+    # too, with a 0 where it grows; an addition makes the next row (Crochemore et al., 2001).
+    for other in others:
+        row = every
+        for word in other:
+            common = row & places.get(word, 0)
+            row = (row + common | row - common) & every
+        yield 2 * (every ^ row).bit_count() / max(len(words) + len(other), 1)
+
+
+# ==== read: rows as texts and as examples =========================================================
 
 
 def texts_of(row: Row, role: str = "") -> list[str]:
@@ -155,97 +140,57 @@ def texts_of(row: Row, role: str = "") -> list[str]:
     return [m["content"] for m in messages if role in ("", m["role"])]
 
 
-def row_facts(tokenize, item: tuple) -> tuple:
-    """(hash, tokens of each example, counters) of a (value, row)."""
-    row, counts = item[1], Counter()
-    if row is None:
-        return None, [], Counter({"dropped: bad row": 1})
-    # Lengths in tokens as a trainer sees them, all else in words.
-    sizes = [len(e.ids) for e in tokenize([row], 0, counts)]
-    words, answers = words_of("\n".join(texts_of(row))), texts_of(row, "assistant")
-    counts.update(rows=1, answers=len(answers), empty=sum(not a.strip() for a in answers),
-                  words=len(words), han=len(words) * word_share(HAN, words),
-                  repeated=sum(map(repetition, answers)))
-    return hash64(repr(row[1:])), sizes, counts
+def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
+               max_length: int = sys.maxsize) -> Example:
+    """A row as one example, cut to --max_length; of a pair its chosen side.
+
+    `part` says what is supervised: all answers, the last one, or the last one without its question.
+    """
+    # A question is all that stands before the last answer.
+    messages = row.messages + (row.chosen or [])
+    if part == "alone":
+        messages = messages[-1:]
+    talk = row._replace(messages=messages, chosen=None, rejected=None)
+    train_on = "all" if part == "all" else "last"
+    found = data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, keep_all=True)
+    return found[-1]  # the last holds the whole conversation
 
 
-def print_facts(counts: Counter, distinct: int, most: int, lengths: np.ndarray) -> None:
-    """What a person wants to know of some rows, with at most `most` answers in one of them."""
-    names = ("rows", "answers", "empty", "words", "han", "repeated")
-    rows, answers, empty, words, han, repeated = map(counts.pop, names)
-    print(f"{rows} rows, {rows - distinct} of them exact duplicates\n"
-          f"{answers / rows:.2f} answers per row, at most {most}; {empty} are empty\n"
-          f"Chinese characters: {han / max(words, 1):.1%} of the words\n"
-          f"repetition: {repeated / max(answers, 1):.1%} of an answer's {NGRAM}-grams\n"
-          "tokens of an example, by percentiles:",
-          *(f"{p}%: {np.percentile(lengths, p):.0f} " for p in (1, 5, 25, 50, 75, 95, 99, 100)))
+# ---- skip on a first reading: flags, rows in, rows out -------------------------------------------
 
-    # A histogram whose bars double in width: lengths spread over two orders of magnitude.
-    for k, count in sorted(Counter(np.log2(lengths).astype(int).tolist()).items()):
-        bar = "#" * round(50 * count / len(lengths))
-        print(f"{2**k:>8} to {2 ** (k + 1) - 1:<8}{bar} {count}")
-    for reason, count in (+counts).items():
-        print(f"{reason}: {count}")
+LEAST = {"max_length": 2, "micro_tokens": 1, "clusters": 1, "seed": 0}  # of flags by these names
 
 
-def main(c: Config) -> None:
-    """Read the files on all cores; a few numbers per row stay in memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        if not c.model:
-            data.byte_tokenizer(Path(folder))
-            print("no --model: tokens are bytes, the template is ChatML")
-        tokenizer = ChatTokenizer(c.model or folder, c.template)
-    tokenize = functools.partial(data.to_examples, tokenizer=tokenizer, max_length=c.max_length,
-                                 keep_all=True)
+@dataclass
+class Files:
+    """The flags of every lab that reads rows."""
 
-    hashes, most, lengths, counts = set(), 0, [], Counter()
-    rows = read_rows(c.files, c.skip_bad_rows)
-    for hashed, sizes, found in parallel(functools.partial(row_facts, tokenize), rows):
-        hashes.add(hashed)
-        most = max(most, found["answers"])
-        lengths += sizes
-        counts.update(found)
-    check(lengths, f"{', '.join(c.files)}: no row to read")
-    print_facts(counts, len(hashes - {None}), most, np.array(lengths))
+    files: list[str]  # files of any format, preference pairs included
+    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
+
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            value = getattr(self, name, least)
+            check(value >= least, f"--{name} must be at least {least}, not {value}")
 
 
-# ---- skip on a first reading: many processes -----------------------------------------------------
+@dataclass
+class Modelled(Files):
+    """The flags of a lab that may run a model over the rows."""
 
-job = None  # in a process of `parallel`: the function that it runs on every item
-
-
-def start_process(function) -> None:
-    """Keep the function: sent once per process, it need not travel with every item."""
-    global job
-    job = function
-
-
-def run_job(item):
-    """job(item): a name that every process can find."""
-    return job(item)
-
-
-def parallel(function, items: Iterable) -> Iterator:
-    """function(item) of every item in order, on all cores, few items in memory at a time."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(initializer=start_process, initargs=(function,)) as pool:
-        results = pool.imap(run_job, items, chunksize=64)
-        yield from tqdm(results, unit=" rows", disable=not sys.stderr.isatty())
-
-
-# ---- skip on a first reading: rows in, rows out --------------------------------------------------
+    model: str = ""  # checkpoint that scores or embeds the rows, or counts their tokens
+    template: str = ""  # chatml, plain, a name of labs/templates, a .jinja file; empty: its own
+    max_length: int = 2048  # tokens per example; longer ones are cut, by ifd dropped
+    output: str = ""  # .jsonl to write
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the model's weights
+    micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
 
 
 def check_output(path: str, *inputs: str, name: str = "output") -> None:
     """Raise InputError unless `path`, the value of flag `name`, can be written and is no input."""
     # Tried now: an hour of a model's work must not end in a folder that cannot be written.
-    output = Path(path)
-    check(output.suffix == ".jsonl" and not output.is_dir(),
-          f"--{name} must be given as FILE.jsonl, not {path!r}")
-    own = output.resolve() in [Path(file).resolve() for file in inputs]
-    check(not own, f"--{name} {output} would overwrite what is read")
-    folder = next(folder for folder in output.parents if folder.exists())
-    check(folder.is_dir() and os.access(folder, os.W_OK), f"--{name} {output} cannot be written")
+    check(path.endswith(".jsonl"), f"--{name} must be given as FILE.jsonl, not {path!r}")
+    modeling.check_output(f"--{name}", path, inputs)
 
 
 def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
@@ -258,7 +203,7 @@ def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
             if not reason:
                 yield json.dumps(value, ensure_ascii=False) + "\n"
 
-    write_lines(Path(path), lines())
+    modeling.write_lines(Path(path), lines())
     kept = counts.pop("", 0)
     print(f"{path}: kept {kept} of {kept + counts.total()} rows")
     for reason, count in counts.most_common():
@@ -279,80 +224,15 @@ def rewrite(c, convert, read=read_values) -> None:
     write_rows(c.output, (pair for _, new in rows for pair in new or [(None, "bad row")]))
 
 
-# ---- skip on a first reading: rows for a model ---------------------------------------------------
+def parallel(function, items: Iterable) -> Iterator:
+    """function(item) of every item in order, on all cores, few items in memory at a time."""
+    # Every process gets the function once, when it starts: it need not travel with each item.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(initializer=setattr, initargs=(run_job, "function", function)) as pool:
+        results = pool.imap(run_job, items, chunksize=64)
+        yield from tqdm(results, unit=" rows", disable=not sys.stderr.isatty())
 
 
-def example_of(row: Row, tokenizer: ChatTokenizer, part: str = "all",
-               max_length: int = sys.maxsize) -> Example:
-    """A row as one example, cut to --max_length; of a pair its chosen side.
-
-    `part` says what is supervised: all answers, the last one, or the last one without its question.
-    """
-    # A question is all that stands before the last answer.
-    messages = row.messages + (row.chosen or [])
-    if part == "alone":
-        messages = messages[-1:]
-    talk = row._replace(messages=messages, chosen=None, rejected=None)
-    train_on = "all" if part == "all" else "last"
-    found = data.to_examples([talk], 0, Counter(), tokenizer, train_on, max_length, keep_all=True)
-    return found[-1]  # the last holds the whole conversation
-
-
-# ---- skip on a first reading: prompts and rewards ------------------------------------------------
-
-
-class Prompt(NamedTuple):
-    """A question, up to where its answer begins, and the answer that its row has."""
-
-    ids: list[int]
-    messages: list[dict]
-    reference: str
-    source: int  # index of its file
-    where: str  # file and line
-    key: str  # what makes two prompts copies of each other
-    targets: int = 1  # the mixer counts tokens
-
-
-def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
-                 room: int) -> tuple[list[Prompt], Counter]:
-    """(what the rows of some files ask, none dropped), with `room` tokens left for an answer."""
-    prompts, parse = [], functools.partial(data.parse_row, ask=True)
-    for source, path in enumerate(files):
-        for _, row in read_rows([path], c.skip_bad_rows, quiet, parse):
-            if row:
-                check(row.text is None, f"{row.where}: raw text asks nothing")
-                _, messages, reference, _ = evaluation.ask_row(row, tokenizer, "")
-                ids = tokenizer.prompt_ids(messages)
-                check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
-                      f"room for an answer of {room} in --max_length {c.max_length}")
-                prompts.append(Prompt(ids, messages, reference or "", source, row.where, str(ids)))
-    return prompts, Counter()
-
-
-def match(messages: list[dict], answer: str, reference: str) -> float:
-    """1 if the answer is the reference, outer white space aside; else 0."""
-    return float(answer.strip() == reference.strip())
-
-
-def exam(messages: list[dict], answer: str, reference: str) -> float:
-    """1 if the answer, in words or alone, gives the reference's letter; else 0."""
-    extract = evaluation.lab("exams", "--reward exam").extract
-    letter = extract(answer)
-    return float(letter is not None and letter == extract(reference))
-
-
-def find_reward(name: str) -> Callable[[list[dict], str, str], float]:
-    """reward(messages, answer, reference) called match or exam, or a FILE.py:function."""
-    if name in ("exam", "match"):
-        return {"exam": exam, "match": match}[name]
-    path, _, function = name.rpartition(":")
-    check(path.endswith(".py") and Path(path).is_file(),
-          f"--reward: expected exam, match or FILE.py:function, found {name!r}")
-    found = runpy.run_path(path)
-    check(callable(found.get(function)), f"--reward: {path} has no function {function!r}")
-    return found[function]
-
-
-if __name__ == "__main__":
-    with data.one_line_errors():
-        main(Config(**data.parse_flags(Config, sys.argv[1:], "files")))
+def run_job(item):
+    """function(item) of `parallel`: a name that every process can find."""
+    return run_job.function(item)

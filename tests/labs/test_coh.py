@@ -78,7 +78,7 @@ def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_wi
 
 @pytest.mark.parametrize("rows,flags,said", [
     ([PAIRS["instruction"]], ["--mask_past", 1], "--mask_past"), ([], [], "--output"),
-    ([PAIRS["instruction"]], ["--output", "PAIRS"], "would overwrite what is read"),
+    ([PAIRS["instruction"]], ["--output", "PAIRS"], "is the input"),
     ([{"prompt": "a", "completion": "b"}], [], "line 1: expected a question, chosen and"),
     ([{"chosen": [YO, YO], "rejected": [YO, NO]}], [], "line 1: expected a question, chosen")])
 def test_chain_of_hindsight_refuses_bad_input_in_one_line(rows, flags, said, tmp_path):

@@ -29,14 +29,14 @@ BAD = {
     "select GOOD --output O --n 1 --method kcenter": "--model",
     "select GOOD --output O --n 1 --method ifd --model NONE": "is missing",
     "select GOOD --output O --method tags --share 0.1": "no row to choose from: {'no tags': 1}",
-    "select GOOD --output O --n 1 --rest O": "--rest FOLDER/o.jsonl would overwrite",
-    "select GOOD --output O --n 1 --rest GOOD": "--rest FOLDER/good.jsonl would overwrite",
-    "filter GOOD --output GOOD": "would overwrite what is read",
-    "select GOOD --n 1 --output FOLDER/./good.jsonl": "would overwrite what is read",
-    "exam_rows BROKEN GOOD --output GOOD": "would overwrite what is read",
-    "identity GOOD --name n --author a --output GOOD": "would overwrite what is read",
-    "coh GOOD --output GOOD": "would overwrite what is read",
-    "overlap GOOD --exam FOLDER --output GOOD": "would overwrite what is read",
+    "select GOOD --output O --n 1 --rest O": "--rest and --output name the same file",
+    "select GOOD --output O --n 1 --rest GOOD": "--rest FOLDER/good.jsonl is the input",
+    "filter GOOD --output GOOD": "is the input FOLDER/good.jsonl",
+    "select GOOD --n 1 --output FOLDER/./good.jsonl": "is the input FOLDER/good.jsonl",
+    "exam_rows BROKEN GOOD --output GOOD": "is the input FOLDER/good.jsonl",
+    "identity GOOD --name n --author a --output GOOD": "is the input FOLDER/good.jsonl",
+    "coh GOOD --output GOOD": "is the input FOLDER/good.jsonl",
+    "overlap GOOD --exam FOLDER --output GOOD": "is the input FOLDER/good.jsonl",
 }
 
 
@@ -68,7 +68,10 @@ def test_skipped_rows_are_counted_and_listed(flags, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     line = ["labs/filter.py", tmp_path / "none.jsonl", "--output", tmp_path / "new/o.jsonl"]
     status, _, err = command(*line)
     assert status == 2 and "o.jsonl cannot be written" in err and not (tmp_path / "new").exists()

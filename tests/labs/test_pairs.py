@@ -102,6 +102,6 @@ def test_output_never_replaces_an_input(tmp_path):
     path = jsonl(tmp_path / "s.jsonl", *SAMPLES)
     before = (tmp_path / "s.jsonl").read_bytes()
     code, _, error = command("labs/pairs.py", path, "--output", path)
-    assert code == 2 and "would overwrite" in error
+    assert code == 2 and "is the input" in error
     assert (tmp_path / "s.jsonl").read_bytes() == before
     assert json.loads(before.splitlines()[0])["reference"] == "4"

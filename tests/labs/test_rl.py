@@ -14,7 +14,8 @@ from conftest import curve, environment, jsonl, launcher, train, weights
 import data
 import model as modeling
 import train_sft
-from labs import rl, text
+from labs import rl
+from labs.rewards import load_prompts
 
 HARDWARE = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
 DRAW = modeling.Sampling(temperature=1.0)
@@ -207,7 +208,7 @@ def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind)
 def prepared(work, c):
     """(run, tokenizer, policy, reference) as `main` makes them."""
     tokenizer = data.ChatTokenizer(work / "base")
-    run, _ = train_sft.prepare_data(c, lambda f: text.load_prompts(f, tokenizer, c, True, 8), True)
+    run, _ = train_sft.prepare_data(c, lambda f: load_prompts(f, tokenizer, c, True, 8), True)
     models = [modeling.load(work / "base") for _ in range(2)]
     for model in models:
         rl.temper(model, c.temperature)
@@ -341,6 +342,6 @@ def test_missing_function_and_raw_text_are_named(work, tmp_path):
 def test_chosen_answer_of_a_pair_is_the_reference(work, tmp_path):
     path = jsonl(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "yes", "rejected": "no"})
     c = config(work, data=path)
-    prompts, _ = text.load_prompts([path], data.ChatTokenizer(work / "base"), c, True, 8)
+    prompts, _ = load_prompts([path], data.ChatTokenizer(work / "base"), c, True, 8)
     assert [p.reference for p in prompts] == ["yes"]
     assert json.dumps(prompts[0].messages) == '[{"role": "user", "content": "a"}]'

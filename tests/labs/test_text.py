@@ -1,13 +1,13 @@
-"""Words, n-grams, signatures, the statistics of a file."""
+"""Words, n-grams, signatures, ROUGE-L, work on all cores."""
 
+import functools
 import itertools
 import random
 
 import numpy as np
 import pytest
-from conftest import CHARACTERS, asked, assistant, command, jsonl, sentence, user
+from conftest import CHARACTERS, sentence
 
-import data
 from labs import text as texts
 from model import InputError
 
@@ -53,6 +53,32 @@ def test_signatures_agree_as_often_as_the_texts_share_ngrams():
         assert np.mean(estimates) == pytest.approx(np.mean(truths), abs=0.04)
 
 
+def test_rouge_l_is_the_longest_common_subsequence_over_both_lengths():
+    @functools.cache
+    def longest(a, b):
+        """The definition: the first words are common, or one of them is passed over."""
+        if not a or not b:
+            return 0
+        if a[0] == b[0]:
+            return 1 + longest(a[1:], b[1:])
+        return max(longest(a[1:], b), longest(a, b[1:]))
+
+    rng = random.Random(2)
+    a, *others = ["".join(rng.choices("abcd", k=rng.randint(0, 90))) for _ in range(60)]
+    others.append("xyz")
+    expected = [2 * longest(a, b) / (len(a) + len(b)) for b in others]
+    assert list(texts.rouge_l(list(a), map(list, others))) == expected and min(expected) == 0
+
+
+def test_rouge_l_vectors():
+    police = "police killed the gunman".split()  # Lin (2004), section 3.1: P = R = 3/4 and 2/4
+    one, two = "police kill the gunman".split(), "the gunman kill police".split()
+    assert list(texts.rouge_l(police, [one, two, police, []])) == [0.75, 0.5, 1.0, 0.0]
+    assert list(texts.rouge_l([], [[], ["a"]])) == [0, 0]
+    hundred = [str(i) for i in range(100)]
+    assert list(texts.rouge_l(hundred, [["x", *hundred[1:]]])) == [0.99]
+
+
 def test_work_on_all_cores_keeps_the_order_and_passes_errors_on():
     def square(x):
         if x == 700:
@@ -62,24 +88,3 @@ def test_work_on_all_cores_keeps_the_order_and_passes_errors_on():
     assert list(texts.parallel(square, iter(range(600)))) == [x * x for x in range(600)]
     with pytest.raises(InputError, match="seven hundred"):
         list(texts.parallel(square, range(1000)))
-
-
-def test_text_tells_lengths_duplicates_and_odd_answers(tmp_path):
-    rows = [asked("问题", "好。答案在这里。"), asked("问题", "好。答案在这里。"), asked("q", ""),
-            asked("q", "A sentence. And then,"), asked("q", "好" * 14),
-            {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}]
-    path = jsonl(tmp_path / "a.jsonl", *rows)
-    status, out, err = command("labs/text.py", path)
-    assert status == 0, err
-    for line in ("6 rows, 1 of them exact duplicates",
-                 "1.17 answers per row, at most 2; 1 are empty",
-                 f"repetition: {0.9 / 7:.1%} of an answer's 5-grams"):
-        assert line in out, line
-    words = [*["han"] * (2 * 8 + 14), *["latin"] * (1 + 5 + 1 + 4)]
-    assert f"Chinese characters: {words.count('han') / len(words):.1%} of the words" in out
-    data.byte_tokenizer(tmp_path / "bytes")  # what is taken without --model
-    examples = data.load_examples([path], data.ChatTokenizer(tmp_path / "bytes"), keep_all=True)[0]
-    lengths = [len(e.ids) for e in examples]
-    assert f"50%: {np.percentile(lengths, 50):.0f} " in out and f"100%: {max(lengths)}" in out
-    bars = [int(line.split()[-1]) for line in out.splitlines() if " to " in line]
-    assert sum(bars) == len(examples)

@@ -1,0 +1,143 @@
+"""Rewards: a program that says how good an answer is; and the prompts that are answered for it.
+
+Idea. Learning from rewards needs no better text than the model's own, only a number for it:
+
+    reward(messages, answer, reference) -> float      of a conversation, the answer to its last
+                                                      question, and the answer that the row holds
+
+`match` (the whole answer is right) and `exam` (its letter is) stand here, others in any FILE.py.
+`labs.rl`, `labs.pairs` and `labs.ghost` take one. Look at a reward before you train on it: where
+all answers to a prompt score alike there is nothing to learn, and what the best of n samples
+reaches is what choosing alone can bring.
+
+    python eval.py generate --model out/sft --data out/demo/pairs.jsonl --n 8 --temperature 1 \\
+        --max_new_tokens 64 --output out/samples.jsonl
+    python -m labs.rewards out/samples.jsonl --reward labs/rl.py:polite
+
+What you should see: the file asks each of 120 questions twice. Only three of them have nothing to
+teach, and choosing alone would bring 46% to 97%:
+
+    prompts  answers  mean reward  best of n  all alike
+    120         1920        0.459      0.975          3
+
+Exercise. Each answer to a prompt is right with probability p. What is the best of n worth?
+    Solution: 1 - (1 - p)^n; with p = 0.3 and n = 8 it is 0.94.
+"""
+
+import functools
+import json
+import runpy
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+import eval as evaluation
+from data import ChatTokenizer, print_table, read_rows
+from labs.text import Files
+from model import check
+
+
+@dataclass
+class Config(Files):
+    """Say what a reward thinks of the samples that `eval.py generate` wrote."""
+
+    reward: str = "match"  # exam (the letter), match (the whole answer), or FILE.py:function
+
+
+# ==== read: rewards ===============================================================================
+
+
+def match(messages: list[dict], answer: str, reference: str) -> float:
+    """1 if the answer is the reference, outer white space aside; else 0."""
+    return float(answer.strip() == reference.strip())
+
+
+def exam(messages: list[dict], answer: str, reference: str) -> float:
+    """1 if the answer, in words or alone, gives the reference's letter; else 0."""
+    extract = evaluation.lab("exams", "--reward exam").extract
+    letter = extract(answer)
+    return float(letter is not None and letter == extract(reference))
+
+
+def find_reward(name: str) -> Callable[[list[dict], str, str], float]:
+    """reward(messages, answer, reference) called match or exam, or a FILE.py:function."""
+    if name in ("exam", "match"):
+        return {"exam": exam, "match": match}[name]
+    path, _, function = name.rpartition(":")
+    check(path.endswith(".py") and Path(path).is_file(),
+          f"--reward: expected exam, match or FILE.py:function, found {name!r}")
+    found = runpy.run_path(path)
+    check(callable(found.get(function)), f"--reward: {path} has no function {function!r}")
+    return found[function]
+
+
+# ==== read: prompts ===============================================================================
+
+
+class Prompt(NamedTuple):
+    """A question, up to where its answer begins, and the answer that its row has."""
+
+    ids: list[int]
+    messages: list[dict]
+    reference: str
+    source: int  # index of its file
+    where: str  # file and line
+    key: str  # what makes two prompts copies of each other
+    targets: int = 1  # the mixer counts tokens
+
+
+def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
+                 room: int) -> tuple[list[Prompt], Counter]:
+    """(what the rows of some files ask, none dropped), with `room` tokens left for an answer."""
+    prompts, parse = [], functools.partial(data.parse_row, ask=True)
+    for source, path in enumerate(files):
+        for _, row in read_rows([path], c.skip_bad_rows, quiet, parse):
+            if row:
+                check(row.text is None, f"{row.where}: raw text asks nothing")
+                _, messages, reference, _ = evaluation.ask_row(row, tokenizer, "")
+                ids = tokenizer.prompt_ids(messages)
+                check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
+                      f"room for an answer of {room} in --max_length {c.max_length}")
+                prompts.append(Prompt(ids, messages, reference or "", source, row.where, str(ids)))
+    return prompts, Counter()
+
+
+# ---- skip on a first reading: the command --------------------------------------------------------
+
+
+def parse_answer(where: str, value) -> tuple[list[dict], str]:
+    """(messages, reference) of a row of `eval.py generate`; InputError for others."""
+    row = data.parse_row(where, value)
+    answered = len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
+    check(answered and not row.chosen, f"{where}: expected a question and an answer, as `eval.py "
+          "generate` writes them")
+    return row.messages, value.get("reference") or ""
+
+
+def main(c: Config) -> None:
+    """Score every answer, and compare the answers to one prompt."""
+    reward, groups = find_reward(c.reward), {}
+    for _, found in read_rows(c.files, c.skip_bad_rows, parse=parse_answer):
+        if found:
+            (*asked, answer), reference = found
+            prompt = json.dumps(asked, ensure_ascii=False)
+            score = float(reward(asked, answer["content"], reference))
+            groups.setdefault(prompt, []).append(score)
+    check(groups, f"{', '.join(c.files)}: no row to read")
+
+    # Only a prompt whose answers differ can teach which of them is better.
+    scores = [score for group in groups.values() for score in group]
+    best = [max(group) for group in groups.values()]
+    alike = sum(len(set(group)) == 1 for group in groups.values())
+    print_table([("prompts", "answers", "mean reward", "best of n", "all alike"),
+                 (len(groups), len(scores), f"{sum(scores) / len(scores):.3f}",
+                  f"{sum(best) / len(best):.3f}", alike)])
+
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        main(Config(**data.parse_flags(Config, sys.argv[1:], "files")))
