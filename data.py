@@ -409,6 +409,15 @@ TEMPLATES = {
 {%- if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}""",
 }
 
+# What --eot writes before a template that ends answers only.
+END_QUESTIONS = r"""{%- set turns = namespace(all=[]) -%}
+{%- for m in messages -%}
+    {%- set asks = m.role == 'user' and m.content is string -%}
+    {%- set turns.all = turns.all + [dict(m, content=m.content ~ EOT) if asks else m] -%}
+{%- endfor -%}
+{%- set messages = turns.all %}
+"""
+
 # Characters that Unicode keeps for a program's own use: no text holds them, so none imitates ours.
 SIGN, BORDER, BEGIN, END, PROBE, KEPT = OURS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
 UNMARK = re.compile(f"[{BEGIN}{END}]").sub
@@ -723,17 +732,26 @@ class ChatTokenizer(ChatTemplate):
         return path.read_text(encoding="utf-8") if path.exists() else source
 
     def end_turns_with(self, eot: str) -> str:
-        """The template's source with another token in place of its turn-ending one (--eot)."""
+        """The template's source with this token at the end of every turn (--eot).
+
+        It takes the place of the token that ends answers; as in LIMA (arXiv:2305.11206, section 3)
+        the user's turns end with it too.
+        """
         eos = self.names.get("eos_token")
         check(eot != eos and CONTROL.fullmatch(eot),
               f"--eot: expected a token like <|end|> that is not EOS, found {eot}")
-        if eot == self.stop:
-            return self.source
-        check(eot not in self.source, f"--eot: the chat template writes {eot} elsewhere too")
+        if eot != self.stop:
+            check(eot not in self.source, f"--eot: the chat template writes {eot} elsewhere too")
 
-        # Where EOS ends turns, most templates write it by its name.
-        source = self.source.replace(self.stop, eot)
-        return re.sub(r"\beos_token\b", repr(eot), source) if self.stop == eos else source
+            # Where EOS ends turns, most templates write it by its name.
+            source = self.source.replace(self.stop, eot)
+            by_name = self.stop == eos
+            self.source = re.sub(r"\beos_token\b", repr(eot), source) if by_name else source
+
+        # Llama 2's and others end the user's turns with no token of their own.
+        asked = self.render([{"role": "user", "content": PROBE}], add_generation_prompt=True)
+        ended = eot in asked.partition(PROBE)[2]
+        return self.source if ended else END_QUESTIONS.replace("EOT", repr(eot)) + self.source
 
     def find_ids(self) -> None:
         """The ids that end and begin texts: eos_id, stop_id, stop_ids, bos_ids."""
@@ -987,8 +1005,8 @@ def overlap_count(training: list, validation: list) -> int:
 
 
 def source_names(files: list[str]) -> list[str]:
-    """A short name for each file, numbered where two are called the same."""
-    stems = [Path(f).name.removesuffix(".gz").rpartition(".")[0] for f in files]
+    """A short name for each file or folder, numbered where two are called the same."""
+    stems = [Path(Path(f).absolute().name.removesuffix(".gz")).stem for f in files]
     return [s if stems.count(s) == 1 else f"{s}#{i}" for i, s in enumerate(stems, 1)]
 
 

@@ -317,9 +317,18 @@ def validation(model, items: list[Preference], reference: Tensor, c: Config, har
     That is the share of pairs whose chosen answer is likelier under the policy alone.
     """
     policy = all_logprobs(model, items, c, hardware)  # [items, 2]
-    metrics = measure(c, policy, reference, torch.tensor([p.lengths for p in items]).float())
+    length = torch.tensor([p.lengths for p in items]).float()  # [items, 2]
+    metrics = measure(c, policy, reference, length)
     metrics["logp_accuracy"] = (policy[:, 0] > policy[:, 1]).double().mean().item()
-    names = ("loss", "reward_accuracy", "reward_margin", "logp_accuracy")
+
+    # One file may get worse while the mean gets better.
+    loss, by_source = objective(c, policy, reference, length)[0], {}  # [items]
+    for k, name in enumerate(data.source_names(c.val_data or c.data)):
+        mine = [i for i, p in enumerate(items) if p.source == k]
+        if mine:
+            by_source[name] = loss[mine].mean().item()
+    metrics["loss_by_source"] = by_source
+    names = ("loss", "loss_by_source", "reward_accuracy", "reward_margin", "logp_accuracy")
     return {f"val_{name}": metrics[name] for name in names}
 
 
@@ -537,7 +546,7 @@ def summary(c: Config, run: RunData, records: list[dict]) -> None:
         ("val_reward_accuracy", "held out: reward accuracy", ".3f"),
         ("val_reward_margin", "held out: margin", ".3f"),
         ("val_logp_accuracy", "held out: chosen likelier than rejected", ".3f"),
-        ("exam_accuracy", "exam accuracy", ".1%")))
+        ("val_loss", "held out: loss", ".4f")))
     print(f"checkpoint in {c.output_dir}; next:\n  python eval.py chat --model {c.output_dir}")
 
 
@@ -547,7 +556,7 @@ def summary(c: Config, run: RunData, records: list[dict]) -> None:
 RECIPES = {
     # DeepSeek LLM (arXiv:2401.02954; it also uses warmup, of unstated length)
     "deepseek": {"learning_rate": 5e-6, "schedule": "cosine", "batch_size": 512, "epochs": 1},
-    # Steel-LLM (arXiv:2502.06635)
+    # Steel-LLM (arXiv:2502.06635); the warmup stands in its repository's yaml only
     "steel-llm": {"beta": 0.1, "learning_rate": 5e-6, "batch_size": 128, "epochs": 3,
                   "warmup": 0.1},
     # Tulu 3 8B (arXiv:2411.15124), and the command its authors document in open-instruct

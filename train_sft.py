@@ -86,7 +86,7 @@ class Config:
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
     log_every: int = 10  # steps between lines when the output is no terminal
     eval_every: int = 0  # steps between validations; 0: before and after training
-    exam_data: str = ""  # an exam's folder (eval.py exam), asked in the chat template, no shots
+    exam_data: list[str] = field(default_factory=list)  # exams' folders: chat template, no shots
     exam_every: int = 0  # steps between exams; 0: after training
     save_every: int = 500  # steps between checkpoints; there is always one at the end
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
@@ -103,7 +103,7 @@ class RunData(NamedTuple):
     mixer: data.Mixer
     draws: int  # examples that the whole run draws
     steps: int  # optimizer steps of the whole run
-    exam_floor: float = 0.0  # share right of always the same letter, under --exam_data
+    exam_floors: dict[str, float] = {}  # of every exam the share right of always the same letter
 
     def step(self, step: int, batch_size: int) -> list[tuple[int, int]]:
         """(index of the example, how often it was seen before) of every draw of step 1, 2, ...
@@ -268,38 +268,46 @@ def is_due(every: int, step: int, steps: int) -> bool:
 
 @torch.no_grad()
 def validation_loss(model, examples: list[data.Example], c: Config, hardware: "Hardware") -> dict:
-    """{"val_loss": mean nats per supervised token}, as in training but without noise."""
+    """Mean nats per supervised token, of all and by file; as in training, but without noise."""
     model.eval()
-    loss = weight = 0.0
-    lengths = [len(e.ids) for e in examples]
+    names, lengths = data.source_names(c.val_data or c.data), [len(e.ids) for e in examples]
+    sums = torch.zeros(2, len(names), dtype=torch.float64)  # of each file: losses, weights
     for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
-        batch = data.collate([examples[i] for i in chunk], hardware.device)
+        chosen = [examples[i] for i in chunk]
+        batch = data.collate(chosen, hardware.device)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets)  # [N]
-        loss -= (batch.weights * logp).sum().item()
-        weight += batch.weights.sum().item()
+        terms = torch.stack((-batch.weights * logp, batch.weights)).cpu().double()  # [2, N]
+        for e, part in zip(chosen, terms.split([e.targets for e in chosen], 1), strict=True):
+            sums[:, e.source] += part.sum(1)
     model.train()
 
     # Numerator and denominator are summed apart: a mean of the ranks' means would be another.
-    loss, weight = hardware.sum(loss, weight)
-    return {"val_loss": loss / weight}
+    sums = hardware.sum_tensor(sums)
+    loss, weight = sums.sum(1).tolist()
+    by_source = {name: a / b for name, (a, b) in zip(names, sums.T.tolist(), strict=True) if b}
+    return {"val_loss": loss / weight, "val_loss_by_source": by_source}
 
 
 def exam_metrics(model, tokenizer, run: RunData, c: Config, hardware: "Hardware") -> dict:
-    """The share of the questions of --exam_data answered rightly, its interval, and the floor."""
+    """Of every exam the share answered rightly, its interval and its floor; and their mean."""
     import eval as evaluation  # only where an exam is asked
 
     model.eval()
-    with hardware.autocast():
-        right, count = evaluation.count_right(
-            model, tokenizer, c.exam_data, micro_tokens=c.micro_tokens, rank=hardware.rank,
-            world=hardware.world)
-    model.train()
+    exams = {}
+    for folder, (name, floor) in zip(c.exam_data, run.exam_floors.items(), strict=True):
+        with hardware.autocast():
+            counts = evaluation.count_right(
+                model, tokenizer, folder, micro_tokens=c.micro_tokens, rank=hardware.rank,
+                world=hardware.world)
 
-    # Every rank has asked its share of the subjects.
-    right, count = hardware.sum(right, count)
-    return {"exam_accuracy": right / count, "exam_interval": evaluation.wilson(right, count),
-            "exam_floor": run.exam_floor}
+        # Every rank has asked its share of the subjects.
+        right, count = hardware.sum(*counts)
+        exams[name] = {"accuracy": right / count, "interval": evaluation.wilson(right, count),
+                       "floor": floor}
+    model.train()
+    mean = sum(exam["accuracy"] for exam in exams.values()) / len(exams)
+    return {"exam_accuracy": mean, "exams": exams}
 
 
 # ==== read: schedule and optimizer ================================================================
@@ -441,12 +449,12 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     if reference := getattr(c, "reference", ""):  # of train_dpo.py; it reads the same tokens
         tokenizer.check_size(modeling.load_config(reference).vocab_size)
-    floor = try_exam(c, tokenizer, config, quiet) if c.exam_data else 0.0
+    floors = try_exams(c, tokenizer, config, quiet)
 
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's.
     c.learning_rate = c.learning_rate or rate * 4096 / config.hidden_size
     run, facts = prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
-    return tokenizer, run._replace(exam_floor=floor), facts
+    return tokenizer, run._replace(exam_floors=floors), facts
 
 
 def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
@@ -482,17 +490,20 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def try_exam(c: Config, tokenizer, config, quiet: bool) -> float:
-    """Read --exam_data, so that an error in it comes before training; returns its floor.
+def try_exams(c: Config, tokenizer, config, quiet: bool) -> dict[str, float]:
+    """Read --exam_data, so that an error in it comes before training; each exam's floor by name.
 
     The floor is the share right of whoever always gives the letter that is right most often.
     """
-    import eval as evaluation  # only where an exam is asked
+    floors = {}
+    for name, folder in zip(data.source_names(c.exam_data), c.exam_data, strict=True):
+        import eval as evaluation  # only where an exam is asked
 
-    _, sheets = evaluation.training_exam(tokenizer, c.exam_data,
-                                         config.max_position_embeddings, quiet=quiet)
-    letters = Counter(q["answer"] for sheet in sheets for q in sheet.subject.questions)
-    return max(letters.values()) / letters.total()
+        _, sheets = evaluation.training_exam(tokenizer, folder, config.max_position_embeddings,
+                                             quiet=quiet)
+        letters = Counter(q["answer"] for sheet in sheets for q in sheet.subject.questions)
+        floors[name] = max(letters.values()) / letters.total()
+    return floors
 
 
 # ---- skip on a first reading: checkpoints and state ----------------------------------------------
@@ -737,38 +748,51 @@ def summary(c: Config, records: list[dict]) -> None:
     seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
     print(f"{tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} a second")
     print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per supervised token")
-    print_held_out(records, (("val_loss", "validation loss", ".4f"),
-                             ("exam_accuracy", "exam accuracy", ".1%")))
+    print_held_out(records, [("val_loss", "validation loss", ".4f")])
 
     print(f"checkpoint in {c.output_dir}; next:\n  python eval.py chat --model {c.output_dir}\n"
           f"  python eval.py logprobs --model {c.output_dir} --data {c.data[0]}")
     if c.exam_data:
-        print(f"  python eval.py exam --model {c.output_dir} --data {c.exam_data} --chat --shots 0")
+        print(f"  python eval.py exam --model {c.output_dir} --data {c.exam_data[0]} --chat "
+              "--shots 0")
 
 
 def print_held_out(records: list[dict], table) -> None:
-    """How each (metric, name, format) moved; from step 0, if anything was measured then."""
-    first, last = records[0], records[-1]
+    """How each (metric, name, format) moved, then every file and every exam."""
+    first, last = records[0] if records[0]["step"] == 0 else {}, records[-1]
+
+    def show(name: str, form: str, before: float | None, after: float, note: str = "") -> None:
+        begun = "" if before is None else f"{before:{form}} -> "
+        print(f"{name} {begun}{after:{form}}{note}")
+
     for key, name, form in table:
         if key in last:
-            before = f"{first[key]:{form}} -> " if first["step"] == 0 and key in first else ""
-            print(f"{name} {before}{last[key]:{form}}")
+            show(name, form, first.get(key), last[key])
+
+    # In a mean one may rise while another falls.
+    before = first.get("val_loss_by_source", {})
+    for name, loss in last.get("val_loss_by_source", {}).items():
+        show(f"  {name}", ".4f", before.get(name), loss)
+    before = first.get("exams", {})
+    for name, exam in last.get("exams", {}).items():
+        show(f"exam {name}", ".1%", before.get(name, {}).get("accuracy"), exam["accuracy"],
+             " (95% {:.1%} to {:.1%}; floor {:.1%})".format(*exam["interval"], exam["floor"]))
 
 
 # ---- skip on a first reading: recipes ------------------------------------------------------------
 
-# The settings each paper reports; anything it leaves out keeps our default. All use AdamW.
+# The settings each source reports; anything it leaves out keeps our default. All use AdamW.
 ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.95}
 RECIPES = {
     # Llama 2 (arXiv:2307.09288, section 3.1): 27,540 rows, loss on answers only
     "llama2": {**ADAM, "learning_rate": 2e-5, "schedule": "cosine", "weight_decay": 0.1,
                "batch_size": 64, "max_length": 4096, "epochs": 2},
-    # LIMA (arXiv:2305.11206, section 3): batch 64 for its smaller models; dropout 0 at the bottom
-    # layer to 0.3 at the top
+    # LIMA (arXiv:2305.11206, section 3): dropout 0 at the bottom layer to 0.3 at the top; its
+    # end-of-turn token wants --eot '<|end|>'
     "lima": {**ADAM, "learning_rate": 1e-5, "min_learning_rate": 1e-6, "schedule": "linear",
              "warmup": 0, "weight_decay": 0.1, "batch_size": 32, "max_length": 2048, "epochs": 15,
              "dropout": [0.0, 0.3]},
-    # Qwen (arXiv:2309.16609, section 3.1)
+    # Qwen (arXiv:2309.16609, section 3.1); not published: what the rate does after its peak
     "qwen": {**ADAM, "learning_rate": 2e-6, "warmup": 1430, "adam_epsilon": 1e-8,
              "weight_decay": 0.1, "batch_size": 128, "max_length": 2048, "steps": 4000,
              "dropout": [0.1], "max_grad_norm": 1.0},
@@ -779,10 +803,14 @@ RECIPES = {
     "yi-6b": {"learning_rate": 1e-5, "schedule": "constant", "adam_beta1": 0.9,
               "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.1, "batch_size": 64,
               "max_length": 4096, "steps": 300, "max_grad_norm": 1.0, "neftune_alpha": 5.0},
-    # Steel-LLM (arXiv:2502.06635)
+    # Steel-LLM: its authors' article (8 devices times 8 rows; length not said), then its paper
+    # (arXiv:2502.06635; weight decay and length of fine-tuning not said, "about" 4 epochs)
     "steel-llm": {"learning_rate": 2e-5, "schedule": "cosine", "weight_decay": 0.0,
-                  "batch_size": 64, "max_length": 2048, "epochs": 3},
+                  "batch_size": 64, "epochs": 3},
+    "steel-llm-paper": {"learning_rate": 2e-5, "schedule": "cosine", "batch_size": 256,
+                        "epochs": 4},
 }
+RECIPES["lima-small"] = {**RECIPES["lima"], "batch_size": 64, "dropout": [0.0, 0.2]}
 RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
 
 

@@ -207,7 +207,7 @@ def main() -> None:
     check_flags(c, tokenizer)
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     config = modeling.load_config(c.model)
-    floor = train_sft.try_exam(c, tokenizer, config, False) if c.exam_data else 0.0
+    floors = train_sft.try_exams(c, tokenizer, config, False)
     c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size  # see train_sft.main
     run, facts = train_sft.prepare_data(c, lambda files: data.load_examples(
         files, tokenizer, c.train_on, c.max_length, skip_bad_rows=c.skip_bad_rows), False)
@@ -217,7 +217,7 @@ def main() -> None:
     train_sft.start_run(c, run.steps, facts, hardware)
     train_sft.announce(c, student, tokenizer, run.steps, hardware)
     step = partial(distill_step, teacher=teacher, stop_ids=tokenizer.stop_ids)
-    records, status = train_sft.train(c, tokenizer, run._replace(exam_floor=floor), start_step,
+    records, status = train_sft.train(c, tokenizer, run._replace(exam_floors=floors), start_step,
                                       student, student, hardware, step)
     if not train_sft.ended_early("-m labs.distill", c, start_step, run.steps, records, hardware):
         train_sft.summary(c, records)

@@ -18,6 +18,7 @@ import html
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import data
@@ -32,7 +33,15 @@ def draw_run(folder: Path, records: list[dict], figure) -> None:
     Raises ImportError without matplotlib.
     """
     draw_figure(folder / figure.name, records, figure.curves, figure.unit)
-    draw_figure(folder / "exam.png", records, {"exam_accuracy": "exam"}, "share right")
+
+    # Every exam is a curve of its own.
+    curves, scores = {}, []
+    for r in records:
+        scores.append(dict(r))
+        for name, exam in r.get("exams", {}).items():
+            curves[f"exam {name}"] = name
+            scores[-1][f"exam {name}"] = exam["accuracy"]
+    draw_figure(folder / "exam.png", scores, curves, "share right")
 
 
 def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: str) -> None:
@@ -53,8 +62,8 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
         if found:
             marker = "." if len(found) < 50 else ""
             top.plot(*zip(*found, strict=True), label=curves[key], marker=marker)
-    if "exam_accuracy" in curves:
-        draw_interval(top, records)
+    if next(iter(curves)).startswith("exam "):
+        draw_intervals(top, records, curves.values())
 
     # The second half of a loss that falls by more than ten is seen on a logarithmic axis only.
     values = [value for found in points.values() for _, value in found]
@@ -71,12 +80,14 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
     modeling.write_atomic(path, lambda temporary: canvas.savefig(temporary, format="png"))
 
 
-def draw_interval(axes, records: list[dict]) -> None:
+def draw_intervals(axes, records: list[dict], exams: Iterable[str]) -> None:
     """A score means something beside its interval, and beside the best constant answer."""
-    exams = [r for r in records if "exam_accuracy" in r]
-    low, high = zip(*[r["exam_interval"] for r in exams], strict=True)
-    axes.fill_between([r["step"] for r in exams], low, high, alpha=0.2, label="95% interval")
-    axes.axhline(exams[0]["exam_floor"], color="gray", linestyle="--", label="floor")
+    for k, name in enumerate(exams):
+        found = [(r["step"], r["exams"][name]) for r in records if name in r.get("exams", {})]
+        low, high = zip(*[exam["interval"] for _, exam in found], strict=True)
+        axes.fill_between([step for step, _ in found], low, high, alpha=0.2, color=f"C{k}",
+                          label=f"{name}: 95% interval")
+        axes.axhline(found[0][1]["floor"], color=f"C{k}", linestyle="--", label=f"{name}: floor")
 
 
 # ==== read: a conversation as tokens ==============================================================

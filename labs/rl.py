@@ -77,7 +77,7 @@ class Config(train_sft.Config):
 
 
 DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"], "learning_rate": 5e-5,
-        "val_data": ["out/demo/pairs_val.jsonl"], "exam_data": "out/demo/exam",
+        "val_data": ["out/demo/pairs_val.jsonl"], "exam_data": ["out/demo/exam"],
         "reward": f"{__file__}:polite"}
 
 

@@ -472,17 +472,22 @@ def test_each_rank_counts_its_own_subjects_in_training(place):
     assert [count for _, count in parts] == [*SIZES.values(), 0]
 
 
-def test_exam_during_training_is_the_exam_afterwards(place, tmp_path):
+def test_each_exam_during_training_is_that_exam_afterwards(place, tmp_path):
     rows_ = jsonl(tmp_path / "rows.jsonl", {"prompt": "hi", "completion": "A"})
     printed = torchrun(2, "train_sft.py", "--model", place / "one", "--data", rows_, "--steps", 4,
                        "--learning_rate", 1e-2, "--output_dir", tmp_path / "run", "--exam_data",
-                       place / "ceval", "--exam_every", 3)
+                       place / "ceval", place / "cmmlu", "--exam_every", 3)
     records = read(tmp_path / "run/metrics.jsonl")
     assert [r["step"] for r in records if "exam_accuracy" in r] == [0, 3, 4]
-    results, _, _ = exam(tmp_path / "out", "--model", tmp_path / "run", "--data", place / "ceval",
-                         "--chat", "--shots", 0)
-    assert records[-1]["exam_accuracy"] == results["micro"]
-    assert "exam accuracy" in printed
+    scores = []
+    for name in ("ceval", "cmmlu"):
+        results, _, _ = exam(tmp_path / name, "--model", tmp_path / "run", "--data", place / name,
+                             "--chat", "--shots", 0)
+        found = records[-1]["exams"][name]
+        assert (found["accuracy"], found["interval"]) == (results["micro"], results["interval"])
+        assert found["floor"] == results["floor"]["micro"] and f"exam {name} " in printed
+        scores.append(results["micro"])
+    assert records[-1]["exam_accuracy"] == sum(scores) / 2
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -597,7 +602,7 @@ def test_a_bad_question_can_be_left_out(place, tmp_path):
 def test_training_refuses_an_exam_it_cannot_score(place, tmp_path):
     rows_ = jsonl(tmp_path / "rows.jsonl", {"prompt": "hi", "completion": "A"})
     flags = ["--model", place / "one", "--data", rows_, "--output_dir", tmp_path / "run"]
-    for extra in (["--exam_data", tmp_path], ["--exam_every", 2]):
+    for extra in (["--exam_data", place / "ceval", tmp_path], ["--exam_every", 2]):
         status, _, err = command("train_sft.py", *flags, *extra)
         assert (status, err.count("\n")) == (2, 1) and "exam" in err
     with pytest.raises(InputError, match="no column answer"):

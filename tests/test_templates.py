@@ -292,6 +292,25 @@ def test_a_turn_end_must_look_like_a_token_of_which_the_template_makes_no_other_
         data.ChatTokenizer(folder_of(name), eot=token)
 
 
+@pytest.mark.parametrize("name", ["llama2", "mistral", "deepseek", "qwen2", "llama3"])
+def test_turn_end_of_lima_ends_the_users_turns_too_and_is_a_target_in_answers_only(
+    name, folder_of, tmp_path
+):
+    tokenizer = data.ChatTokenizer(folder_of(name), eot="<|end|>")
+    talk = [user("one"), assistant("two"), user("three"), assistant("four")]
+    ids, spans = render(tokenizer, talk)
+    said = tokenizer.decode(ids).partition("one")[2]  # behind a system text of the template
+    assert re.findall(r"two|three|four|<\|end\|>", said) == [
+        "<|end|>", "two", "<|end|>", "three", "<|end|>", "four", "<|end|>"]
+    answers = [text.replace(" ", "") for text in supervised(tokenizer, (ids, spans))]
+    assert answers == ["two<|end|>", "four<|end|>"]
+
+    # The template that is saved says so to transformers, and to --eot when it comes again.
+    tokenizer.save(tmp_path)
+    assert rendered_by(PreTrainedTokenizerFast.from_pretrained(tmp_path), talk) == ids
+    assert data.ChatTokenizer(tmp_path, eot="<|end|>").source == tokenizer.source
+
+
 def test_a_turn_end_that_the_checkpoint_knows_keeps_its_row(tmp_path):
     make_checkpoint(tmp_path, "qwen2")
     loaded, tokenizer = load_to_train(tmp_path, eot="<|endoftext|>")

@@ -439,7 +439,8 @@ def test_warning_says_when_the_reference_is_not_where_the_policy_started(work, f
 STEP = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens",
         "tokens_per_second", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy",
         "logp_chosen", "logp_rejected", "length_chosen", "length_rejected"}
-VAL = {"val_loss", "val_reward_accuracy", "val_reward_margin", "val_logp_accuracy"}
+VAL = {"val_loss", "val_loss_by_source", "val_reward_accuracy", "val_reward_margin",
+       "val_logp_accuracy"}
 
 
 def test_metrics_hold_what_the_readme_explains(work, reference):
@@ -457,6 +458,16 @@ def test_metrics_hold_what_the_readme_explains(work, reference):
     assert reference[0][0]["target_tokens"] == sum(sum(p.lengths) for p in first)
     assert reference[0][0]["tokens"] == sum(  # a prompt counts once
         len(p.prompt) + sum(len(ids) for ids, _ in p.answers) for p in first)
+
+
+def test_validation_loss_of_every_file_is_what_that_file_alone_would_give(work):
+    flags = [*inputs(work), "--steps", 2, "--learning_rate", 3e-3, "--overwrite", "--val_data"]
+    names, alone = ("val", "more"), {}
+    for name in names:
+        records, _ = run(work, "one_file", *flags, work / f"{name}.jsonl")
+        alone[name] = pytest.approx(records[-1]["val_loss"], abs=1e-5)
+    records, text = run(work, "two_files", *flags, *(work / f"{name}.jsonl" for name in names))
+    assert records[-1]["val_loss_by_source"] == alone and "\n  more 0.6931 -> " in text
 
 
 def test_validation_before_and_after_equals_a_plain_transformers_pass(work):

@@ -219,7 +219,8 @@ def test_validation_loss_is_that_of_rows_not_trained_on_without_noise(work, refe
     records, text = train(work, "validated", *inputs(work), *BASIC, *flags)
     assert curve(records) == curve(reference[0])  # validation does not touch the curve
     measured = {r["step"]: r for r in read(work / "validated/metrics.jsonl") if "val_loss" in r}
-    assert list(measured) == [0, 2, 4, 5] and set(measured[0]) == {"step", "epoch", "val_loss"}
+    assert list(measured) == [0, 2, 4, 5]
+    assert set(measured[0]) == {"step", "epoch", "val_loss", "val_loss_by_source"}
     tokenizer = data.ChatTokenizer(work / "validated")
     examples, _ = data.load_examples([str(work / "val.jsonl")], tokenizer)
     batch = data.collate(examples)
@@ -227,6 +228,24 @@ def test_validation_loss_is_that_of_rows_not_trained_on_without_noise(work, refe
         loss = -modeling.load(work / folder)(batch.ids, batch.lengths, batch.targets).mean()
         assert measured[step]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert f"validation loss {measured[0]['val_loss']:.4f} -> {loss:.4f}" in text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_validation_loss_of_every_file_is_what_that_file_alone_would_give(work, ranks):
+    files = [work / "val.jsonl", work / "more.jsonl"]
+    (record, *_), text = train(work, f"both{ranks}", *inputs(work), *BASIC, "--steps", 1,
+                               "--val_data", *files, ranks=ranks)
+    alone, tokens = {}, {}
+    for path in files:
+        (last, *_), _ = train(work, path.stem, *inputs(work), *BASIC, "--steps", 1, "--val_data",
+                              path, "--overwrite")
+        alone[path.stem] = last["val_loss"]
+        examples, _ = data.load_examples([str(path)], data.ChatTokenizer(work / "base"))
+        tokens[path.stem] = sum(e.targets for e in examples)
+        assert f"  {path.stem} " in text
+    assert record["val_loss_by_source"] == pytest.approx(alone, abs=1e-5)
+    whole = sum(alone[name] * tokens[name] for name in alone) / sum(tokens.values())
+    assert record["val_loss"] == pytest.approx(whole, abs=1e-5)
 
 
 def test_system_text_stands_where_a_conversation_has_none(work):
@@ -308,7 +327,10 @@ RECIPES = {
     "deepseek-67b": {"learning_rate": 5e-6, "epochs": 2},
     "yi-6b": {"neftune_alpha": 5, "schedule": "constant", "adam_beta2": 0.999},
     "yi-34b": {"neftune_alpha": 45, "schedule": "constant", "adam_beta2": 0.999},
+    "lima-small": {"learning_rate": 1e-5, "dropout": [0.0, 0.2], "epochs": 15, "batch_size": 64},
     "steel-llm": {"learning_rate": 2e-5, "weight_decay": 0, "batch_size": 64, "epochs": 3},
+    "steel-llm-paper": {"learning_rate": 2e-5, "schedule": "cosine", "batch_size": 256,
+                        "epochs": 4},
 }
 
 
@@ -609,8 +631,7 @@ def test_bar_fits_80_columns(work, monkeypatch):
     c = train_sft.Config(output_dir=str(work / "bar"))
     log = train_sft.Log(c, 0, 100000, hardware, train_sft.FIGURE)
     log.write({"step": 1, "loss": 2.0, "val_loss": 12.3456, "exam_accuracy": 0.5,
-               "exam_interval": [0.4, 0.6], "exam_floor": 0.25, "learning_rate": 1e-5,
-               "tokens_per_second": 123456.0})
+               "learning_rate": 1e-5, "tokens_per_second": 123456.0})
     log.bar.refresh()
     shown = sys.stderr.getvalue().replace("\n", "\r").split("\r")
     log.bar.close()

@@ -1,17 +1,25 @@
 """Figures: the curves of a run, and the picture of a conversation."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from labs import draw
 
 
-def test_exam_curve_has_its_interval_and_floor():
-    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    draw.draw_interval(axes, [{"step": step, "exam_accuracy": 0.5, "exam_interval": [0.4, 0.6],
-                               "exam_floor": 0.3} for step in (0, 9)])
-    (band,), (floor,) = axes.collections, axes.lines
-    assert band.get_paths()[0].get_extents().intervaly.tolist() == [0.4, 0.6]
-    assert floor.get_ydata() == [0.3, 0.3]
+def test_every_exam_has_its_curve_its_interval_and_its_floor(tmp_path, monkeypatch):
+    figure, drawn = pytest.importorskip("matplotlib.figure").Figure, []
+    exams = {"ceval": {"accuracy": 0.5, "interval": [0.4, 0.6], "floor": 0.3},
+             "cmmlu": {"accuracy": 0.8, "interval": [0.7, 0.9], "floor": 0.25}}
+    records = [{"step": step, "loss": 1.0, "exams": exams, "learning_rate": 1.0} for step in (1, 9)]
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0]))
+    monkeypatch.setattr(draw.modeling, "write_atomic", lambda path, write: write(path))
+    draw.draw_run(tmp_path, records, SimpleNamespace(name="loss.png", curves={}, unit=""))
+    (axes,) = drawn
+    assert [line.get_ydata().tolist() if line.get_label() in exams else line.get_ydata()
+            for line in axes.lines] == [[0.5, 0.5], [0.8, 0.8], [0.3, 0.3], [0.25, 0.25]]
+    bands = [band.get_paths()[0].get_extents().intervaly.tolist() for band in axes.collections]
+    assert bands == [[0.4, 0.6], [0.7, 0.9]]
 
 
 def test_figure_without_points_is_not_drawn(tmp_path):
