@@ -540,7 +540,7 @@ REFUSED = {  # name: (a file of the exam, what is done to it, flags, what the me
     "unknown subject": ("", None, "--subjects law lau", ["lau", "logic"]),
     "absent subject": ("", None, "--data cmmlu --subjects nutrition", ["nutrition.csv"]),
     "six shots": ("", None, "--shots 6", ["--shots 6", "5"]),
-    "negative shots": ("", None, "--shots -2", ["--shots -2", "5"]),
+    "negative shots": ("", None, "--shots -2", ["--shots", "-2"]),
     "shots with steel": ("", None, "--protocol steel --shots 1", ["--shots 1"]),
     "cot of cmmlu": ("", None, "--data cmmlu --protocol cot", ["cot", "ceval"]),
     "unknown protocol": ("", None, "--protocol best", ["official"]),
