@@ -669,7 +669,11 @@ class ChatTokenizer(ChatTemplate):
     """
 
     def __init__(self, folder: str | Path, template: str = "", eot: str = "", system: str = ""):
-        self.folder = folder = Path(folder)
+        # An adapter may come without a tokenizer: then it is its base's.
+        self.checkpoint = folder = Path(folder)
+        if not (folder / "tokenizer.json").exists():
+            folder, _ = modeling.read_adapter(folder)
+        self.folder = folder
         self.tokenizer, self.config = open_tokenizer(folder), self.read("tokenizer_config.json")
         added = {t.content: t for t in self.tokenizer.get_added_tokens_decoder().values()}
 

@@ -764,7 +764,7 @@ def resolve_exam(c: Exam) -> Exam:
     check(folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)")
 
     benchmark = c.benchmark or recognize_benchmark(folder)
-    last = "out/dpo" if Path("out/dpo/config.json").exists() else "out/sft"
+    last = "out/dpo" if Path("out/dpo/tokenizer.json").exists() else "out/sft"
     most = 0 if steel else 5
     c = replace(c, model=c.model or [last], benchmark=benchmark, chat=c.chat or steel,
                 shots=most if c.shots == -1 else c.shots,
@@ -864,7 +864,7 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
     # One checkpoint at a time is in memory.
     model, began = open_model(c, tokenizer), time.perf_counter()
     sheets = let_think(model, tokenizer, c, sheets)
-    bar = tqdm(sheets[rank::world], desc=str(tokenizer.folder), unit=" subjects",
+    bar = tqdm(sheets[rank::world], desc=str(tokenizer.checkpoint), unit=" subjects",
                disable=rank > 0 or not sys.stderr.isatty())
     mine = [answer_sheet(model, tokenizer, sheet, c.micro_tokens) for sheet in bar]
 
@@ -895,7 +895,7 @@ def exam_command(c: Exam) -> None:
     # Every prompt of every checkpoint is encoded first, so that nothing fails in the middle.
     for folder in c.model:
         tokenizer = data.ChatTokenizer(folder, c.template)
-        config = modeling.load_config(tokenizer.folder)
+        config = modeling.load_config(tokenizer.checkpoint)
         tokenizer.check_size(config.vocab_size)
         tokenizers.append(tokenizer)
         sheets.append([make_sheet(tokenizer, subject, c, config.max_position_embeddings,
@@ -944,7 +944,7 @@ def check_flags(c) -> None:
 def open_model(c: Common, tokenizer: data.ChatTokenizer) -> modeling.Llama:
     """The tokenizer's checkpoint in its evaluation precision, on the device at hand."""
     device = modeling.best_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = modeling.load(tokenizer.folder, modeling.best_dtype(c.dtype, device), device)
+    model = modeling.load(tokenizer.checkpoint, modeling.best_dtype(c.dtype, device), device)
     tokenizer.check_size(model.config.vocab_size)
     return model
 

@@ -108,6 +108,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+class Projection(nn.Linear):
+    """h = W x + b, and where there is an adapter h = W x + b + (alpha / r) B A dropout(x).
+
+    LoRA (arXiv:2106.09685, eq. 3): W [out, in] is frozen, A [r, in] and B [out, r] are trained, a
+    hundredth of its size. B begins with 0, so that training begins with the model as it was. The
+    adapter stands beside the weight, so that the checkpoint's names stay what they are.
+    """
+
+    def __init__(self, size_in: int, size_out: int, bias: bool):
+        super().__init__(size_in, size_out, bias=bias)
+        self.lora_A = self.lora_B = None  # from `add_adapter`, with scale, site and lora_dropout
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[T, in] -> [T, out]; `noise` [T] is what the adapter's dropout draws from."""
+        # A frozen weight may be stored in fewer bits than x has.
+        weight = self.weight if self.weight.requires_grad else self.weight.to(x.dtype)
+        h = F.linear(x, weight, self.bias)  # [T, out]
+        if self.lora_A is None:
+            return h
+        low = self.lora_A(dropout(x, self.lora_dropout, noise, self.site))  # [T, r]
+        return h + self.scale * self.lora_B(low)  # [T, out]
+
+    def merged(self) -> Tensor:
+        """The weight that alone does the same, W + (alpha / r) B A in fp32: [out, in]."""
+        W, A, B = (m.weight.detach().float() for m in (self, self.lora_A, self.lora_B))
+        return W + self.scale * B @ A
+
+
 class Attention(nn.Module):
     """The projections of grouped-query attention (arXiv:2305.13245): H heads share K keys, values.
 
@@ -121,20 +149,20 @@ class Attention(nn.Module):
         D, bias = config.hidden_size, config.attention_bias
         all_q, all_kv = config.num_attention_heads * self.Dh, config.num_key_value_heads * self.Dh
         qwen2, qwen3 = config.model_type == "qwen2", config.model_type == "qwen3"
-        self.q_proj = nn.Linear(D, all_q, bias=bias or qwen2)
-        self.k_proj = nn.Linear(D, all_kv, bias=bias or qwen2)
-        self.v_proj = nn.Linear(D, all_kv, bias=bias or qwen2)
-        self.o_proj = nn.Linear(all_q, D, bias=bias and not qwen2)
+        self.q_proj = Projection(D, all_q, bias=bias or qwen2)
+        self.k_proj = Projection(D, all_kv, bias=bias or qwen2)
+        self.v_proj = Projection(D, all_kv, bias=bias or qwen2)
+        self.o_proj = Projection(all_q, D, bias=bias and not qwen2)
 
         # Qwen3 normalises every head of q and k before they are rotated.
         self.q_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
         self.k_norm = RMSNorm(self.Dh, config.rms_norm_eps) if qwen3 else nn.Identity()
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, noise: Tensor | None):
         """Queries [T, H, Dh], keys and values [T, K, Dh] of states x [T, D]."""
-        q = self.q_norm(self.q_proj(x).unflatten(1, (-1, self.Dh)))  # [T, H, Dh]
-        k = self.k_norm(self.k_proj(x).unflatten(1, (-1, self.Dh)))  # [T, K, Dh]
-        v = self.v_proj(x).unflatten(1, (-1, self.Dh))  # [T, K, Dh]
+        q = self.q_norm(self.q_proj(x, noise).unflatten(1, (-1, self.Dh)))  # [T, H, Dh]
+        k = self.k_norm(self.k_proj(x, noise).unflatten(1, (-1, self.Dh)))  # [T, K, Dh]
+        v = self.v_proj(x, noise).unflatten(1, (-1, self.Dh))  # [T, K, Dh]
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
@@ -144,12 +172,12 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, hidden, bias=bias)
-        self.up_proj = nn.Linear(D, hidden, bias=bias)
-        self.down_proj = nn.Linear(hidden, D, bias=bias)
+        self.gate_proj = Projection(D, hidden, bias=bias)
+        self.up_proj = Projection(D, hidden, bias=bias)
+        self.down_proj = Projection(hidden, D, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x, noise)) * self.up_proj(x, noise), noise)
 
 
 class Block(nn.Module):
@@ -167,15 +195,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor, noise: Tensor | None):
         """What attention needs of the residual stream x [T, D]."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+        return self.self_attn.project(self.input_layernorm(x), cos, sin, noise)
 
     def after(self, x: Tensor, attended: Tensor, noise: Tensor | None) -> Tensor:
         """Add what attention found [T, H, Dh], and what the MLP makes of the sum: [T, D]."""
-        found = self.self_attn.o_proj(attended.flatten(1))  # [T, D], from [T, H * Dh]
+        found = self.self_attn.o_proj(attended.flatten(1), noise)  # [T, D], from [T, H * Dh]
         x = x + dropout(found, self.dropout, noise, 0)
-        changed = self.mlp(self.post_attention_layernorm(x))  # [T, D]
+        changed = self.mlp(self.post_attention_layernorm(x), noise)  # [T, D]
         return x + dropout(changed, self.dropout, noise, 1)
 
     def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None,
@@ -184,7 +212,7 @@ class Block(nn.Module):
 
         Tokens that are not `wanted` [N] still serve the others as keys and values.
         """
-        q, k, v = self.before(x, layout.cos, layout.sin)
+        q, k, v = self.before(x, layout.cos, layout.sin, noise)
         attended = attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
 
         # From here on tokens are on their own: those that nobody asks for may go.
@@ -201,6 +229,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.checkpoint_activations = config, False
         self.stop_ids = ()  # the tokens that end an answer; `load` fills them in
+        self.adapter = {}  # with LoRA the keys of PEFT's adapter_config.json; see `add_adapter`
 
         # The names are those of the checkpoint, where these weights begin with `model.`.
         self.model = nn.ModuleDict({
@@ -222,6 +251,7 @@ class Llama(nn.Module):
         wanted        [N] flat indices of the tokens whose states are asked for; None: of all
         """
         x = self.model.embed_tokens(ids)  # [T, D]
+        x = x.to(self.model.norm.weight.dtype)  # the embedding may be stored in fewer bits
         layout = Layout(self.config, lengths, prefix, x.device, product_dtype(x))
 
         # Noise is for training. In evaluation it is ignored, whoever passes it.
@@ -233,7 +263,7 @@ class Llama(nn.Module):
         kept, last = [], len(self.model.layers) - 1
         for i, layer in enumerate(self.model.layers):
             past = prefix.layers[i] if prefix is not None else None
-            drops = noise is not None and layer.dropout > 0
+            drops = noise is not None and (layer.dropout or self.adapter.get("lora_dropout"))
             mine = combine(noise, i + 1) if drops else None  # [T] each layer draws its own
 
             # Checkpointing computes the layer again in the backward pass. Our noise is a function
@@ -995,13 +1025,10 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     # What people give in place of a checkpoint's folder, and what helps.
     cached = max((p.parent for p in folder.glob("snapshots/*/config.json")), default=None)
     inner = min((p.parent for p in folder.glob(f"*/{name}")), default=None)
-    adapter = (folder / "adapter_config.json").exists()
     hub_id = not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
     old = name == "tokenizer.json" and (folder / "tokenizer.model").exists()
     for found, message in (
             (cached, f"{folder} is a cache of the hub; its checkpoint is {cached}"),
-            (adapter, f"{folder} is an adapter, not a model; merge it into its base first (peft: "
-             "merge_and_unload(), then save_pretrained)"),
             (hub_id, f"no folder {folder}; a model of the hub comes with `hf download {folder} "
              "--local-dir DIR`"),
             (old, f"{folder} has only tokenizer.model; AutoTokenizer.from_pretrained(DIR)."
@@ -1011,8 +1038,12 @@ def checkpoint_file(folder: Path, name: str) -> Path:
         check(not found, message)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors file of a checkpoint, or its shards."""
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors file of a checkpoint, or its shards; an adapter's own file comes last."""
+    base, adapter = read_adapter(folder)
+    if adapter:
+        return [*weight_files(base), checkpoint_file(Path(folder), ADAPTER_WEIGHTS)]
+    folder = base
     if (folder / "model.safetensors").exists():
         return [checkpoint_file(folder, "model.safetensors")]
     check((folder / INDEX).exists(), f"no model.safetensors or {INDEX} in {folder} "
@@ -1024,7 +1055,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint folder; InputError if it is missing or not supported."""
-    path = checkpoint_file(Path(folder), "config.json")
+    path = checkpoint_file(read_adapter(folder)[0], "config.json")
     source = read_json(path)
     kind = (source.get("quantization_config") or {}).get("quant_method")
     check(not kind, f"{path}: the weights are quantised ({kind}); take the checkpoint in 16 bits")
@@ -1036,31 +1067,46 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise InputError(f"{path}: {error}") from None
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> Llama:
-    """The model of a folder in Hugging Face layout, in eval mode.
+def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu",
+         adapter: dict | None = None, seed: int = 0) -> Llama:
+    """The model of a folder in Hugging Face layout, or of an adapter's folder, in eval mode.
+
+    All weights get `dtype`, and an adapter is merged. None is for LoRA: weights stay as they are
+    stored (in fp32 if they are vectors) and frozen, the folder's adapter beside them, or a new one
+    of `seed` with the keys `adapter` of its adapter_config.json.
 
     It is built without storage and filled tensor by tensor: memory stays near the model's own size.
     Raises InputError for missing, left-over or misshapen weights or an unsupported config.
     """
-    folder = Path(folder)
+    base, own = read_adapter(folder)
     with torch.device("meta"):
         model = Llama(load_config(folder))
-    missing = dict(model.named_parameters())
+        add_adapter(model, adapter or own)
+    missing, kind = dict(model.named_parameters()), None if own else dtype
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    place(model, missing, name, file.get_tensor(name), dtype, device, path)
+                    place(model, missing, name, file.get_tensor(name), kind, device, path)
         except (SafetensorError, FileNotFoundError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
+    if not own:
+        for name, tensor in new_weights(missing, seed):
+            place(model, missing, name, tensor, kind, device, base)
     first = next(iter(missing), None)
     check(not missing, f"{folder}: {len(missing)} weights are missing, the first is {first}")
 
     # What ends an answer by the checkpoint's own word: one id or a list of them.
-    path = folder / "generation_config.json"
+    path = base / "generation_config.json"
     settings = {**model.config.source, **(read_json(path) if path.exists() else {})}
     stop = settings.get("eos_token_id")
     model.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+
+    if dtype:
+        merge_adapter(model, dtype)
+    else:
+        for name, p in model.named_parameters():
+            p.requires_grad_(LORA in name)
     return model.eval()
 
 
@@ -1072,6 +1118,8 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     quantised = tensor.itemsize == 1 or not tensor.is_floating_point() or name.endswith(QUANTISED)
     check(not quantised, f"{path}: the weights are quantised ({name}), stored as {tensor.dtype}; "
           "take the checkpoint in 16 bits")
+
+    name, lora = name.removeprefix(WRAPPER), LORA in name
 
     # A tied matrix may be stored under either name, or both.
     embedding = "model.embed_tokens.weight"
@@ -1085,8 +1133,12 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     want, shape = list(missing.pop(name).shape), list(tensor.shape)
     check(want == shape, f"{path}: weight {name} has shape {shape}, expected {want}")
 
+    # What is trained, and what is small, is in fp32 where no type is asked for.
+    if not lora:
+        model.stored_dtype = tensor.dtype
+    dtype = dtype or (torch.float32 if lora or tensor.dim() < 2 else tensor.dtype)
+
     # First to the device, then to the type: 16 bits per weight travel, not 32.
-    model.stored_dtype = tensor.dtype
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device).to(dtype)))
 
@@ -1160,28 +1212,39 @@ def write_json(path: Path, value: dict) -> None:
     write_lines(path, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
 
 
+def own_files(folder: Path) -> set[str]:
+    """The names of all files of weights that the folder's own checkpoint or adapter may have."""
+    names = {"model.safetensors", INDEX, ADAPTER, ADAPTER_WEIGHTS}
+    if (folder / INDEX).exists():
+        listed = read_json(folder / INDEX).get("weight_map", {}).values()
+        names |= {name for name in listed if Path(name).name == name}
+    return names
+
+
 def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """config.json and the weights, above 5 GB in shards with an index."""
-    # A new shard begins where the next weight has no room in the last one.
+    """config.json and the weights, above 5 GB in shards with an index; an adapter is merged."""
     folder, shards, room, total = Path(folder), [], 0, 0
+    old, weight_map = own_files(folder), {}
+    merged = {f"{name}.weight": module for name, module in adapted(model).items()}
+
+    # A new shard begins where the next weight has no room in the last one.
     for name, parameter in model.named_parameters():
         size = parameter.numel() * dtype.itemsize
+        if LORA in name:
+            continue
         if size > room:
             shards.append({})
             room = SHARD_BYTES
         shards[-1][name] = parameter
         room, total = room - size, total + size
 
-    # The files that these replace: those of the folder's own checkpoint, and no stranger's.
-    old, weight_map = {"model.safetensors", INDEX}, {}
-    if (folder / INDEX).exists():
-        listed = read_json(folder / INDEX).get("weight_map", {}).values()
-        old |= {name for name in listed if Path(name).name == name}
-
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         name = name if len(shards) > 1 else "model.safetensors"
-        tensors = {key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()}
+        tensors = {}
+        for key, p in shard.items():
+            whole = merged[key].merged() if key in merged else p.detach()
+            tensors[key] = whole.to("cpu", dtype).contiguous()
         write_atomic(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
@@ -1192,3 +1255,84 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -
 
     config = {k: v for k, v in model.config.source.items() if k not in ("torch_dtype", "dtype")}
     write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+# ---- skip on a first reading: adapters -----------------------------------------------------------
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+WRAPPER, LORA = "base_model.model.", ".lora_"  # how PEFT's names begin, what marks an adapter's
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NOT_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens", "use_qalora",
+            "modules_to_save")  # keys of adapters that compute something else
+
+
+def read_adapter(folder: str | Path) -> tuple[Path, dict]:
+    """(the base's folder, the keys of adapter_config.json); of a checkpoint (its folder, {})."""
+    folder = Path(folder)
+    if not (folder / ADAPTER).exists():
+        return folder, {}
+    path, adapter = folder / ADAPTER, read_json(folder / ADAPTER)
+    odd = [key for key in NOT_LORA if adapter.get(key)]
+    check(adapter.get("peft_type") == "LORA" and not odd,
+          f"{path}: {odd or adapter.get('peft_type')} is not supported, only plain LoRA")
+    check(adapter.get("r") and adapter.get("lora_alpha")
+          and isinstance(adapter.get("target_modules"), list),
+          f"{path}: expected r, lora_alpha and a list of target_modules")
+
+    # Written as seen from where PEFT ran, or from the adapter; often it is a name of the hub.
+    base = str(adapter.get("base_model_name_or_path"))
+    for place in (Path(base), folder / base):
+        if (place / "config.json").is_file():
+            return place, adapter
+    raise InputError(f"{folder} is an adapter, and its base {base} is not there: bring it (`hf "
+                     f"download`), and write its folder into {path} (base_model_name_or_path)")
+
+
+def add_adapter(model: Llama, adapter: dict) -> None:
+    """Put an adapter beside every projection that adapter_config.json names; {}: nothing."""
+    model.adapter = adapter
+    for name, module in model.named_modules():
+        targeted = any(f".{name}".endswith(f".{t}") for t in adapter.get("target_modules", ()))
+        if targeted and isinstance(module, Projection):
+            r, alpha = adapter["r"], adapter["lora_alpha"]
+            module.lora_A = nn.Linear(module.in_features, r, bias=False)
+            module.lora_B = nn.Linear(r, module.out_features, bias=False)
+            module.scale = alpha / (math.sqrt(r) if adapter.get("use_rslora") else r)
+            module.lora_dropout = adapter.get("lora_dropout", 0.0)
+            module.site = 2 + PROJECTIONS.index(name.rpartition(".")[2])  # 0, 1 are the block's
+
+
+def adapted(model: Llama) -> dict[str, Projection]:
+    """The projections that have an adapter, by name."""
+    return {name: m for name, m in model.named_modules() if getattr(m, "lora_A", None)}
+
+
+def new_weights(missing: dict, seed: int) -> list[tuple[str, Tensor]]:
+    """How adapters begin, by name: A uniform in +-1 / sqrt(in), as PEFT draws it, and B 0."""
+    generator, out = torch.Generator().manual_seed(seed), []
+    for name in [name for name in missing if LORA in name]:
+        shape = missing[name].shape  # of A [r, in], of B [out, r]
+        bound = 1 / math.sqrt(shape[1]) if "lora_A" in name else 0.0
+        out.append((name, torch.empty(shape).uniform_(-bound, bound, generator=generator)))
+    return out
+
+
+def merge_adapter(model: Llama, dtype: torch.dtype) -> None:
+    """Make a plain model of one with an adapter: summed in fp32, rounded once."""
+    for module in adapted(model).values():
+        module.weight = nn.Parameter(module.merged().to(dtype))
+        module.lora_A = module.lora_B = None
+    model.adapter = {}
+    model.to(dtype)
+
+
+def save_adapter(model: Llama, folder: Path) -> None:
+    """The adapter alone, in fp32, as PEFT loads it; of another checkpoint there nothing is left."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        if LORA in name:
+            tensors[WRAPPER + name] = p.detach().cpu().contiguous()
+    write_atomic(folder / ADAPTER_WEIGHTS, partial(save_file, tensors, metadata={"format": "pt"}))
+    write_json(folder / ADAPTER, model.adapter)
+    for stale in own_files(folder) - {ADAPTER, ADAPTER_WEIGHTS} | {"config.json"}:
+        (folder / stale).unlink(missing_ok=True)

@@ -386,7 +386,8 @@ def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[lis
     """Log-probabilities [items, 2] of training and validation data under the reference; their key.
 
     They come from the cache in output_dir, else the reference is loaded, used and gone before the
-    policy takes its place.
+    policy takes its place. It is what the policy starts from: with LoRA on a checkpoint the base
+    (B = 0), where --model is an adapter base and adapter together.
     """
     folder, groups = c.reference or c.model, {"training": run.train, "validation": run.validation}
     key, kind = fingerprint(folder, groups), str(hardware.dtype).removeprefix("torch.")
@@ -396,7 +397,7 @@ def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[lis
         return [values[name] for name in groups], key
 
     began, values = time.perf_counter(), {}
-    model = modeling.load(folder, torch.float32, hardware.device)
+    model = modeling.load(folder, None if c.lora_rank else torch.float32, hardware.device)
     for name, items in groups.items():
         values[name] = all_logprobs(model, items, c, hardware)
 
@@ -414,8 +415,9 @@ def fingerprint(folder: str, groups: dict[str, list[Preference]]) -> str:
 
     The tokens are what data, template, lengths and truncation came to.
     """
-    digest = hashlib.sha256()
-    for path in [Path(folder) / "config.json", *modeling.weight_files(Path(folder))]:
+    made = modeling.load_config(folder).source, modeling.read_adapter(folder)[1]
+    digest = hashlib.sha256(repr(made).encode())
+    for path in modeling.weight_files(folder):
         digest.update(train_sft.hash_file(path).encode())
     for name, items in groups.items():
         digest.update(name.encode())
@@ -594,7 +596,7 @@ def find_demo(c):
     if c.data != ["out/demo/pairs.jsonl"]:
         return None
     world = train_sft.import_world()
-    for path in (f"{c.model}/config.json", *c.data):
+    for path in (f"{c.model}/tokenizer.json", *c.data):
         check(Path(path).exists(), f"the demo continues from the checkpoint in {c.model}, but "
               f"{path} is missing; `python train_sft.py` makes both")
     return world

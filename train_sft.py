@@ -78,6 +78,10 @@ class Config:
     max_grad_norm: float = 1.0  # clip the global norm of the gradient; 0: do not
     dropout: list[float] = field(default_factory=lambda: [0.0])  # residual; two: bottom, top layer
     neftune_alpha: float = 0.0  # noise on embeddings, +- alpha / sqrt(length * hidden_size)
+    lora_rank: int = 0  # train an adapter of this rank beside the frozen weights; 0: train these
+    lora_alpha: int = 0  # the adapter counts alpha / rank times; 0: twice the rank
+    lora_dropout: float = 0.0  # of the adapter's input
+    lora_targets: list[str] = field(default_factory=list)  # such as q_proj v_proj; none: every one
     seed: int = 0  # of order, noise and dropout
     # hardware: these must not change the result
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
@@ -89,6 +93,7 @@ class Config:
     exam_data: list[str] = field(default_factory=list)  # exams' folders: chat template, no shots
     exam_every: int = 0  # steps between exams; 0: after training
     save_every: int = 500  # steps between checkpoints; there is always one at the end
+    lora_merge: bool = False  # write a plain checkpoint, the adapter merged, not an adapter folder
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
 
 
@@ -329,8 +334,9 @@ def learning_rate_at(step: int, steps: int, c: Config) -> float:
 def make_optimizer(model, c: Config) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) on fp32 weights; norms and biases are not decayed."""
     # Decay pulls towards 0, which is neutral for a matrix but switches a norm off.
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for _, p in trained_parameters(model)]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
@@ -413,7 +419,9 @@ def setup_hardware(dtype: str) -> Hardware:
 def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     """The model with fp32 weights in training mode, and the same as DDP wraps it."""
     # The optimizer's small steps would be lost in 16-bit weights: autocast makes 16-bit copies.
-    model = modeling.load(c.model, torch.float32, hardware.device).train()
+    # Frozen weights take no steps: with LoRA they stay as they are stored.
+    dtype = None if c.lora_rank else torch.float32
+    model = modeling.load(c.model, dtype, hardware.device, adapter_keys(c), c.seed).train()
     if tokenizer and tokenizer.eot_is_new:  # begins as EOS
         modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
     model.set_dropout(c.dropout[0], c.dropout[-1])
@@ -427,6 +435,24 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     if hardware.world == 1:
         return model, model
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
+
+
+def adapter_keys(c: Config) -> dict:
+    """The adapter_config.json of this run, for PEFT too; {} without --lora_rank.
+
+    An adapter that is given as --model is trained further.
+    """
+    if not c.lora_rank:
+        return {}
+    base, own = modeling.read_adapter(c.model)
+    check(not own or (c.lora_rank == own["r"] and not c.lora_alpha and not c.lora_targets),
+          f"{c.model} is an adapter: --lora_rank {own.get('r')} trains it further, with its own "
+          "alpha and targets; for a new one merge it first (--lora_merge)")
+    new = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": c.lora_rank,
+           "lora_alpha": c.lora_alpha or 2 * c.lora_rank,
+           "target_modules": c.lora_targets or modeling.PROJECTIONS}
+    return {**(own or new), "lora_dropout": c.lora_dropout, "inference_mode": True,
+            "base_model_name_or_path": str(base.resolve())}
 
 
 # ---- skip on a first reading: data of a run ------------------------------------------------------
@@ -449,9 +475,13 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     if reference := getattr(c, "reference", ""):  # of train_dpo.py; it reads the same tokens
         tokenizer.check_size(modeling.load_config(reference).vocab_size)
+    check(not (adapter_keys(c) and tokenizer.eot_is_new),
+          f"--eot {c.eot} is a new token, which --lora_rank cannot train; take a known one")
     floors = try_exams(c, tokenizer, config, quiet)
 
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's.
+    # An adapter, whose B begins with 0, wants about ten times as much.
+    rate *= 10 if c.lora_rank else 1
     c.learning_rate = c.learning_rate or rate * 4096 / config.hidden_size
     run, facts = prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
     return tokenizer, run._replace(exam_floors=floors), facts
@@ -511,9 +541,15 @@ def try_exams(c: Config, tokenizer, config, quiet: bool) -> dict[str, float]:
 STATE = "state/state.safetensors"  # in output_dir
 
 
-def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
-    """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in."""
-    modeling.save(model, folder, model.stored_dtype)
+def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path, merge=False) -> None:
+    """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in.
+
+    With LoRA it is PEFT's adapter folder, or with `merge` a plain checkpoint.
+    """
+    if model.adapter and not merge:
+        modeling.save_adapter(model, folder)
+    else:
+        modeling.save(model, folder, model.stored_dtype)
     tokenizer.save(folder)
 
     # The source's sampling defaults stay; the tokens that end an answer are ours.
@@ -524,11 +560,16 @@ def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path) -> None:
     modeling.write_json(folder / "generation_config.json", generation)
 
 
+def trained_parameters(model) -> list[tuple]:
+    """(name, parameter) of what is trained: all, or with LoRA the adapter."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
-    """All a resumed run needs in one file: fp32 weights, both Adam moments, step and scaler."""
+    """All a resumed run needs in one file: trained weights, both Adam moments, step and scaler."""
     # By name, so that another number of ranks or another version of torch can read it.
     tensors = {}
-    for name, p in model.named_parameters():
+    for name, p in trained_parameters(model):
         tensors[f"weight.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
@@ -540,7 +581,7 @@ def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
 def load_state(path: Path, model, optimizer, scaler) -> None:
     """Put a saved state back bit for bit."""
     with safe_open(path, "pt") as file, torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in trained_parameters(model):
             p.copy_(file.get_tensor(f"weight.{name}"))
             optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device)
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -552,7 +593,7 @@ def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
              hardware: Hardware) -> None:
     """Checkpoint and state, written by the first rank while the others wait."""
     if hardware.rank == 0:
-        save_checkpoint(model, tokenizer, Path(c.output_dir))
+        save_checkpoint(model, tokenizer, Path(c.output_dir), c.lora_merge)
         save_state(Path(c.output_dir) / STATE, model, optimizer, scaler, step)
     hardware.barrier()
 
@@ -565,8 +606,10 @@ def find_start_step(c: Config) -> int:
     """
     # The first save writes the weights, and for the state three times as much, or more.
     folder, reference = Path(c.output_dir), getattr(c, "reference", "")
-    size = sum(file.stat().st_size for file in Path(c.model).glob("*.safetensors"))
-    modeling.check_output("--output_dir", folder, [c.model, reference or c.model], 4 * size)
+    inputs = [c.model, reference or c.model, modeling.read_adapter(c.model)[0]]
+    size = sum(file.stat().st_size for file in inputs[-1].glob("*.safetensors"))
+    size *= int(c.lora_merge) if c.lora_rank else 4
+    modeling.check_output("--output_dir", folder, inputs, size)
 
     # The state says how far the run came that stands there.
     step = 0
@@ -616,9 +659,11 @@ def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
              hardware: Hardware) -> None:
     """Print what is about to be trained, and every flag that is not empty."""
     count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for _, p in trained_parameters(model))
+    part = f", {trained / 1e6:.2f}M of them trained" if trained < count else ""
     kind = str(hardware.dtype).removeprefix("torch.")
-    print(f"{count / 1e6:.2f}M parameters, {hardware.world} x {hardware.device.type}, {kind}; "
-          f"template {tokenizer.template}, {steps} steps of {c.batch_size} examples")
+    print(f"{count / 1e6:.2f}M parameters{part}, {hardware.world} x {hardware.device.type}, "
+          f"{kind}; template {tokenizer.template}, {steps} steps of {c.batch_size} examples")
 
     # Flags at 0 or empty are off.
     print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
@@ -819,7 +864,7 @@ RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
 # Flags that may differ when a run is resumed.
 HARDWARE = {"output_dir", "resume", "overwrite", "micro_tokens", "dtype", "compile",
             "checkpoint_activations", "log_every", "eval_every", "exam_data", "exam_every",
-            "save_every"}
+            "save_every", "lora_merge"}
 
 
 def resolve_config(cls, argv: list[str], recipes: dict, demo):
@@ -868,7 +913,7 @@ def check_config(c: Config) -> None:
     check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
     data.check_numbers(c)
     check(c.epochs > 0, f"--epochs must be above 0, is {c.epochs}")
-    for name in ("adam_beta1", "adam_beta2", "val_fraction"):
+    for name in ("adam_beta1", "adam_beta2", "val_fraction", "lora_dropout"):
         check(0 <= getattr(c, name) < 1, f"--{name} must be in [0, 1), is {getattr(c, name)}")
     check(len(c.dropout) < 3 and all(0 <= p < 1 for p in c.dropout),
           f"--dropout takes one or two rates in [0, 1), not {c.dropout}")
@@ -878,6 +923,11 @@ def check_config(c: Config) -> None:
           "--min_learning_rate is above --learning_rate")
     check(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
     check(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
+    for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_merge"):
+        check(c.lora_rank or not getattr(c, name), f"--{name} needs --lora_rank R")
+    for name in c.lora_targets:
+        check(name in modeling.PROJECTIONS, f"--lora_targets: no projection is called {name}; "
+              f"there are {', '.join(modeling.PROJECTIONS)}")
     data.check_mix(c, c.data)
 
 

@@ -569,7 +569,7 @@ def spoil(folder, case):
     ("gptq", "quantised (gptq); take the checkpoint in 16 bits"), ("fp8", "quantised (fp8)"),
     ("bitsandbytes", "quantised (bitsandbytes)"), ("float8", "stored as torch.float8_e4m3fn"),
     ("packed", "quantised (model.layers.0.mlp.up_proj.qweight)"),
-    ("adapter", "is an adapter, not a model; merge it"),
+    ("adapter", "adapter_config.json: None is not supported, only plain LoRA"),
     ("cache", "its checkpoint is {folder}/snapshots/0123abc"),
     ("parent", "give {folder}/inner"), ("sentencepiece", "has only tokenizer.model; AutoTokenizer"),
     ("tokenizer pointer", "tokenizer.json is only a pointer of git-lfs"),
