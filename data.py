@@ -1475,6 +1475,15 @@ def one_line_errors():
         if speak:
             print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # Any rank may be the one. A CPU's allocator has no error class of its own.
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        print(f"{name}: out of memory: lower --micro_tokens; in training, add "
+              "--checkpoint_activations, --lora_rank 16, or --shard on several devices",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         if speak:
             print(f"{name}: interrupted", file=sys.stderr)

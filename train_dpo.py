@@ -588,6 +588,7 @@ def check_preferences(c: Config) -> None:
 def check_common(c) -> None:
     """Raise InputError for what makes no sense in the labs that train like this either."""
     check(not c.eot, "--eot is for train_sft.py, which gives the token its meaning")
+    check(not (c.context or c.rope_scaling), "--context and --rope_scaling are for train_sft.py")
     check(c.max_length >= 4, f"--max_length must be 4 or more, is {c.max_length}")
 
 
@@ -616,6 +617,7 @@ def main() -> None:
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     tokenizer, run, facts = prepare(c, lambda files, tokenizer, c, quiet: load_preferences(
         files, tokenizer, c.max_length, c.skip_bad_rows, quiet), hardware)
+    train_sft.forecast(c, run, hardware)
     finish("train_dpo.py", c, tokenizer, run, facts, start_step, hardware)
 
 

@@ -62,6 +62,9 @@ class Config:
     eot: str = ""  # token such as <|end|> that ends an answer instead of EOS (LIMA); added if new
     train_on: Literal["all", "last"] = "all"  # answers of a conversation that are supervised
     max_length: int = 2048  # tokens an example; longer ones are truncated, raw text is split
+    context: int = 0  # positions the model is to have, its rope_theta raised for them (NTK-aware)
+    rope_scaling: Literal["", "linear", "yarn", "dynamic", "llama3"] = ""  # instead of --context
+    rope_factor: float = 0.0  # how many times as many positions --rope_scaling is to give
     val_data: list[str] = field(default_factory=list)  # validation files
     val_fraction: float = 0.0  # or this share of the training examples, kept out of training
     batch_size: int = 16  # examples per optimizer step, over all ranks
@@ -424,6 +427,7 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     model = modeling.load(c.model, dtype, hardware.device, adapter_keys(c), c.seed).train()
     if tokenizer and tokenizer.eot_is_new:  # begins as EOS
         modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
+    model.config = stretched(c, model.config)
     model.set_dropout(c.dropout[0], c.dropout[-1])
 
     # What follows saves memory or time and must not change the result.
@@ -435,6 +439,13 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     if hardware.world == 1:
         return model, model
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
+
+
+def stretched(c: Config, config: modeling.ModelConfig) -> modeling.ModelConfig:
+    """The config with the positions that --context or --rope_scaling ask for."""
+    if not (c.context or c.rope_scaling):
+        return config
+    return modeling.stretch(config, c.context, c.rope_scaling, c.rope_factor)
 
 
 def adapter_keys(c: Config) -> dict:
@@ -470,7 +481,7 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     load(files, tokenizer, c, quiet) gives what `load_rows` gives, of examples or of preferences;
     `rate` is the learning rate of a model 4096 wide where no flag says one.
     """
-    quiet, config = hardware.rank > 0, modeling.load_config(c.model)
+    quiet, config = hardware.rank > 0, stretched(c, modeling.load_config(c.model))
     tokenizer = data.ChatTokenizer(c.model, c.template, c.eot, c.system)
     tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     if reference := getattr(c, "reference", ""):  # of train_dpo.py; it reads the same tokens
@@ -672,6 +683,15 @@ def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
         print(f"note: the checkpoint was made for {positions} positions")
 
 
+def forecast(c: Config, run: RunData, hardware: Hardware) -> None:
+    """Print what the run will take of each device's memory; without labs/, nothing."""
+    with contextlib.suppress(ImportError):
+        from labs.memory import report
+
+        if hardware.rank == 0:
+            report(c, run, hardware)
+
+
 def peak_memory(device: torch.device) -> float:
     """Most memory used so far, in GiB: of the accelerator, or of this process on a CPU."""
     if device.type == "cuda":
@@ -713,7 +733,7 @@ class Log:
 
     def __init__(self, c: Config, start_step: int, steps: int, hardware: Hardware, figure: Figure):
         self.c, self.steps, self.figure, self.hardware = c, steps, figure, hardware
-        self.path = Path(c.output_dir) / "metrics.jsonl"
+        self.path, self.began = Path(c.output_dir) / "metrics.jsonl", None
         self.records = [] if hardware.rank > 0 else self.earlier(start_step)
         self.bar = tqdm(total=steps, initial=start_step, ncols=80,
                         disable=hardware.rank > 0 or not sys.stderr.isatty(), bar_format=
@@ -758,11 +778,16 @@ class Log:
         self.bar.set_description_str(text, refresh=False)
         self.bar.update()
 
+        # The first step builds and warms up: those behind it say how long the rest takes.
+        self.began = self.began or (step, time.perf_counter())
+        done, seconds = step - self.began[0], time.perf_counter() - self.began[1]
+        left = tqdm.format_interval(seconds / done * (self.steps - step)) if done else "?"
+
         # Without a terminal there is no bar.
-        if self.bar.disable and (step % self.c.log_every == 0 or step in (1, self.steps)):
+        if self.bar.disable and (step % self.c.log_every == 0 or step in (1, 3, self.steps)):
             print(f"step {step}/{self.steps}{text}  lr {record['learning_rate']:.2e}  tok/s "
                   f"{record['tokens_per_second']:.0f}  mem "
-                  f"{peak_memory(self.hardware.device):.1f}G", flush=True)
+                  f"{peak_memory(self.hardware.device):.1f}G  left {left}", flush=True)
 
     def close(self) -> list[dict]:
         """Draw for the last time; returns all records."""
@@ -854,6 +879,12 @@ RECIPES = {
                   "batch_size": 64, "epochs": 3},
     "steel-llm-paper": {"learning_rate": 2e-5, "schedule": "cosine", "batch_size": 256,
                         "epochs": 4},
+    # TeleChat's two stages of long context (arXiv:2401.03804), 8M tokens per batch; the rates are
+    # those of an overview of Chinese models, schedule and decay are not published
+    "telechat-8k": {"learning_rate": 3e-4, "batch_size": 1024, "steps": 3000, "max_length": 8192,
+                    "context": 8192},
+    "telechat-16k": {"learning_rate": 4e-5, "batch_size": 512, "steps": 1000, "max_length": 16384,
+                     "context": 16384},
 }
 RECIPES["lima-small"] = {**RECIPES["lima"], "batch_size": 64, "dropout": [0.0, 0.2]}
 RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
@@ -923,6 +954,12 @@ def check_config(c: Config) -> None:
           "--min_learning_rate is above --learning_rate")
     check(not (c.val_data and c.val_fraction), "--val_data and --val_fraction: give one of them")
     check(c.exam_data or not c.exam_every, "--exam_every needs --exam_data DIR")
+    check(not (c.context and c.rope_scaling), "--context and --rope_scaling: give one of them")
+    check(bool(c.rope_scaling) == (c.rope_factor > 1),
+          f"--rope_scaling goes with --rope_factor F above 1, which is {c.rope_factor}")
+    check(not c.lora_rank or c.lora_merge or not (c.context or c.rope_scaling),
+          "--context and --rope_scaling with --lora_rank need --lora_merge: an adapter's folder "
+          "holds no config.json of its own")
     for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_merge"):
         check(c.lora_rank or not getattr(c, name), f"--{name} needs --lora_rank R")
     for name in c.lora_targets:
@@ -962,6 +999,7 @@ def main() -> None:
     start_step, hardware = find_start_step(c), setup_hardware(c.dtype)
     world = find_demo(c, hardware)
     tokenizer, run, facts = prepare(c, load_rows, hardware)
+    forecast(c, run, hardware)
     model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
 

@@ -331,6 +331,8 @@ RECIPES = {
     "steel-llm": {"learning_rate": 2e-5, "weight_decay": 0, "batch_size": 64, "epochs": 3},
     "steel-llm-paper": {"learning_rate": 2e-5, "schedule": "cosine", "batch_size": 256,
                         "epochs": 4},
+    "telechat-8k": {"learning_rate": 3e-4, "steps": 3000, "context": 8192, "max_length": 8192},
+    "telechat-16k": {"learning_rate": 4e-5, "steps": 1000, "context": 16384, "max_length": 16384},
 }
 
 
@@ -362,6 +364,12 @@ def test_explicit_flags_win_over_a_recipe():
     (["--data", "absent.json"], "absent.json does not exist"),
     (["--model", "absent"], "absent"), (["--resume"], "no run to go on with"),
     (["--template", "llama3"], "<|eot_id|>"), (["--max_length", "1"], "--max_length"),
+    (["--context", "99"], "--context 99 must be above the 128 positions"),
+    (["--context", "256", "--rope_scaling", "yarn", "--rope_factor", "2"], "give one of them"),
+    (["--rope_scaling", "yarn"], "goes with --rope_factor F above 1"),
+    (["--rope_factor", "2"], "--rope_scaling goes with --rope_factor"),
+    (["--rope_scaling", "ntk", "--rope_factor", "2"], "--rope_scaling"),
+    (["--context", "256", "--lora_rank", "2"], "need --lora_merge"),
 ])
 def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
     _, text = train(work, "bad", *inputs(work), *flags, status=2)
