@@ -8,6 +8,9 @@ Near duplicates: `labs.text` gives a row a signature of 64 numbers; two rows sha
 probability J, the overlap of their 5-grams. Only rows that agree in one of 16 bands of 4 numbers
 are compared. A pair is missed with probability (1 - J^4)^16: 0.0002 at J = 0.8, 0.36 at J = 0.5.
 
+New facts are learnt last, and teach to make up others (arXiv:2405.05904; Yi, arXiv:2403.04652, says
+so too): --known SAMPLES --min_known 0.1 drops what a model's own samples hardly ever answer right.
+
     python -m labs.filter out/demo/practice.jsonl --output out/demo/few.jsonl --duplicates near
 
 What you should see: 8,920 of 10,000 rows are kept, 1,009 near and 71 exact duplicates dropped.
@@ -20,7 +23,6 @@ import functools
 import math
 import re
 import sys
-import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +32,7 @@ import data
 import eval as evaluation
 from data import ChatTokenizer, Row, is_text, read_rows
 from labs import text as texts
+from labs.rewards import final_answer, find_reward, prompt_key, scores_by_prompt
 from labs.text import MINHASHES, Modelled, texts_of, words_of
 from model import check
 
@@ -44,13 +47,16 @@ class Config(Modelled):
     min_tokens: int = 0  # least tokens of a row, rendered for --model
     max_tokens: float = math.inf  # most of them
     lima: bool = False  # LIMA's tests: 1200 to 4096 characters, no "I", no other answers, score 10
-    max_repetition: float = 1.0  # most of the 5-grams of an answer that stood in it before
+    max_repetition: float = 1.0  # most 5-grams of an answer that stood in it, or in earlier ones
     min_perplexity: float = 0.0  # least perplexity of the answers under --model
     max_perplexity: float = math.inf  # most of it
     duplicates: Literal["keep", "exact", "near"] = "keep"  # near: drop exact and near duplicates
     near: float = 0.8  # 5-grams in common that make near duplicates; below 0.7 some are missed
     no_system: bool = False  # write the rows without their system messages: what they asked distils
     answer_matches: bool = False  # keep samples of eval.py generate whose final answer is right
+    known: str = ""  # samples of eval.py generate on these rows: how many are right, by question
+    min_known: float = 0.0  # least share of a question's samples that are right
+    max_known: float = 1.0  # most of them
 
 
 # ==== read: why a row is dropped ==================================================================
@@ -73,7 +79,24 @@ def lima_reason(value: dict, answers: list[str], chars: int) -> str:
     return ""
 
 
-def reject_reason(c: Config, tokenizer: ChatTokenizer | None, value: dict, row: Row) -> str:
+def repetition(answers: list[str]) -> float:
+    """The largest share of an answer's 5-grams that stood before, in it or in an earlier answer.
+
+    A chat model may fall back on its last answer, which looks fine alone (Yi, arXiv:2403.04652).
+    Answers shorter than a 5-gram, such as "yes", may come again.
+    """
+    seen, most = set(), 0.0
+    for answer in answers:
+        words = words_of(answer)
+        if len(words) >= texts.NGRAM:
+            grams = texts.ngrams(words).tolist()
+            most = max(most, 1 - len(set(grams) - seen) / len(grams))
+            seen |= set(grams)
+    return most
+
+
+def reject_reason(c: Config, tokenizer: ChatTokenizer | None, known: dict, value: dict,
+                  row: Row) -> str:
     """Why a row is dropped, or nothing; all tests but those of perplexity and of duplicates."""
     answers = texts_of(row._replace(rejected=None), "assistant")  # a pair stands by its better one
     chars = len("\n".join(answers))
@@ -87,7 +110,7 @@ def reject_reason(c: Config, tokenizer: ChatTokenizer | None, value: dict, row: 
         return "length in tokens"
     if c.lima and (reason := lima_reason(value, answers, chars)):
         return reason
-    if c.max_repetition < 1 and any(texts.repetition(a) > c.max_repetition for a in answers):
+    if c.max_repetition < 1 and repetition(answers) > c.max_repetition:
         return "repetition"
 
     # Whether the last answer is right (rejection sampling), and what is left without the system.
@@ -96,38 +119,12 @@ def reject_reason(c: Config, tokenizer: ChatTokenizer | None, value: dict, row: 
         return "no reference"
     if c.answer_matches and final_answer(answers[-1]) != final_answer(reference):
         return "another final answer"
+    question = row.messages if row.chosen else row.messages[:-1]
+    right = known.get(prompt_key(question), [-1.0])
+    if c.known and not c.min_known <= sum(right) / len(right) <= c.max_known:
+        return "no samples of its question" if right == [-1.0] else "share of right samples"
     said = row.chosen or row.text is not None or any(m["role"] != "system" for m in row.messages)
     return "only a system message" if c.no_system and not said else ""
-
-
-# ==== read: the final answer of a text ============================================================
-
-FINAL_ANSWERS = (
-    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",  # \boxed{x}, braces within braces
-    r"####\s*(.+)",  # GSM8K's mark
-    r"(?:答案(?:应该|应当)?[是为选：:]+|(?:所以|故|因此)选|[Aa]nswer(?: is|:)+)\s*"
-    r"(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
-    r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)",  # an answer that begins with its letter
-)
-
-
-def final_answer(text: str) -> str:
-    """The last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all.
-
-    Reasoning does not count; an option is its letter; a number is the same however it is written.
-    """
-    # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
-    matches = [found for pattern in FINAL_ANSWERS if (found := re.findall(pattern, text))]
-    answer = matches[0][-1] if matches else text
-
-    # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
-    answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
-    answer = "".join(answer.split()).strip(".。,;")
-    if letter := re.match(r"\(?([a-e])(?:[).、:]|$)", answer):
-        return letter[1]
-    return f"{float(answer):.15g}" if re.fullmatch(r"-?\d+(\.\d+)?", answer) else answer
 
 
 # ==== read: near duplicates =======================================================================
@@ -162,7 +159,7 @@ def parse_both(where: str, value) -> tuple[dict, Row]:
     return value if isinstance(value, dict) else {}, row
 
 
-def judge(c: Config, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
+def judge(c: Config, tokenizer: ChatTokenizer | None, known: dict, item: tuple) -> tuple:
     """(reason, hash, signature for --duplicates near) of a row, in one of many processes."""
     if item[1] is None:
         return "bad row", 0, None
@@ -170,7 +167,7 @@ def judge(c: Config, tokenizer: ChatTokenizer | None, item: tuple) -> tuple:
     if c.duplicates == "near":
         text = "\n".join(texts_of(row))
         signature = texts.signature(words_of(text) or list(text))  # emoji alone: each is a word
-    return reject_reason(c, tokenizer, value, row), texts.hash64(repr(row[1:])), signature
+    return reject_reason(c, tokenizer, known, value, row), texts.hash64(repr(row[1:])), signature
 
 
 def drop_by_perplexity(c: Config, reasons: list[str]) -> None:
@@ -224,18 +221,21 @@ def main(c: Config) -> None:
     """Judge the rows on all cores, then those that are left by a model, then drop copies."""
     by_tokens = (c.min_tokens, c.max_tokens) != (0, math.inf)
     by_loss = (c.min_perplexity, c.max_perplexity) != (0, math.inf)
-    texts.check_output(c.output, *c.files)
+    texts.check_output(c.output, *c.files, c.known)
     check(c.model or not (by_tokens or by_loss), "tests of tokens and perplexity need --model DIR")
-    for name in ("chars", "tokens", "perplexity"):
+    for name in ("chars", "tokens", "perplexity", "known"):
         check(0 <= getattr(c, f"min_{name}") <= getattr(c, f"max_{name}"),
               f"--min_{name} is negative, or above --max_{name}: no row would pass")
     check(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
     check(0 <= c.max_repetition <= 1, f"--max_repetition is a share, not {c.max_repetition}")
+    check(bool(c.known) == ((c.min_known, c.max_known) != (0, 1)),
+          "--known SAMPLES goes with --min_known or --max_known")
 
     # The tests from cheap to dear: by words, by a model, against all other rows.
     tokenizer = ChatTokenizer(c.model, c.template) if by_tokens else None
     rows = read_rows(c.files, c.skip_bad_rows, parse=parse_both)
-    judged = list(texts.parallel(functools.partial(judge, c, tokenizer), rows))
+    known = scores_by_prompt([c.known], find_reward("final")) if c.known else {}
+    judged = list(texts.parallel(functools.partial(judge, c, tokenizer, known), rows))
     reasons = [reason for reason, _, _ in judged]
     if by_loss:
         drop_by_perplexity(c, reasons)

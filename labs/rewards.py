@@ -5,7 +5,8 @@ Idea. Learning from rewards needs no better text than the model's own, only a nu
     reward(messages, answer, reference) -> float      of a conversation, the answer to its last
                                                       question, and the answer that the row holds
 
-`match` (the whole answer is right) and `exam` (its letter is) stand here, others in any FILE.py.
+`match` (the whole answer is right), `final` (what it comes to is) and `exam` (its letter is) stand
+here, others in any FILE.py.
 `labs.rl`, `labs.pairs` and `labs.ghost` take one. Look at a reward before you train on it: where
 all answers to a prompt score alike there is nothing to learn, and what the best of n samples
 reaches is what choosing alone can bring.
@@ -26,8 +27,10 @@ Exercise. Each answer to a prompt is right with probability p. What is the best 
 
 import functools
 import json
+import re
 import runpy
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +48,7 @@ from model import check
 class Config(Files):
     """Say what a reward thinks of the samples that `eval.py generate` wrote."""
 
-    reward: str = "match"  # exam (the letter), match (the whole answer), or FILE.py:function
+    reward: str = "match"  # exam (the letter), final (answer), match (all), or FILE.py:function
 
 
 # ==== read: rewards ===============================================================================
@@ -63,16 +66,52 @@ def exam(messages: list[dict], answer: str, reference: str) -> float:
     return float(letter is not None and letter == extract(reference))
 
 
+def final(messages: list[dict], answer: str, reference: str) -> float:
+    """1 if the final answer is that of the reference: a number, a letter, what is boxed; else 0."""
+    check(reference, "--reward final: a row has no reference to compare its answer with")
+    return float(final_answer(answer) == final_answer(reference))
+
+
 def find_reward(name: str) -> Callable[[list[dict], str, str], float]:
-    """reward(messages, answer, reference) called match or exam, or a FILE.py:function."""
-    if name in ("exam", "match"):
-        return {"exam": exam, "match": match}[name]
+    """reward(messages, answer, reference) called match, exam or final, or a FILE.py:function."""
+    if name in ("final", "exam", "match"):
+        return {"final": final, "exam": exam, "match": match}[name]
     path, _, function = name.rpartition(":")
     check(path.endswith(".py") and Path(path).is_file(),
-          f"--reward: expected exam, match or FILE.py:function, found {name!r}")
+          f"--reward: expected final, exam, match or FILE.py:function, found {name!r}")
     found = runpy.run_path(path)
     check(callable(found.get(function)), f"--reward: {path} has no function {function!r}")
     return found[function]
+
+
+# ==== read: the final answer of a text ============================================================
+
+FINAL_ANSWERS = (
+    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",  # \boxed{x}, braces within braces
+    r"####\s*(.+)",  # GSM8K's mark
+    r"(?:答案(?:应该|应当)?[是为选：:]+|(?:所以|故|因此)选|[Aa]nswer(?: is|:)+)\s*"
+    r"(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
+    r"^\s*\(?([A-E])\)?\s*(?:[.、。:：)]|$)",  # an answer that begins with its letter
+)
+
+
+def final_answer(text: str) -> str:
+    """The last \\boxed{}, "#### x", "答案是x", "answer is x"; a leading letter; or all.
+
+    Reasoning does not count; an option is its letter; a number is the same however it is written.
+    """
+    # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
+    matches = [found for pattern in FINAL_ANSWERS if (found := re.findall(pattern, text))]
+    answer = matches[0][-1] if matches else text
+
+    # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
+    answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
+    answer = "".join(answer.split()).strip(".。,;")
+    if letter := re.match(r"\(?([a-e])(?:[).、:]|$)", answer):
+        return letter[1]
+    return f"{float(answer):.15g}" if re.fullmatch(r"-?\d+(\.\d+)?", answer) else answer
 
 
 # ==== read: prompts ===============================================================================
@@ -118,16 +157,27 @@ def parse_answer(where: str, value) -> tuple[list[dict], str]:
     return row.messages, value.get("reference") or ""
 
 
-def main(c: Config) -> None:
-    """Score every answer, and compare the answers to one prompt."""
-    reward, groups = find_reward(c.reward), {}
-    for _, found in read_rows(c.files, c.skip_bad_rows, parse=parse_answer):
+def prompt_key(messages: list[dict]) -> str:
+    """A conversation up to an answer, as a key."""
+    return json.dumps([(m["role"], m["content"]) for m in messages], ensure_ascii=False)
+
+
+def scores_by_prompt(files: list[str], reward: Callable,
+                     skip_bad_rows: bool | None = None) -> dict[str, list[float]]:
+    """The scores of all answers to each prompt, by `prompt_key`."""
+    groups = {}
+    for _, found in read_rows(files, skip_bad_rows, parse=parse_answer):
         if found:
             (*asked, answer), reference = found
-            prompt = json.dumps(asked, ensure_ascii=False)
             score = float(reward(asked, answer["content"], reference))
-            groups.setdefault(prompt, []).append(score)
-    check(groups, f"{', '.join(c.files)}: no row to read")
+            groups.setdefault(prompt_key(asked), []).append(score)
+    check(groups, f"{', '.join(files)}: no row to read")
+    return groups
+
+
+def main(c: Config) -> None:
+    """Score every answer, and compare the answers to one prompt."""
+    groups = scores_by_prompt(c.files, find_reward(c.reward), c.skip_bad_rows)
 
     # Only a prompt whose answers differ can teach which of them is better.
     scores = [score for group in groups.values() for score in group]

@@ -118,6 +118,63 @@ def test_repetitive_answers_go(tmp_path):
     assert run_lab("filter", [path], "--max_repetition", 0.3)[0] == rows[:1]
 
 
+def test_an_answer_that_repeats_an_earlier_turn_goes(tmp_path):
+    """Each answer alone is fine. Short ones, such as a thank you, may come again."""
+    long, other = "今天天气很好我们去公园玩吧", "明天会下雨所以最好留在家里"
+    talks = [[user("q"), assistant(long), user("r"), assistant(answer)]
+             for answer in (long, other, "好的。", long[:8] + other[:8])]
+    talks.append([user("q"), assistant("好的。"), user(long), assistant("好的。")])
+    rows = [{"messages": talk} for talk in talks]
+    kept, out = run_lab("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--max_repetition", 0.3)
+    assert kept == [rows[1], rows[2], rows[4]] and "dropped 2: repetition" in out
+
+
+def test_share_of_repeated_ngrams_is_that_of_plain_sets():
+    rng = random.Random(7)
+    answers = [sentence(rng, 20) for _ in range(3)]
+    answers += [answers[0][:12] + answers[1][3:15], answers[2] + answers[2]]
+    most, before = 0.0, []
+    for answer in answers:
+        grams = [answer[i : i + 5] for i in range(len(answer) - 4)]
+        repeated = 0
+        for i, gram in enumerate(grams):
+            repeated += gram in grams[:i] or gram in before
+        before += grams
+        most = max(most, repeated / len(grams))
+    assert filter.repetition(answers) == pytest.approx(most) and most > 0.5
+    assert filter.repetition(answers[:3]) == 0
+
+
+def test_questions_are_kept_or_dropped_by_the_share_of_samples_that_are_right(tmp_path):
+    """Two samples of each: both right, one, none; the last question was not sampled."""
+    rows = [asked(question, "答案是B") for question in ("1", "2", "3", "4")]
+    rows[1]["messages"].insert(0, system("s"))
+    samples = []
+    for row, answers in zip(rows, (("B", "答案是B。因为"), ("B", "C"), ("A", "D")), strict=False):
+        samples += [{"messages": [*row["messages"][:-1], assistant(answer)], "reference": "答案是B"}
+                    for answer in answers]
+    path, known = jsonl(tmp_path / "a.jsonl", *rows), jsonl(tmp_path / "s.jsonl", *samples)
+    kept, out = run_lab("filter", [path], "--known", known, "--min_known", 0.5)
+    assert kept == rows[:2] and "dropped 1: share of right samples" in out
+    assert "dropped 1: no samples of its question" in out
+    assert run_lab("filter", [path], "--known", known, "--max_known", 0.5)[0] == rows[1:3]
+    pair = {"prompt": [user("1")], "chosen": "B", "rejected": "C"}
+    path = jsonl(tmp_path / "p.jsonl", pair, {**pair, "prompt": [user("3")]})
+    assert run_lab("filter", [path], "--known", known, "--min_known", 0.5)[0] == [pair]
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--min_known", 0.5], "--known SAMPLES goes with"), (["--known", "S"], "goes with"),
+    (["--known", "S", "--min_known", 0.8, "--max_known", 0.2], "--min_known is negative, or above"),
+    (["--known", "S", "--min_known", 0.5], "a row has no reference")])
+def test_flags_of_known_that_make_no_sense_are_refused_in_one_line(tmp_path, flags, words):
+    path = jsonl(tmp_path / "a.jsonl", asked("q", "a"))
+    flags = [path if flag == "S" else flag for flag in flags]
+    status, _, err = command("labs/filter.py", path, "--output", tmp_path / "o.jsonl", *flags)
+    assert status == 2 and words in err and err.count("\n") == 1
+    assert not (tmp_path / "o.jsonl").exists()
+
+
 def test_exact_duplicates_are_those_of_dropped_rows_no_more(tmp_path):
     a, long = asked("q", "a"), asked("q", "a", source="copy with other keys")
     kept, out = run_lab("filter", [jsonl(tmp_path / "a.jsonl", a, asked("q", "A"), long, a)],
@@ -195,34 +252,6 @@ def test_system_messages_are_left_out_of_every_format_on_request(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *rows)
     assert run_lab("filter", [path], "--no_system")[0] == plain
     assert run_lab("filter", [path])[0] == rows
-
-
-WANJUAN = {"q_type": "单选题", "q_main": "油锅着火怎么办( )", "option_a": "盖上锅盖",
-           "option_b": "用水", "option_c": "开窗", "option_d": "逃跑", "option_e": "",
-           "std_ans": "A",
-           "answer_detail": "盖上锅盖可以隔绝空气，故A正确。\n故选：A．\n谢谢"}
-CHOICE = "油锅着火怎么办( )\nA. 盖上锅盖\nB. 用水\nC. 开窗\nD. 逃跑\n"
-
-
-BAD = {
-    "no output": (["filter", "GOOD"], "--output"),
-    "a folder as output": (["exam_rows", "GOOD", "--output", "FOLDER"], "--output"),
-    "tokens without a model": (["filter", "GOOD", "--output", "O", "--min_tokens", "3"], "--model"),
-    "kcenter without a model": (["select", "GOOD", "--output", "O", "--n", "1", "--method",
-                                 "kcenter"], "--model"),
-    "n and share": (["select", "GOOD", "--output", "O", "--n", "1", "--share", "0.1"], "--n"),
-    "neither": (["select", "GOOD", "--output", "O"], "--n"),
-    "n above the rows": (["select", "GOOD", "--output", "O", "--n", "9"], "more than the 1 rows"),
-    "bad row": (["filter", "BROKEN", "--output", "O"], "broken.jsonl line 2: not JSON"),
-    "bad row of select": (["select", "BROKEN", "--output", "O", "--n", "1"], "line 2: not JSON"),
-    "missing file": (["filter", "GOOD", "NONE", "--output", "O"], "does not exist"),
-    "output of another kind": (["filter", "GOOD", "--output", "O.txt"], "FILE.jsonl, not 'O.txt'"),
-    "output in a file": (["filter", "GOOD", "--output", "GOOD/o.jsonl"], "cannot be written"),
-    "no row": (["select", "GOOD", "--output", "O", "--method", "tags", "--share", "0.1"],
-               "no row to choose from: {'no tags': 1}"),
-    "no checkpoint": (["select", "GOOD", "--output", "O", "--n", "1", "--method", "ifd", "--model",
-                       "NONE"], "is missing"),
-}
 
 
 def test_final_answers_of_signs_percents_and_nested_braces_are_told_apart(tmp_path):
