@@ -77,7 +77,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), computed in the weight's type.
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), in the finer type of the two.
 
     What comes out is read by matrix products alone, so it is cast to their type here, once.
     """
@@ -88,8 +88,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.eps)
-        return y.to(product_dtype(y))
+        kind = torch.promote_types(x.dtype, self.weight.dtype)
+        y = F.rms_norm(x.to(kind), x.shape[-1:], self.weight.to(kind), self.eps)
+        return y.to(product_dtype(self.weight))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -995,6 +996,7 @@ def read_rope(values: dict) -> dict:
 # ---- skip on a first reading: load and save ------------------------------------------------------
 
 SHARD_BYTES = 5 * 10**9  # largest weight file we write, as in the Hugging Face layout
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix if they are tied
 INDEX = "model.safetensors.index.json"  # which file holds which weight, where there are several
 QUANTISED = ("qweight", "qzeros", "absmax", "weight_scale", "scale_inv")  # ends of their names
 
@@ -1102,7 +1104,8 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="cpu",
-         adapter: dict | None = None, seed: int = 0) -> Llama:
+         adapter: dict | None = None, seed: int = 0, shard=None,
+         new_token: tuple[int, int] | None = None) -> Llama:
     """The model of a folder in Hugging Face layout, or of an adapter's folder, in eval mode.
 
     All weights get `dtype`, and an adapter is merged. None is for LoRA: weights stay as they are
@@ -1110,18 +1113,29 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
     of `seed` with the keys `adapter` of its adapter_config.json.
 
     It is built without storage and filled tensor by tensor: memory stays near the model's own size.
+    shard(model) may deal the weights to ranks before they have storage; a rank then reads only its
+    own rows. `new_token` (token, like) gives a token, maybe a new last one, the rows of another.
     Raises InputError for missing, left-over or misshapen weights or an unsupported config.
     """
     base, own = read_adapter(folder)
+    config, kind = load_config(folder), None if own else dtype
+    if new_token:
+        config.vocab_size = max(config.vocab_size, new_token[0] + 1)
+        config.source = {**config.source, "vocab_size": config.vocab_size}
     with torch.device("meta"):
-        model = Llama(load_config(folder))
+        model = Llama(config)
         add_adapter(model, adapter or own)
-    missing, kind = dict(model.named_parameters()), None if own else dtype
+    if shard:
+        shard(model)
+    missing = dict(model.named_parameters())
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    place(model, missing, name, file.get_tensor(name), kind, device, path)
+                    tensor = file.get_tensor(name)  # mapped: read where it is looked at
+                    if new_token and name in (EMBEDDING, HEAD):
+                        tensor = add_row(tensor, *new_token)
+                    place(model, missing, name, tensor, kind, device, path)
         except (SafetensorError, FileNotFoundError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
     if not own:
@@ -1156,36 +1170,51 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     name, lora = name.removeprefix(WRAPPER), LORA in name
 
     # A tied matrix may be stored under either name, or both.
-    embedding = "model.embed_tokens.weight"
-    if name == "lm_head.weight" and model.config.tie_word_embeddings:
-        name = embedding
-    if name == embedding and name not in missing:
-        check(torch.equal(model.head, tensor.to(model.head)), f"{path}: tie_word_embeddings is set,"
-              f" but lm_head.weight and {embedding} differ")
+    if name == HEAD and model.config.tie_word_embeddings:
+        name = EMBEDDING
+    if name == EMBEDDING and name not in missing:
+        same = torch.equal(model.head, share(tensor, model.head, device, dtype))
+        check(same, f"{path}: tie_word_embeddings is set, but {HEAD} and {EMBEDDING} differ")
         return
     check(name in missing, f"{path}: config.json leaves no place for weight {name}")
-    want, shape = list(missing.pop(name).shape), list(tensor.shape)
+    empty, shape = missing.pop(name), list(tensor.shape)
+    want = list(empty.shape)
     check(want == shape, f"{path}: weight {name} has shape {shape}, expected {want}")
 
     # What is trained, and what is small, is in fp32 where no type is asked for.
     if not lora:
         model.stored_dtype = tensor.dtype
     dtype = dtype or (torch.float32 if lora or tensor.dim() < 2 else tensor.dtype)
-
-    # First to the device, then to the type: 16 bits per weight travel, not 32.
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device).to(dtype)))
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(share(tensor, empty, device, dtype)))
 
 
-def add_token(model: Llama, token: int, like: int) -> None:
-    """Copy row `like` of the embedding and the LM head to row `token`, maybe a new last one."""
-    head = [] if model.config.tie_word_embeddings else [model.lm_head]
-    for module in [model.model.embed_tokens, *head]:
-        old = module.weight.data  # [V, D]
-        rows = torch.cat((old[:token], old[like : like + 1], old[token + 1 :]))
-        module.weight = nn.Parameter(rows)
-    model.config.vocab_size = len(rows)
-    model.config.source = {**model.config.source, "vocab_size": len(rows)}
+def add_row(matrix: Tensor, token: int, like: int) -> Tensor:
+    """The matrix [V, D] with row `like` copied to row `token`, maybe a new last one."""
+    return torch.cat((matrix[:token], matrix[like : like + 1], matrix[token + 1 :]))
+
+
+# A sharded weight is a DTensor of torch: every rank holds some of its rows, the same number but for
+# the last ranks. These two leave a plain tensor whole, and so serve both.
+
+
+def share(tensor: Tensor, like: Tensor, device, dtype: torch.dtype) -> Tensor:
+    """A tensor on the device; of one that is sharded as `like` is, the rows of this rank."""
+    # First to the device, then to the type: 16 bits per weight travel, not 32.
+    if not hasattr(like, "device_mesh"):
+        return tensor.to(device).to(dtype)
+    from torch.distributed.tensor import DTensor  # takes seconds to import
+
+    count = -(-len(tensor) // like.device_mesh.size())  # rows per rank, rounded up
+    first = count * like.device_mesh.get_local_rank()
+    mine = tensor[first : first + count].to(device).to(dtype)
+    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False,
+                              shape=tensor.shape, stride=tensor.stride())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor; every rank must ask for it, because every rank sends its own."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def check_output(flag: str, output: str | Path, inputs=(), size: int = 2**20) -> None:
@@ -1255,36 +1284,59 @@ def own_files(folder: Path) -> set[str]:
     return names
 
 
-def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """config.json and the weights, above 5 GB in shards with an index; an adapter is merged."""
-    folder, shards, room, total = Path(folder), [], 0, 0
-    old, weight_map = own_files(folder), {}
-    merged = {f"{name}.weight": module for name, module in adapted(model).items()}
+def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], meta: dict, write: bool,
+                  dtype: torch.dtype | None = None, read=None) -> dict[str, str]:
+    """Write tensors in files of at most SHARD_BYTES; returns the name of each one's file.
 
-    # A new shard begins where the next weight has no room in the last one.
-    for name, parameter in model.named_parameters():
-        size = parameter.numel() * dtype.itemsize
-        if LORA in name:
-            continue
+    read(name) gives another tensor of the same size to write in place of the one that is listed.
+    A sharded tensor is made whole when its turn comes: with it one file at most is in memory. So
+    every rank must call this, and one of them with `write`.
+    """
+    # A new file begins where the next tensor has no room in the last one.
+    files, room = [], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
         if size > room:
-            shards.append({})
+            files.append([])
             room = SHARD_BYTES
-        shards[-1][name] = parameter
-        room, total = room - size, total + size
+        files[-1].append(name)
+        room -= size
 
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        name = name if len(shards) > 1 else "model.safetensors"
-        tensors = {}
-        for key, p in shard.items():
-            whole = merged[key].merged() if key in merged else p.detach()
-            tensors[key] = whole.to("cpu", dtype).contiguous()
-        write_atomic(folder / name, partial(save_file, tensors, metadata={"format": "pt"}))
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    where = {}
+    for i, names in enumerate(files, 1):
+        number = f"-{i:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        file, held = f"{stem}{number}.safetensors", {}
+        for name in names:
+            tensor = whole(read(name) if read else tensors[name]).detach()
+            if write:
+                held[name] = tensor.to("cpu", dtype).contiguous()
+        if write:
+            write_atomic(folder / file, partial(save_file, held, metadata=meta))
+        where |= dict.fromkeys(names, file)
+    return where
+
+
+def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32,
+         write: bool = True) -> None:
+    """config.json and the weights, above 5 GB in shards with an index; an adapter is merged.
+
+    Of a sharded model all ranks call this, and one has `write`.
+    """
+    folder, old = Path(folder), own_files(Path(folder))
+    merged = {f"{name}.weight": module for name, module in adapted(model).items()}
+    weights = {name: p for name, p in model.named_parameters() if LORA not in name}
+
+    def read(name: str) -> Tensor:
+        return merged[name].merged() if name in merged else weights[name]
+
+    where = write_tensors(folder, "model", weights, {"format": "pt"}, write, dtype, read)
+    if not write:
+        return
+    if len(set(where.values())) > 1:
+        total = sum(p.numel() for p in weights.values()) * dtype.itemsize
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         old.remove(INDEX)
-    for stale in old - set(weight_map.values()):
+    for stale in old - set(where.values()):
         (folder / stale).unlink(missing_ok=True)
 
     config = {k: v for k, v in model.config.source.items() if k not in ("torch_dtype", "dtype")}
@@ -1360,12 +1412,14 @@ def merge_adapter(model: Llama, dtype: torch.dtype) -> None:
     model.to(dtype)
 
 
-def save_adapter(model: Llama, folder: Path) -> None:
+def save_adapter(model: Llama, folder: Path, write: bool = True) -> None:
     """The adapter alone, in fp32, as PEFT loads it; of another checkpoint there nothing is left."""
     tensors = {}
     for name, p in model.named_parameters():
         if LORA in name:
-            tensors[WRAPPER + name] = p.detach().cpu().contiguous()
+            tensors[WRAPPER + name] = whole(p.detach()).cpu().contiguous()
+    if not write:
+        return
     write_atomic(folder / ADAPTER_WEIGHTS, partial(save_file, tensors, metadata={"format": "pt"}))
     write_json(folder / ADAPTER, model.adapter)
     for stale in own_files(folder) - {ADAPTER, ADAPTER_WEIGHTS} | {"config.json"}:

@@ -231,9 +231,9 @@ def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) 
     # Every rank fills in its own rows; the sum of the ranks' tables has all of them.
     model.eval()
     sizes = [p.tokens for p in items]
-    for chunk in data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]:
+    for chunk, weight in train_sft.my_passes(sizes, c, hardware):
         with hardware.autocast():
-            out[chunk] = answer_logprobs(model, [items[i] for i in chunk]).cpu()
+            out[chunk] += weight * answer_logprobs(model, [items[i] for i in chunk]).cpu()
     model.train()
     return hardware.sum_tensor(out)
 
@@ -269,19 +269,14 @@ def backward_passes(model, wrapped, items: list[Preference], noise: Noise, losse
 
     losses(log-probabilities [B, 2] of a micro-batch, its place in the step) gives [B].
     """
-    # Every rank deals the whole step in the same way and takes its own hand.
-    sizes = [p.tokens for p in items]
-    mine = data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]
-
-    # An idle rank computes one preference with weight 0, since DDP waits for its gradients.
-    weight, chunks = (1.0, mine) if mine else (0.0, [[0]])
+    passes = train_sft.my_passes([p.tokens for p in items], c, hardware)
     policy = torch.zeros(len(items), len(items[0].answers))
-    for k, chunk in enumerate(chunks, 1):
+    for k, (chunk, weight) in enumerate(passes, 1):
         part = noise._replace(visits=[noise.visits[i] for i in chunk],
                               indices=[noise.indices[i] for i in chunk])
 
         # Under DDP gradients travel once per step: with the last micro-batch.
-        wrapped.require_backward_grad_sync = k == len(chunks)
+        wrapped.require_backward_grad_sync = k == len(passes)
         with hardware.autocast():
             logp = answer_logprobs(model, [items[i] for i in chunk], wrapped, part)  # [B, 2]
         loss = weight * losses(logp, chunk).sum() / len(items)
@@ -397,7 +392,7 @@ def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[lis
         return [values[name] for name in groups], key
 
     began, values = time.perf_counter(), {}
-    model = modeling.load(folder, None if c.lora_rank else torch.float32, hardware.device)
+    model = train_sft.load_model(folder, c, hardware)
     for name, items in groups.items():
         values[name] = all_logprobs(model, items, c, hardware)
 
@@ -637,8 +632,8 @@ def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, start_s
     if first:
         train_sft.announce(c, model, tokenizer, run.steps, hardware)
 
-    # The demo answers the held-out questions before and after.
-    if first and world and not start_step:
+    # The demo answers the held-out questions before and after; a sharded model if all ranks ask.
+    if world and not start_step and (first or c.shard):
         rows = [row for _, row in data.read_rows(c.val_data)]
         before = world.try_demo(model, tokenizer, rows)
     records, status = train(c, tokenizer, run, references, start_step, model, wrapped, hardware,
@@ -646,6 +641,7 @@ def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, start_s
     if first and not train_sft.ended_early(script, c, start_step, run.steps, records, hardware):
         summary(c, run, records)
         if rows:
+            model = modeling.load(c.output_dir, device=hardware.device) if c.shard else model
             world.report_preferences(before, world.try_demo(model, tokenizer, rows), rows)
     hardware.leave(status)
 

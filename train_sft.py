@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -31,7 +32,6 @@ import model as modeling  # isort: skip  # before torch: it says how threads wai
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -50,7 +50,7 @@ class Config:
     data: list[str] = field(default_factory=list)  # training files: .json, .jsonl, .txt, also .gz
     output_dir: str = "out/sft"  # where checkpoint, metrics and state go
     recipe: str = ""  # a paper's preset: llama2, lima, qwen, ...; explicit flags win over it
-    resume: bool = False  # go on from output_dir with the flags of its run.json
+    resume: bool = False  # go on with the run in output_dir; if there is none, begin it
     overwrite: bool = False  # replace the checkpoint or run that output_dir holds
     # optimization: these change the result
     mix: Literal["proportional", "temperature", "equal", "weights"] = "proportional"  # of the files
@@ -91,12 +91,14 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights are fp32
     compile: bool = False  # torch.compile the layers: slow first steps; not yet measured on a GPU
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
+    shard: bool = False  # each rank keeps a part of weights, gradients and moments (FSDP)
     log_every: int = 10  # steps between lines when the output is no terminal
     eval_every: int = 0  # steps between validations; 0: before and after training
     exam_data: list[str] = field(default_factory=list)  # exams' folders: chat template, no shots
     exam_every: int = 0  # steps between exams; 0: after training
     save_every: int = 500  # steps between checkpoints; there is always one at the end
     lora_merge: bool = False  # write a plain checkpoint, the adapter merged, not an adapter folder
+    keep: int = 0  # the last so many checkpoints stay, as step-00100 in output_dir
     skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
 
 
@@ -122,24 +124,29 @@ class RunData(NamedTuple):
         return self.mixer.draws(first, min(first + batch_size, self.draws))
 
 
+def my_passes(lengths: list[int], c: Config,
+              hardware: "Hardware") -> list[tuple[list[int], float]]:
+    """This rank's forward passes over examples of these lengths: (indices, weight) of each.
+
+    All ranks make the same number, since in every pass they wait for each other: under DDP for
+    gradients, with --shard for weights. Who has less to do repeats an example with weight 0.
+    """
+    # Every rank deals the whole step in the same way and takes its own hand.
+    dealt = data.micro_batches(lengths, c.micro_tokens, hardware.world)
+    mine = [(chunk, 1.0) for chunk in dealt[hardware.rank]]
+    return mine + [([0], 0.0)] * (max(map(len, dealt)) - len(mine))
+
+
 def my_micro_batches(run: RunData, step: int, c: Config,
                      hardware: "Hardware") -> list[tuple[data.Batch, Tensor]]:
     """This rank's part of an optimizer step: (batch, noise keys [T]) of each forward pass."""
     draws = run.step(step, c.batch_size)
     examples = [run.train[index] for index, _ in draws]
 
-    # Every rank deals the whole step in the same way and takes its own hand.
-    lengths = [len(e.ids) for e in examples]
-    mine = data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]
-
-    # With fewer examples than ranks some rank is idle. DDP waits for its gradients all the same:
-    # it computes one example with weight 0.
-    idle = not mine
-    batches = []
-    for chunk in [[0]] if idle else mine:
+    batches, lengths = [], [len(e.ids) for e in examples]
+    for chunk, weight in my_passes(lengths, c, hardware):
         batch = data.collate([examples[i] for i in chunk], hardware.device)
-        if idle:
-            batch = batch._replace(weights=torch.zeros_like(batch.weights))  # [N]
+        batch = batch._replace(weights=weight * batch.weights)  # [N]
 
         # Noise depends on the example and on how often it was seen, not on its micro-batch.
         indices, visits = zip(*[draws[i] for i in chunk], strict=True)
@@ -280,37 +287,38 @@ def validation_loss(model, examples: list[data.Example], c: Config, hardware: "H
     model.eval()
     names, lengths = data.source_names(c.val_data or c.data), [len(e.ids) for e in examples]
     sums = torch.zeros(2, len(names), dtype=torch.float64)  # of each file: losses, weights
-    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
+    for chunk, weight in my_passes(lengths, c, hardware):
         chosen = [examples[i] for i in chunk]
         batch = data.collate(chosen, hardware.device)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets)  # [N]
-        terms = torch.stack((-batch.weights * logp, batch.weights)).cpu().double()  # [2, N]
+        weights = weight * batch.weights  # [N]
+        terms = torch.stack((-weights * logp, weights)).cpu().double()  # [2, N]
         for e, part in zip(chosen, terms.split([e.targets for e in chosen], 1), strict=True):
             sums[:, e.source] += part.sum(1)
     model.train()
 
     # Numerator and denominator are summed apart: a mean of the ranks' means would be another.
     sums = hardware.sum_tensor(sums)
-    loss, weight = sums.sum(1).tolist()
+    loss, total = sums.sum(1).tolist()
     by_source = {name: a / b for name, (a, b) in zip(names, sums.T.tolist(), strict=True) if b}
-    return {"val_loss": loss / weight, "val_loss_by_source": by_source}
+    return {"val_loss": loss / total, "val_loss_by_source": by_source}
 
 
 def exam_metrics(model, tokenizer, run: RunData, c: Config, hardware: "Hardware") -> dict:
     """Of every exam the share answered rightly, its interval and its floor; and their mean."""
     import eval as evaluation  # only where an exam is asked
 
+    # Every rank asks its share of the subjects. A sharded model needs all ranks in every pass: then
+    # all of them ask the same.
+    rank, world = (0, 1) if c.shard else (hardware.rank, hardware.world)
     model.eval()
     exams = {}
     for folder, (name, floor) in zip(c.exam_data, run.exam_floors.items(), strict=True):
         with hardware.autocast():
             counts = evaluation.count_right(
-                model, tokenizer, folder, micro_tokens=c.micro_tokens, rank=hardware.rank,
-                world=hardware.world)
-
-        # Every rank has asked its share of the subjects.
-        right, count = hardware.sum(*counts)
+                model, tokenizer, folder, micro_tokens=c.micro_tokens, rank=rank, world=world)
+        right, count = counts if c.shard else hardware.sum(*counts)
         exams[name] = {"accuracy": right / count, "interval": evaluation.wilson(right, count),
                        "floor": floor}
     model.train()
@@ -419,14 +427,44 @@ def setup_hardware(dtype: str) -> Hardware:
     return Hardware(rank, world, device, modeling.best_dtype(dtype, device))
 
 
+def shard_model(model, dtype: torch.dtype) -> None:
+    """Deal weights, gradients and moments to the ranks: ZeRO (arXiv:1910.02054, section 5.3).
+
+    By FSDP2 of torch. A rank keeps some rows of every weight. It collects the others' rows of a
+    layer to compute the layer, forward and backward, and lets them go; of the layer's gradient,
+    averaged over the ranks, it keeps its own rows again, and updates them.
+    """
+    from torch.distributed import fsdp  # takes seconds to import
+
+    # Layers travel in `dtype`, so that autocast has no weight left to cast; gradients are averaged
+    # in fp32. Their inputs are not cast: the residual stream stays in fp32, as under autocast, and
+    # so do embedding, last norm and head, which the root holds.
+    policy = partial(fsdp.MixedPrecisionPolicy, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fsdp.fully_shard(layer, mp_policy=policy(param_dtype=dtype, reduce_dtype=torch.float32))
+    fsdp.fully_shard(model, mp_policy=policy())
+
+    # What is called from outside besides `forward`: it must collect embedding and head, too.
+    for name in ("hidden", "next_logits"):
+        fsdp.register_fsdp_forward_method(model, name)
+
+
+def load_model(folder: str, c: Config, hardware: Hardware, adapter: dict | None = None,
+               new_token: tuple[int, int] | None = None):
+    """The checkpoint in a folder with fp32 weights; under --shard a rank holds its rows only."""
+    deal = partial(shard_model, dtype=hardware.dtype) if c.shard and hardware.world > 1 else None
+
+    # Frozen weights take no steps: with LoRA they stay as they are stored.
+    dtype = None if c.lora_rank else torch.float32
+    return modeling.load(folder, dtype, hardware.device, adapter, c.seed, deal, new_token)
+
+
 def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     """The model with fp32 weights in training mode, and the same as DDP wraps it."""
     # The optimizer's small steps would be lost in 16-bit weights: autocast makes 16-bit copies.
-    # Frozen weights take no steps: with LoRA they stay as they are stored.
-    dtype = None if c.lora_rank else torch.float32
-    model = modeling.load(c.model, dtype, hardware.device, adapter_keys(c), c.seed).train()
-    if tokenizer and tokenizer.eot_is_new:  # begins as EOS
-        modeling.add_token(model, tokenizer.stop_id, tokenizer.eos_id)
+    new = tokenizer and tokenizer.eot_is_new  # begins as EOS
+    new_token = (tokenizer.stop_id, tokenizer.eos_id) if new else None
+    model = load_model(c.model, c, hardware, adapter_keys(c), new_token).train()
     model.config = stretched(c, model.config)
     model.set_dropout(c.dropout[0], c.dropout[-1])
 
@@ -436,7 +474,8 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
         model.compile_layers()
 
     # Under DDP every rank holds the whole model, and gradients are averaged in the backward pass.
-    if hardware.world == 1:
+    # A sharded model sees to its gradients itself.
+    if hardware.world == 1 or c.shard:
         return model, model
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
 
@@ -549,18 +588,28 @@ def try_exams(c: Config, tokenizer, config, quiet: bool) -> dict[str, float]:
 
 # ---- skip on a first reading: checkpoints and state ----------------------------------------------
 
-STATE = "state/state.safetensors"  # in output_dir
+STATE = "state"  # in output_dir: what --resume goes on from, in a folder by its step
 
 
-def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path, merge=False) -> None:
+def step_folders(folder: Path) -> list[Path]:
+    """The folders step-00100 in a folder, the latest last; each got its name when it was whole."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path, merge: bool = False,
+                    write: bool = True) -> None:
     """A checkpoint any Hugging Face tool loads, in the precision the weights were stored in.
 
-    With LoRA it is PEFT's adapter folder, or with `merge` a plain checkpoint.
+    With LoRA it is PEFT's adapter folder, or with `merge` a plain checkpoint. Of a sharded model
+    all ranks call this, and one has `write`.
     """
     if model.adapter and not merge:
-        modeling.save_adapter(model, folder)
+        modeling.save_adapter(model, folder, write)
     else:
-        modeling.save(model, folder, model.stored_dtype)
+        modeling.save(model, folder, model.stored_dtype, write)
+    if not write:
+        return
     tokenizer.save(folder)
 
     # The source's sampling defaults stay; the tokens that end an answer are ours.
@@ -572,40 +621,88 @@ def save_checkpoint(model, tokenizer: data.ChatTokenizer, folder: Path, merge=Fa
 
 
 def trained_parameters(model) -> list[tuple]:
-    """(name, parameter) of what is trained: all, or with LoRA the adapter."""
+    """(name, parameter) of what is trained, all or with LoRA the adapter: what this rank holds."""
+    # After a pass without gradients a sharded model still has embedding and head whole.
+    if hasattr(model, "reshard"):
+        model.reshard()
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def save_state(path: Path, model, optimizer, scaler, step: int) -> None:
-    """All a resumed run needs in one file: trained weights, both Adam moments, step and scaler."""
-    # By name, so that another number of ranks or another version of torch can read it.
+def keep_checkpoint(folder: Path, step: int, last: int) -> None:
+    """Keep the checkpoint in `folder` as its step-00100, and the `last` so many of these.
+
+    They stand inside output_dir: a run is one folder, and two runs side by side do not mix.
+    """
+    new, kept = folder / "step-new", folder / f"step-{step:05d}"
+    for old in (new, kept):
+        shutil.rmtree(old, ignore_errors=True)
+    new.mkdir()
+
+    # A link takes no room. The next checkpoint's files are renamed over ours, and change nothing
+    # in them.
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix not in (".jsonl", ".png") and path.name != "run.json":
+            try:
+                os.link(path, new / path.name)
+            except OSError:  # a file system without links
+                shutil.copy(path, new / path.name)
+    new.rename(kept)
+    for old in step_folders(folder)[:-last]:
+        shutil.rmtree(old)
+
+
+def save_state(folder: Path, model, optimizer, scaler, step: int, write: bool = True) -> None:
+    """All a resumed run needs: trained weights, both Adam moments, step and scaler.
+
+    The folder gets its name when all is in it, and only then the one before goes: a crash at any
+    moment leaves one that is whole.
+    """
+    # By name and unsharded, so that another number of ranks or version of torch can read it.
     tensors = {}
     for name, p in trained_parameters(model):
-        tensors[f"weight.{name}"] = p.detach()
+        tensors[f"weight.{name}"] = p
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
-    tensors = {key: value.to("cpu").contiguous() for key, value in tensors.items()}
-    meta = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}
-    modeling.write_atomic(path, lambda temporary: save_file(tensors, temporary, meta))
+    new, older = folder / "new", step_folders(folder)
+    if write:
+        shutil.rmtree(new, ignore_errors=True)
+    meta = {"scaler": json.dumps(scaler.state_dict())}
+    modeling.write_tensors(new, "state", tensors, meta, write)
+    if write:
+        new.rename(folder / f"step-{step:05d}")
+        for path in older:
+            shutil.rmtree(path)
 
 
-def load_state(path: Path, model, optimizer, scaler) -> None:
-    """Put a saved state back bit for bit."""
-    with safe_open(path, "pt") as file, torch.no_grad():
-        for name, p in trained_parameters(model):
-            p.copy_(file.get_tensor(f"weight.{name}"))
-            optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}").to(p.device)
-                                  for key in ("step", "exp_avg", "exp_avg_sq")}
-        if saved := json.loads(file.metadata()["scaler"]):
-            scaler.load_state_dict(saved)
+def load_state(folder: Path, model, optimizer, scaler) -> None:
+    """Put the last saved state back bit for bit; of a sharded model every rank reads its rows."""
+    parameters = dict(trained_parameters(model))
+    for path in step_folders(folder)[-1].glob("*.safetensors"):
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                kind, name = key.split(".", 1)
+                p, tensor = parameters[name], file.get_tensor(key)
+
+                # Adam's count of steps is one number, and whole on every rank.
+                like = p if kind != "step" else tensor
+                value = modeling.share(tensor, like, p.device, tensor.dtype)
+                if kind == "weight":
+                    p.copy_(value)
+                else:
+                    optimizer.state[p][kind] = value
+            saved = json.loads(file.metadata()["scaler"])
+    if saved:
+        scaler.load_state_dict(saved)
 
 
 def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
              hardware: Hardware) -> None:
-    """Checkpoint and state, written by the first rank while the others wait."""
-    if hardware.rank == 0:
-        save_checkpoint(model, tokenizer, Path(c.output_dir), c.lora_merge)
-        save_state(Path(c.output_dir) / STATE, model, optimizer, scaler, step)
+    """Checkpoint and state: the first rank writes, the others send it their rows if sharded."""
+    folder, first = Path(c.output_dir), hardware.rank == 0
+    save_checkpoint(model, tokenizer, folder, c.lora_merge, first)
+    if first and c.keep:
+        keep_checkpoint(folder, step, c.keep)
+    save_state(folder / STATE, model, optimizer, scaler, step, first)
     hardware.barrier()
 
 
@@ -619,20 +716,18 @@ def find_start_step(c: Config) -> int:
     folder, reference = Path(c.output_dir), getattr(c, "reference", "")
     inputs = [c.model, reference or c.model, modeling.read_adapter(c.model)[0]]
     size = sum(file.stat().st_size for file in inputs[-1].glob("*.safetensors"))
-    size *= int(c.lora_merge) if c.lora_rank else 4
+    size *= (c.lora_merge or not c.lora_rank) * (1 + c.keep) + 3 * (not c.lora_rank)
     modeling.check_output("--output_dir", folder, inputs, size)
 
     # The state says how far the run came that stands there.
-    step = 0
-    if (folder / STATE).exists():
-        with safe_open(folder / STATE, "pt") as file:
-            step = int(file.metadata()["step"])
+    states = step_folders(folder / STATE)
+    step = int(states[-1].name[5:]) if states else 0
     if c.resume or c.overwrite:
         return step if c.resume else 0
 
     # What stands there may be a run of ours, or somebody's checkpoint.
     held = [path.name for name in ("config.json", "adapter_config.json", "tokenizer.json",
-                                   "*.safetensors") for path in folder.glob(name)]
+                                   "*.safetensors", "step-*") for path in folder.glob(name)]
     what = f"a checkpoint ({held[0]})" if held else ""
     if step:
         steps = modeling.read_json(folder / "run.json")["steps"]
@@ -653,9 +748,10 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
     if hardware.rank > 0:
         return
 
-    # A new run must not be resumed from an older run's state.
+    # A new run must not be resumed from an older run's state, nor count its checkpoints as kept.
     if not c.resume:
-        (path.parent / STATE).unlink(missing_ok=True)
+        for old in (path.parent / STATE, *step_folders(path.parent)):
+            shutil.rmtree(old, ignore_errors=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     modeling.write_json(path, {
         "config": {**asdict(c), "resume": False, "overwrite": False}, "steps": steps,
@@ -895,15 +991,22 @@ RECIPES["yi-34b"] = {**RECIPES["yi-6b"], "neftune_alpha": 45.0}
 # Flags that may differ when a run is resumed.
 HARDWARE = {"output_dir", "resume", "overwrite", "micro_tokens", "dtype", "compile",
             "checkpoint_activations", "log_every", "eval_every", "exam_data", "exam_every",
-            "save_every", "lora_merge"}
+            "save_every", "lora_merge", "shard", "keep"}
 
 
 def resolve_config(cls, argv: list[str], recipes: dict, demo):
     """Defaults, then demo()'s values or the resumed run's, then the recipe's, then the flags."""
     given = data.parse_flags(cls, argv)
     base, recipe = {}, given.get("recipe", "")
+    path = Path(given.get("output_dir", cls.output_dir)) / "run.json"
+
+    # One command line serves a queue that restarts jobs: the first time there is nothing to resume.
+    if given.get("resume") and not path.exists():
+        check({"model", "data"} & set(given) or "output_dir" not in given, f"--resume: {path} does "
+              "not exist, so there is no run to go on with; with --model and --data one begins")
+        given["resume"] = False
     if given.get("resume"):
-        base = resumed_flags(cls, given)
+        base = resumed_flags(cls, path, given)
     elif not given.get("model") and not given.get("data"):
         base = demo()
         if "val_fraction" in given:  # instead of the demo's own validation
@@ -923,10 +1026,8 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
     return config
 
 
-def resumed_flags(cls, given: dict) -> dict:
+def resumed_flags(cls, path: Path, given: dict) -> dict:
     """The flags of the run to go on with; those that change the result must stay as they were."""
-    path = Path(given.get("output_dir", cls.output_dir)) / "run.json"
-    check(path.is_file(), f"--resume: {path} does not exist, so there is no run to go on with")
     base = modeling.read_json(path)["config"]
     check(set(base) == {f.name for f in fields(cls)},
           f"--resume: the run in {path} is of another script, or of another version of this one")
@@ -965,6 +1066,8 @@ def check_config(c: Config) -> None:
     for name in c.lora_targets:
         check(name in modeling.PROJECTIONS, f"--lora_targets: no projection is called {name}; "
               f"there are {', '.join(modeling.PROJECTIONS)}")
+    check(not c.shard or c.resume or int(os.environ.get("WORLD_SIZE", 1)) > 1, "--shard deals a "
+          "model to several ranks, and here is one; start with torchrun --nproc_per_node=N")
     data.check_mix(c, c.data)
 
 
@@ -1003,15 +1106,17 @@ def main() -> None:
     model, wrapped = load_trainable(c, hardware, tokenizer)
     start_run(c, run.steps, facts, hardware)
 
-    # Only the first rank speaks.
-    first = hardware.rank == 0
+    # Only the first rank speaks. A sharded model answers only if all ranks ask it.
+    first, before = hardware.rank == 0, "?"
     if first:
         announce(c, model, tokenizer, run.steps, hardware)
-        before = world.demo_exam(model, tokenizer) if world and not start_step else "?"
+    if world and not start_step and (first or c.shard):
+        before = world.demo_exam(model, tokenizer)
     records, status = train(c, tokenizer, run, start_step, model, wrapped, hardware)
     if first and not ended_early("train_sft.py", c, start_step, run.steps, records, hardware):
         summary(c, records)
         if world:
+            model = modeling.load(c.output_dir, device=hardware.device) if c.shard else model
             world.report_demo(before, world.demo_exam(model, tokenizer), model, tokenizer)
     hardware.leave(status)
 

@@ -118,10 +118,10 @@ def kl_point(model, items: list[Labelled], reference: Tensor, c: Config,
     """z = max(0, mean of p - r over the mismatched answers of the global step), in nats."""
     strangers = [p._replace(answers=p.answers[1:]) for p in items]
     sizes, total = [p.tokens for p in strangers], 0.0
-    for chunk in data.micro_batches(sizes, c.micro_tokens, hardware.world)[hardware.rank]:
+    for chunk, weight in train_sft.my_passes(sizes, c, hardware):
         with hardware.autocast():
             policy = answer_logprobs(model, [strangers[i] for i in chunk])[:, 0].cpu()  # [B]
-        total += (policy - reference[chunk, 1]).sum().item()
+        total += weight * (policy - reference[chunk, 1]).sum().item()
 
     # One z for the whole step: it must not depend on how the step is cut and dealt.
     return max(0.0, hardware.sum(total)[0] / len(items))

@@ -217,6 +217,8 @@ def main() -> None:
     check(not c.top_k and c.top_p == 1 and c.dropout == [0.0] and not c.neftune_alpha,
           "--top_k, --top_p, --dropout and --neftune_alpha are refused: the policy that is trained "
           "would be another one than was sampled from")
+    check(not c.shard, "--shard is refused: a sharded model needs all ranks for every token, and "
+          "their answers differ in length")
     train_dpo.find_demo(c)
     reward, start_step = find_reward(c.reward), train_sft.find_start_step(c)
     hardware = train_sft.setup_hardware(c.dtype)

@@ -12,7 +12,6 @@ import pickle
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,7 +246,7 @@ def test_template_of_a_file_is_used_as_if_it_were_the_checkpoints_own(chat, fold
 def load_to_train(folder, **options):
     """(the model that training begins with, its tokenizer)."""
     tokenizer = data.ChatTokenizer(folder, **options)
-    c = SimpleNamespace(model=folder, dropout=[0.0], checkpoint_activations=False, compile=False)
+    c = train_sft.Config(model=str(folder))
     hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
     return train_sft.load_trainable(c, hardware, tokenizer)[0], tokenizer
 
