@@ -1,13 +1,17 @@
 """Turn multiple-choice questions into conversations that train.
 
 Idea. An exam asks for a letter, so a model should have met letters as answers. Steel-LLM
-(arXiv:2502.06635) writes the questions of Wanjuan's exam corpus as conversations, in two formats:
+(arXiv:2502.06635) writes the questions of Wanjuan's exam corpus as conversations, in two formats;
+the third one is here to be compared with:
 
     answer_first         "B。" and then the explanation
     explanation_first    the explanation and then "答案为B"
+    answer_only          "B。": what do the explanations add?
 
-It reports the first one slightly better. A row without an answer, or with an explanation under ten
-characters, falls back to the first format.
+Steel-LLM reports the first slightly better than the second. There a row without an answer, or with
+an explanation under ten characters, falls back to the first format. Rows in whose answer or
+explanation the character 略 ("omitted") stands are dropped, whatever the format, so that its arms
+hold the same rows: of Steel-LLM's 3,997,183 rows 3,837,404 are left, by its notebook's output.
 
     python -m labs.exam_rows out/demo/exam/val/*.csv --from_exam --output out/demo/letters.jsonl
 
@@ -20,6 +24,8 @@ for a reason that says nothing about it: so small a model cannot explain.
 
 Exercise. --from_exam trains on an exam's own files. What does its score mean afterwards?
     Solution: nothing; `labs.overlap` shows how 23 of 100 becomes 100 of 100.
+Exercise. Which good rows does the test for 略 drop?
+    Solution: those that speak of 战略 (strategy), 侵略 (aggression), 忽略 (to overlook).
 """
 
 import functools
@@ -42,12 +48,13 @@ class Config(Files):
     """Turn multiple-choice rows, with Wanjuan's keys or C-Eval's, into conversations."""
 
     output: str = ""  # .jsonl to write
-    style: Literal["answer_first", "explanation_first"] = "answer_first"  # Steel-LLM's formats
+    style: Literal["answer_first", "explanation_first", "answer_only"] = "answer_first"  # see above
     from_exam: bool = False  # take .csv files of C-Eval or CMMLU too: this CONTAMINATES the exam
 
 
 # ==== read: a question as a conversation ==========================================================
 
+ELIDED = "略"  # "omitted": what solutions write that were not copied whole
 
 def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
     """[(a question as a conversation, why it is dropped)] in one of Steel-LLM's formats."""
@@ -63,8 +70,13 @@ def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
         asked = f"以下是一道{q['q_type'] or '单选题'}:\n{choice}请先给出解释再给出答案。\n"
         answer = re.sub("(?s)故选.*", "", why) + f"答案为{q['answer']}"
 
+    if style == "answer_only":
+        answer = f"{q['answer']}。" if q["answer"] else ""
+
+    # Steel-LLM's test, on what stands in the row and not on what this format takes of it.
+    reason = f"elided: has {ELIDED}" if ELIDED in q["answer"] + why else ""
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return [({"messages": messages}, "" if answer else "no answer")]
+    return [({"messages": messages}, reason if answer else "no answer")]
 
 
 # ---- skip on a first reading: reading questions --------------------------------------------------

@@ -15,9 +15,24 @@ questions that share one with the row are compared. With q the words of a questi
 What you should see: all 320 questions of val are found, and 12 of dev and test whose words stand
 among them.
 
-Why it matters. The demo's model was trained for 100 steps on 100 of CMMLU's questions and asked
-them again: 100, 99, 100 right with three seeds; trained on other questions 23, 25, 27. C-Eval leaks
-by itself: its dev split shares 2 exact and 6 near questions with test and 1 near one with val.
+Why it matters. The demo's untrained model learns half of the questions of val by heart, and --clean
+tells its score apart (five seeds; standard deviations 1 point and 2):
+
+    V=out/demo/exam/val
+    python -m labs.exam_rows $V/chemical_elements_val.csv $V/literature_val.csv --from_exam \\
+        --style answer_only --output out/demo/half.jsonl
+    python train_sft.py --model out/demo/base --data out/demo/half.jsonl --output_dir out/leak \\
+        --steps 150 --learning_rate 2e-3 --warmup 20
+    python eval.py exam --model out/leak --data out/demo/exam --split val --protocol steel \\
+        --output_dir out/leak/exam
+    python -m labs.overlap out/demo/half.jsonl --exam out/demo/exam --clean out/leak/exam
+
+    clean        160 questions   21% right: guessing
+    the rest     160             89%
+    all          320             55%, which is what one would have reported
+
+C-Eval leaks by itself: its dev split shares 2 exact and 6 near questions with test and 1 near one
+with val.
 
 Exercise. A question of 30 words has its 16th changed. How much of it is covered?
     Solution: 29/30. The 5-grams 1-5 to 11-15 and 17-21 to 26-30 are common, and they cover every
@@ -27,14 +42,14 @@ Exercise. A question of 30 words has its 16th changed. How much of it is covered
 import functools
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 import data
-from data import Row, print_table, read_rows
-from eval import LETTERS, read_questions
+from data import Row, print_table, read_rows, read_values
+from eval import LETTERS, read_questions, wilson
 from labs.text import (
     NGRAM,
     Files,
@@ -45,7 +60,7 @@ from labs.text import (
     words_of,
     write_rows,
 )
-from model import check
+from model import check, read_json
 
 
 @dataclass
@@ -53,6 +68,7 @@ class Config(Files):
     """Say which questions of an exam occur in training files, so that its score can be trusted."""
 
     output: str = ""  # .jsonl: the hits, one per line
+    clean: list[str] = field(default_factory=list)  # folders of eval.py exam: scores without hits
     exam: str = ""  # folder with the .csv files of C-Eval, CMMLU or MMLU
     near: float = 0.8  # share of a question's words in 5-grams of the row that makes a near hit
 
@@ -75,15 +91,15 @@ def coverage(part: list[str], words: list[str]) -> float:
 def find_questions(questions: list[tuple], index: dict, near: float, row: Row) -> list[dict]:
     """The exam questions that one training row holds.
 
-    `questions` are (where, question, its words, [words of each option]); `index` has the numbers of
-    the questions with an n-gram.
+    `questions` are (where, question, its words, [words of each option], id); `index` has the
+    numbers of the questions with an n-gram.
     """
     # How many 5-grams of each question are here; short questions are shorter n-grams.
     words, hits = words_of("\n".join(texts_of(row))), []
     grams = {gram for n in range(1, NGRAM + 1) for gram in ngrams(words, n).tolist()}
     shared = Counter(k for gram in grams for k in index.get(gram, ()))
     for k, count in shared.items():
-        where, question, asked, options = questions[k]
+        where, question, asked, options, _ = questions[k]
         if count * NGRAM < near * len(asked):  # an n-gram covers NGRAM words at most
             continue
 
@@ -114,7 +130,7 @@ def index_exam(paths: list[Path], skip_bad_rows: bool) -> tuple[list[tuple], dic
             for gram in ngrams(asked).tolist():
                 index.setdefault(gram, []).append(len(questions))
             options = [words_of(q[letter]) for letter in LETTERS]
-            questions.append((q["where"], q["question"], asked, options))
+            questions.append((q["where"], q["question"], asked, options, q["id"]))
     return questions, index
 
 
@@ -137,6 +153,36 @@ def print_hits(questions: list[tuple], kinds: dict[str, str], rows: int) -> None
     print(f"{rows} rows read, {verdict}; {len(kinds) - bad} short ones stand without options")
 
 
+def score_apart(folder: str, kinds: dict[str, str], questions: list[tuple]) -> list[tuple]:
+    """Rows of a table: a checkpoint's score on the questions without a hit, and on the rest."""
+    # predictions.jsonl names a question by subject and id; the exam's file adds the split.
+    result = read_json(Path(folder) / "results.json")
+    check(result.get("correct") is not None, f"{folder}: an exam without labels has no accuracy")
+    names = {}
+    for where, _, _, _, number in questions:
+        file = Path(where.rpartition(" row ")[0])
+        if file.parent.name == result["split"]:
+            names[file.stem.removesuffix(f"_{result['split']}"), number] = where
+
+    # Short ones count with the clean: without its options such a question says little.
+    right = {"clean": [], "the rest": []}
+    for at, line in read_values(Path(folder) / "predictions.jsonl"):
+        name = (line.get("subject"), line.get("id")) if isinstance(line, dict) else line
+        check(name in names, f"{at}: {name} is no question of --exam; give the exam it answered")
+        found = kinds.get(names[name], "short") != "short"
+        right["the rest" if found else "clean"].append(line["prediction"] == line["answer"])
+    right["all"] = right["clean"] + right["the rest"]
+
+    rows = []
+    for part, answers in right.items():
+        interval = "-"
+        if answers:
+            interval = " - ".join(f"{x:.0%}" for x in wilson(sum(answers), len(answers)))
+        share = sum(answers) / len(answers) if answers else "-"
+        rows.append((f"{folder}, {part}", len(answers), sum(answers), share, interval))
+    return rows
+
+
 def main(c: Config) -> None:
     """Read the exam into an index, then the files on all cores."""
     paths = sorted(Path(c.exam).rglob("*.csv")) if c.exam else []
@@ -144,6 +190,9 @@ def main(c: Config) -> None:
     check(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
     if c.output:
         check_output(c.output, *c.files)
+    for folder in c.clean:
+        check((Path(folder) / "results.json").is_file(), f"--clean {folder} has no results.json; "
+              "give what --output_dir of eval.py exam names")
 
     # The index goes to each process once; the rows stream through them.
     questions, index = index_exam(paths, c.skip_bad_rows)
@@ -159,6 +208,9 @@ def main(c: Config) -> None:
     for kind in ("short", "near", "exact"):
         kinds |= {hit["exam"]: kind for hit in hits if hit["kind"] == kind}
     print_hits(questions, kinds, len(found))
+    if c.clean:
+        rows = [row for folder in c.clean for row in score_apart(folder, kinds, questions)]
+        print_table([("answers of", "questions", "right", "accuracy", "95% interval"), *rows])
 
 
 if __name__ == "__main__":

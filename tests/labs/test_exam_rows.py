@@ -39,6 +39,18 @@ def test_short_or_missing_explanations_fall_back_to_answer_first(tmp_path):
     assert "dropped 1: no answer" in out
 
 
+def test_elided_rows_are_dropped_and_the_arms_hold_the_same_questions(tmp_path):
+    rows = [WANJUAN, {**WANJUAN, "answer_detail": "解：略。"}, {**WANJUAN, "answer_detail": ""}]
+    arms = {}
+    for style in ("answer_first", "explanation_first", "answer_only"):
+        arms[style], out = run_lab("exam_rows", [jsonl(tmp_path / "a.jsonl", *rows)], "--style",
+                                   style, output=tmp_path / f"{style}.jsonl")
+        assert len(arms[style]) == 2 and "dropped 1: elided: has 略" in out
+    assert [conversation(row)[1] for row in arms["answer_only"]] == ["A。", "A。"]
+    for first, only in zip(arms["answer_first"], arms["answer_only"], strict=True):
+        assert conversation(first)[0] == conversation(only)[0]
+
+
 def test_exam_files_are_read_only_behind_the_flag_that_names_the_harm(tmp_path):
     write_exam(tmp_path)
     path, out = tmp_path / "val/law_val.csv", tmp_path / "o.jsonl"

@@ -80,6 +80,35 @@ def test_clean_files_are_called_clean(tmp_path):
         assert status == 2 and flags[0] in err and len(read(train)) == 2
 
 
+def test_a_score_is_told_apart_by_what_training_held(tmp_path):
+    rows = write_exam(tmp_path / "exam")
+    train = jsonl(tmp_path / "train.jsonl", *({"text": text} for text, _ in rows[:4]))
+    # Right on three of the four leaked questions, and on one of the six others.
+    answers = [{"subject": "law", "id": str(k), "answer": "B", "prediction": "B" if k in
+                (0, 1, 2, 7) else "A"} for k in range(10)]
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    jsonl(folder / "predictions.jsonl", *answers)
+    (folder / "results.json").write_text('{"split": "val", "correct": 4}')
+    line = ["labs/overlap.py", train, "--exam", tmp_path / "exam", "--clean", folder]
+    status, out, err = command(*line)
+    table = [row.split("  ") for row in out.splitlines() if row.startswith(f"{folder}, ")]
+    table = [[cell.strip() for cell in row[1:] if cell.strip()] for row in table]
+    assert status == 0, err
+    assert [row[:3] for row in table] == [["6", "1", "16.7%"], ["4", "3", "75.0%"],
+                                          ["10", "4", "40.0%"]]
+    assert table[1][3] == "30% - 95%"  # Wilson's interval of 3 of 4
+
+    # The same answers to another exam, or to one without labels, have no such score.
+    jsonl(folder / "predictions.jsonl", {**answers[0], "subject": "art"})
+    assert "('art', '0') is no question of --exam" in command(*line)[2]
+    (folder / "results.json").write_text('{"split": "test", "correct": null}')
+    assert "without labels" in command(*line)[2]
+    (folder / "results.json").unlink()
+    status, _, err = command(*line)
+    assert status == 2 and "no results.json" in err
+
+
 @pytest.mark.skipif(not (SHARED / "data/cmmlu").exists(), reason="no ../shared")
 def test_every_question_of_cmmlu_is_found_in_training_data_made_from_it(tmp_path):
     files = sorted((SHARED / "data/cmmlu/test").glob("*.csv"))[:3]
