@@ -2,24 +2,32 @@
 
 Ideas, each in one function.
 
-- kcenter (arXiv:2305.09246, "0.5% of the data"): embed a row as the mean of a model's last hidden
-  states. Find the task's core by k-means, then repeat argmax_i min_{s chosen} d(i, s), d = 1 - cos:
-  every row ends near to a chosen one (arXiv:1708.00489, algorithm 1).
+- kcenter ("Maybe only 0.5% data is needed", arXiv:2305.09246, section 3): embed a row as the mean
+  of a model's last hidden states. k-means over the pool of all tasks (--pool) shows what the task
+  is about: the centre of the cluster that most of its rows fall in. From the row nearest to it
+  repeat argmax_i min_{s chosen} d(i, s), d = 1 - cos: every row of the task ends near to a chosen
+  one (arXiv:1708.00489, algorithm 1).
 - ifd (arXiv:2308.12032, eq. 3): IFD = loss(answer | question) / loss(answer). Near 1 the question
   hardly helps: hard rows, taken first. Above 1 it misleads: dropped.
-- tags (InsTag, arXiv:2308.07074, algorithm 1): rows with most tags first, each adding a new tag.
-- random: what the others must beat.
+- random: what the others must beat. (By tags: `labs.tags`.)
+
+--per KEY chooses --n rows of each value of a key, as many of every category (Baichuan 2,
+arXiv:2309.10305, balances its data so), with any method; for kcenter each value is a task.
 
     python -m labs.select out/demo/instructions.jsonl --output out/demo/few.jsonl --method ifd \\
         --n 30 --model out/sft --rest out/demo/rest.jsonl
+    python -m labs.select out/demo/identity.jsonl --pool out/demo/instructions.jsonl --n 6 \\
+        --output out/demo/core.jsonl --method kcenter --clusters 3 --model out/sft
 
-What you should see: 30 of 300 rows. 14 of them have a single question, as 84 of the 300 have: with
-earlier turns an answer leans on what stands before it, and its IFD is low.
+What you should see: 30 of 300 rows. 11 of them have a single question, as 84 of the 300 have: with
+earlier turns an answer leans on what stands before it, and its IFD is low. Then six of the 24
+questions about the model itself, with every kind of answer among them.
 
 What was found (random 0.46M weights trained for 30 steps on 100 rows of alpaca_zh and firefly; loss
 in nats on held-out Chinese, three seeds, mean): random 5.89, k-center 6.39, IFD 5.87; among rows of
 like length 6.10, 6.25, 5.98. k-center lost under every seed. IFD's rows hold half as many
-supervised tokens again. Neither speaks for or against papers whose models could already read.
+supervised tokens again. Three seeds prove nothing, and neither speaks for or against papers whose
+models could already read.
 
 Exercise. Why does k-center lose here?
     Solution: it takes the rows farthest from all others: outliers, and short rows.
@@ -28,7 +36,7 @@ Exercise. Why does k-center lose here?
 import functools
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +45,7 @@ import torch
 
 import data
 import eval as evaluation
-from data import ChatTokenizer, Row, is_text, parse_row, read_rows
+from data import ChatTokenizer, Row, parse_row, read_rows
 from labs.text import Modelled, check_output, example_of, kept_rows, write_rows
 from model import check
 
@@ -46,9 +54,11 @@ from model import check
 class Config(Modelled):
     """Choose the rows that a method thinks worth most; compare with --method random."""
 
-    method: Literal["kcenter", "ifd", "tags", "random"] = "random"  # how to choose
-    n: int = 0  # rows to choose
-    share: float = 0.0  # or this share of the rows
+    method: Literal["kcenter", "ifd", "random"] = "random"  # how to choose
+    n: int = 0  # rows to choose, with --per of each value
+    share: float = 0.0  # or this share of them
+    per: str = ""  # key of the rows: as many of each of its values
+    pool: list[str] = field(default_factory=list)  # files of the other tasks, for kcenter's k-means
     clusters: int = 10  # of k-means, for kcenter
     seed: int = 0  # of k-means, and of random
     rest: str = ""  # .jsonl for the rows that could have been chosen and were not; empty: none
@@ -68,6 +78,15 @@ def kmeans(x: np.ndarray, k: int, seed: int, rounds: int = 20) -> tuple[np.ndarr
     return centres, cluster
 
 
+def core_row(x: np.ndarray, centres: np.ndarray, cluster: np.ndarray) -> int:
+    """The row of a task [R, D] nearest to the centre of the cluster that most of its rows fall in.
+
+    The clusters may be those of a larger pool: `cluster` [R] are the task's own rows in it.
+    """
+    middle = centres[np.bincount(cluster).argmax()]  # [D]
+    return int(np.square(x - middle).sum(1).argmin())
+
+
 def k_center(x: np.ndarray, first: int, n: int) -> tuple[list[int], float]:
     """k-center greedy (arXiv:1708.00489, algorithm 1) on unit vectors [R, D]: (rows, radius).
 
@@ -75,33 +94,22 @@ def k_center(x: np.ndarray, first: int, n: int) -> tuple[list[int], float]:
     largest distance from a row to the nearest chosen one.
     """
     chosen, nearest = [first], 1 - x @ x[first]  # [R] distance to the nearest chosen row
-    while len(chosen) < n:
+    while len(chosen) < min(n, len(x)):
         nearest[chosen[-1]] = -np.inf  # no row twice
         chosen.append(int(nearest.argmax()))
         np.minimum(nearest, 1 - x @ x[chosen[-1]], out=nearest)
     return chosen, max(float(nearest.max()), 0.0)
 
 
-def core_set(states: np.ndarray, n: int, clusters: int, seed: int) -> list[int]:
-    """n rows by their embeddings [R, D] (arXiv:2305.09246, section 3): L2 norm, k-means, k-center.
-
-    k-center starts at the task's core sample: the row nearest to the centre of the cluster that
-    most rows fall in.
-    """
+def unit_vectors(states: np.ndarray) -> np.ndarray:
+    """Embeddings [R, D] divided by their lengths."""
     # Zero or NaN has no direction: a broken checkpoint, not a far-away row.
     norms = np.linalg.norm(states, axis=1, keepdims=True)
     check(np.isfinite(norms).all() and norms.min() > 0, "hidden states of --model are zero or NaN")
-    x = states / norms
-
-    # The core: what most rows are about.
-    centres, cluster = kmeans(x, clusters, seed)
-    core = np.square(x - centres[np.bincount(cluster).argmax()]).sum(1).argmin()
-    chosen, radius = k_center(x, int(core), n)
-    print(f"k-center radius {radius:.4f} (1 - cos)")
-    return chosen
+    return states / norms
 
 
-# ==== read: IFD and tags ==========================================================================
+# ==== read: IFD ===================================================================================
 
 
 def ifd_scores(c: Config, rows: list[Row]) -> list[float]:
@@ -128,28 +136,7 @@ def ifd_scores(c: Config, rows: list[Row]) -> list[float]:
     return scores.tolist()
 
 
-def cover_tags(tags: list[set], n: int) -> list[int]:
-    """n rows by complexity-first diverse sampling (InsTag, arXiv:2308.07074, algorithm 1).
-
-    In rounds, rows with most tags first: a row is taken that adds a tag to those of the round.
-    """
-    # A row passed over in one round gets its chance in the next.
-    left, chosen = sorted(range(len(tags)), key=lambda i: -len(tags[i])), []
-    while left:
-        seen, passed = set(), []
-        for i in left:
-            if tags[i] <= seen:
-                passed.append(i)
-            else:
-                chosen.append(i)
-            seen |= tags[i]
-        left = passed
-    return chosen[:n]
-
-
 # ---- skip on a first reading: the command --------------------------------------------------------
-
-NOT_CHOSEN = "not chosen"
 
 
 def embed(c: Config, rows: list[Row]) -> np.ndarray:
@@ -168,74 +155,90 @@ def embed(c: Config, rows: list[Row]) -> np.ndarray:
     return np.stack(out)
 
 
-def candidate(method: str, where: str, value) -> tuple[set, str]:
-    """(tags, why it cannot be chosen) of a row."""
+def candidate(c: Config, where: str, value) -> tuple[str, str]:
+    """(value of --per, why it cannot be chosen) of a row."""
     row = parse_row(where, value)
-    tags = value.get("tags") if isinstance(value, dict) else None
-    if method == "ifd":
-        roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]]
-        good = "user" in roles and roles[-1] == "assistant"
-        return set(), "" if good else "no question and answer"
-    if method != "tags":
-        return set(), ""
-    if not tags:
-        return set(), "no tags"
-    check(isinstance(tags, list) and all(map(is_text, tags)),
-          f"{where}: expected a list of texts as tags, found {tags!r:.40}")
-    return set(tags), ""
+    messages = [*row.messages, *(row.chosen or [])]
+    roles = [m["role"] for m in messages]
+    if c.method == "ifd" and not ("user" in roles and roles[-1] == "assistant"):
+        return "", "no question and answer"
+    if not c.per:
+        return "", ""
+    group = value.get(c.per) if isinstance(value, dict) else None
+    return str(group), f"no {c.per}" if group is None else ""
 
 
-def choose(c: Config, tags: list[set], reasons: list[str], numbers: np.ndarray, n: int) -> list:
-    """n of the row numbers `numbers` by --method; ifd gives reasons to rows that it drops."""
+def order_of(c: Config, groups: dict[str, list[int]], reasons: list[str]):
+    """A function (rows' numbers, n) -> those chosen; ifd gives reasons to rows that it drops."""
     if c.method == "random":
-        return np.random.default_rng(c.seed).permutation(numbers)[:n].tolist()
-    if c.method == "tags":
-        return numbers[cover_tags([tags[i] for i in numbers], n)].tolist()
+        rng = np.random.default_rng(c.seed)
+        return lambda numbers, n: rng.permutation(numbers)[:n].tolist()
 
     # The others look at the rows themselves, which are read again and not kept meanwhile.
     again = read_rows(c.files, c.skip_bad_rows, quiet=True)
     rows = [row for (_, row), reason in zip(again, reasons, strict=True) if not reason]
+    places = {i: k for k, i in enumerate(sorted(i for own in groups.values() for i in own))}
     if c.method == "kcenter":
-        return numbers[core_set(embed(c, rows), n, c.clusters, c.seed)].tolist()
+        others = [row for _, row in read_rows(c.pool, c.skip_bad_rows, quiet=True) if row]
+        x = unit_vectors(embed(c, rows + others))  # [rows and pool, D]
+        centres, cluster = kmeans(x, c.clusters, c.seed)
+
+        def spread(numbers: list[int], n: int) -> list[int]:
+            task = [places[i] for i in numbers]
+            core = core_row(x[task], centres, cluster[task])
+            chosen, radius = k_center(x[task], core, n)
+            print(f"k-center radius {radius:.4f} (1 - cos)")
+            return [numbers[k] for k in chosen]
+        return spread
 
     # IFD: hard rows first; a row whose question misleads the model teaches nothing.
-    scores = dict(zip(numbers.tolist(), ifd_scores(c, rows), strict=True))
-    for i, score in scores.items():
-        if score > 1:
+    scores = ifd_scores(c, rows)
+    for i, k in places.items():
+        if scores[k] > 1:
             reasons[i] = "IFD above 1"
-        elif np.isnan(score):
+        elif np.isnan(scores[k]):
             reasons[i] = "nothing to score, or above --max_length"
-    return sorted((i for i in scores if not reasons[i]), key=lambda i: -scores[i])[:n]
+    return lambda numbers, n: sorted((i for i in numbers if not reasons[i]),
+                                     key=lambda i: -scores[places[i]])[:n]
 
 
 def main(c: Config) -> None:
     """Choose rows, and write them and, with --rest, the others as they were."""
-    check_output(c.output, *c.files)
+    check_output(c.output, *c.files, *c.pool)
     if c.rest:
-        check_output(c.rest, *c.files, name="rest")
+        check_output(c.rest, *c.files, *c.pool, name="rest")
         check(Path(c.rest) != Path(c.output), "--rest and --output name the same file")
     check(bool(c.n) != bool(c.share) and c.n >= 0 and 0 <= c.share <= 1,
           "give --n above 0, or --share above 0 and at most 1")
-    check(c.model or c.method in ("tags", "random"), f"--method {c.method} needs --model DIR")
+    check(c.model or c.method == "random", f"--method {c.method} needs --model DIR")
+    check(not c.pool or c.method == "kcenter", "--pool is for --method kcenter")
 
-    # Which rows could be chosen, and how many of them are wanted.
-    parse = functools.partial(candidate, c.method)
-    found = [pair or (set(), "bad row")
+    # Which rows could be chosen.
+    parse, groups = functools.partial(candidate, c), {}
+    found = [pair or ("", "bad row")
              for _, pair in read_rows(c.files, c.skip_bad_rows, parse=parse)]
-    tags, reasons = [pair[0] for pair in found], [pair[1] for pair in found]
-    numbers = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=int)
-    check(len(numbers), f"no row to choose from: {dict(Counter(reasons))}")
-    n = c.n or max(1, int(c.share * len(numbers) + 0.5))
-    check(n <= len(numbers), f"--n {n} is more than the {len(numbers)} rows to choose from")
+    reasons = [reason for _, reason in found]
+    for i, (group, reason) in enumerate(found):
+        if not reason:
+            groups.setdefault(group, []).append(i)
+    check(groups, f"no row to choose from: {dict(Counter(reasons))}")
+
+    # From each group as many as are wanted, or as there are.
+    choose, chosen = order_of(c, groups, reasons), set()
+    for group, numbers in groups.items():
+        n = c.n or max(1, int(c.share * len(numbers) + 0.5))
+        picked = choose(numbers, n)
+        chosen |= set(picked)
+        if len(picked) < n:
+            where = f" with {c.per} {group}" if c.per else ""
+            print(f"{n} rows{where} were wanted, only {len(picked)} could be chosen")
 
     # Whatever could be chosen and was not says so, beside the rows that failed before.
-    chosen = set(choose(c, tags, reasons, numbers, n))
-    for i in numbers.tolist():
-        if i not in chosen:
-            reasons[i] = reasons[i] or NOT_CHOSEN
-    write_rows(c.output, kept_rows(c, reasons))
+    left = {i for own in groups.values() for i in own if not reasons[i]} - chosen
+    final = ["not chosen" if i in left else reason for i, reason in enumerate(reasons)]
+    write_rows(c.output, kept_rows(c, final))
     if c.rest:
-        others = ["chosen" if not reason else reason.replace(NOT_CHOSEN, "") for reason in reasons]
+        others = ["" if i in left else reason or "chosen" for i, reason in enumerate(reasons)]
         write_rows(c.rest, kept_rows(c, others))
 
 

@@ -1,4 +1,4 @@
-"""labs/select.py: k-means, k-center, IFD, tags, a random arm."""
+"""labs/select.py: k-means, k-center, IFD, a random arm."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def test_kmeans_ends_where_every_row_is_in_the_cluster_of_the_nearest_centre():
         np.testing.assert_allclose(centres[j], x[cluster == j].mean(0))
 
 
-def test_kmeans_finds_the_groups_and_the_core_sample_lies_in_the_largest(capsys):
+def test_kmeans_finds_the_groups_and_the_core_sample_lies_in_the_largest():
     rng = np.random.default_rng(1)
     means = np.eye(4)[:, :3] * 1.0
     means[3] = (-1, -1, -1)
@@ -61,7 +61,7 @@ def test_kmeans_finds_the_groups_and_the_core_sample_lies_in_the_largest(capsys)
         if loss < 1:  # Lloyd's algorithm may end in a worse optimum from some seeds
             assert {frozenset(np.flatnonzero(cluster == j).tolist()) for j in range(4)} == set(
                 map(frozenset, groups))
-            chosen = select.core_set(x, 4, 4, seed)
+            chosen = select.k_center(x, select.core_row(x, centres, cluster), 4)[0]
             assert chosen[0] in groups[1]
             assert all(any(c in group for c in chosen) for group in groups)
             return
@@ -136,32 +136,55 @@ def test_states_without_a_direction_are_an_error(value):
     x = np.random.default_rng(0).normal(size=(20, 4))
     x[5] = value
     with pytest.raises(InputError, match="zero or NaN"):
-        select.core_set(x, 10, 2, 0)
+        select.unit_vectors(x)
 
 
-def test_tags_are_covered_in_rounds_with_the_richest_rows_first():
-    tags = [{"a"}, {"a", "b", "c"}, {"d"}, {"c", "d"}, {"a", "b"}]
-    # round 1: 1 (a b c), 3 (adds d); round 2: 4 (a b), 2 (adds d); round 3: 0
-    assert select.cover_tags(tags, 5) == [1, 3, 4, 2, 0] and select.cover_tags(tags, 2) == [1, 3]
-    rng = random.Random(0)
-    tags = [set(rng.sample(range(40), rng.randint(1, 4))) for _ in range(200)]
-    chosen = select.cover_tags(tags, 40)
-    assert set.union(*(tags[i] for i in chosen)) == set.union(*tags)
-    assert len(set(select.cover_tags(tags, 200))) == 200
+def test_the_core_is_that_of_the_cluster_which_the_pool_shows():
+    """Of a task's four rows one falls into the cluster of another task."""
+    rng = np.random.default_rng(3)
+    task = np.array([[1.0, 0.05], [1.0, -0.05], [1.0, 0.1], [0.0, 1.0]])
+    pool = np.array([[-1.0, 0.0], [0.0, 1.0]]).repeat(50, 0)
+    x = np.concatenate((task, pool)) + 0.001 * rng.normal(size=(104, 2))
+    x = select.unit_vectors(x)
+    for seed in range(30):
+        centres, cluster = select.kmeans(x, 3, seed)
+        if len(set(cluster[[0, 4, 54]])) == 3:  # from some rows Lloyd's algorithm ends elsewhere
+            assert select.core_row(x[:4], centres, cluster[:4]) == 0
+            assert cluster[3] == cluster[54] != cluster[0]
+            return
+    raise AssertionError("no seed finds the clusters")
 
 
-def test_tags_must_be_a_list_of_texts(tmp_path):
-    rows = [asked("q", "a", tags=["x"]), asked("q", "b", tags="x")]
-    path = jsonl(tmp_path / "a.jsonl", *rows)
-    status, _, err = command("labs/select.py", path, "--method", "tags", "--n", 1, "--output",
+def test_a_pool_moves_the_core_and_is_never_chosen_from(tmp_path, checkpoint):
+    rng = random.Random(4)
+    rows = [asked(sentence(rng, 4), sentence(rng, 9)) for _ in range(12)]
+    others = [asked("what is it", "a river") for _ in range(20)]
+    path, pool = jsonl(tmp_path / "a.jsonl", *rows), jsonl(tmp_path / "b.jsonl", *others)
+    flags = ["--method", "kcenter", "--n", 3, "--model", checkpoint, "--clusters", 2]
+    kept, _ = run_lab("select", [path], *flags, "--pool", pool)
+    assert len(kept) == 3 and all(row in rows for row in kept)
+    status, _, err = command("labs/select.py", path, "--n", 3, "--pool", pool, "--output",
                              tmp_path / "o.jsonl")
-    assert status == 2 and "line 2: expected a list of texts as tags" in err
-    kept, out = run_lab("select", [path], "--method", "tags", "--n", 1, "--skip_bad_rows")
-    assert kept == rows[:1] and "dropped 1: bad row" in out
-    path = jsonl(tmp_path / "b.jsonl", rows[0], asked("q", "b", tags=[]))
-    kept, out = run_lab("select", [path], "--method", "tags", "--n", 1)
-    assert kept == rows[:1] and "dropped 1: no tags" in out
-    assert not (tmp_path / "o.jsonl").exists()
+    assert status == 2 and "--pool is for --method kcenter" in err
+
+
+@pytest.mark.parametrize("method", ["random", "kcenter"])
+def test_per_takes_as_many_of_each_value_and_says_where_there_are_fewer(tmp_path, checkpoint,
+                                                                        method):
+    kinds = ["a"] * 12 + ["b"] * 6 + ["c"]
+    rows = [asked("q", f"answer {i}", kind=kind) for i, kind in enumerate(kinds)]
+    path = jsonl(tmp_path / "a.jsonl", *rows, asked("q", "x"), [user("q"), assistant("bare")])
+    kept, out = run_lab("select", [path], "--per", "kind", "--n", 4, "--method", method, "--model",
+                        checkpoint)
+    assert [row["kind"] for row in kept] == ["a"] * 4 + ["b"] * 4 + ["c"]
+    assert "4 rows with kind c were wanted, only 1 could be chosen" in out
+    assert "dropped 2: no kind" in out and "kind a were" not in out
+
+
+def test_more_rows_than_there_are_is_said(tmp_path):
+    rows = [asked("q", str(k)) for k in range(3)]
+    kept, out = run_lab("select", [jsonl(tmp_path / "a.jsonl", *rows)], "--n", 9)
+    assert kept == rows and "9 rows were wanted, only 3 could be chosen" in out
 
 
 def test_random_choice_is_a_function_of_the_seed_and_keeps_the_order(tmp_path):
@@ -175,11 +198,11 @@ def test_random_choice_is_a_function_of_the_seed_and_keeps_the_order(tmp_path):
 
 
 def test_the_rest_of_the_rows_goes_to_a_second_file(tmp_path):
-    rows = [asked("q", str(k), tags=["x"] * (k % 3)) for k in range(30)]  # ten have no tags
+    rows = [asked("q", str(k), kind=[None, "x", "y"][k % 3]) for k in range(30)]  # ten have none
     path, rest = jsonl(tmp_path / "a.jsonl", *rows), tmp_path / "rest.jsonl"
-    kept, _ = run_lab("select", [path], "--method", "tags", "--n", 5, "--rest", rest)
-    others = [row for row in rows if row["tags"] and row not in kept]
-    assert len(kept) == 5 and read(rest) == others and len(others) == 15
+    kept, _ = run_lab("select", [path], "--per", "kind", "--n", 2, "--rest", rest)
+    others = [row for row in rows if row["kind"] and row not in kept]
+    assert len(kept) == 4 and read(rest) == others and len(others) == 16
 
 
 def test_rows_that_are_bare_lists_of_messages_are_chosen_and_filtered_too(tmp_path):
