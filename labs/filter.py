@@ -1,12 +1,11 @@
 """Write the rows that pass every test: language, length, repetition, duplicates, right answers.
 
-Idea. Few good rows teach more than many mixed ones. LIMA (arXiv:2305.11206) keeps 1,000 rows by
-rules that fit in ten lines; Steel-LLM (arXiv:2502.06635) reports C-Eval 38.57 after training on
-its Chinese rows only, 32.35 after all. A row is dropped for the first test that it fails.
+Idea. Few good rows teach more than many mixed ones: Steel-LLM (arXiv:2502.06635) reports C-Eval
+38.57 for its Chinese rows only, 32.35 for all. A row is dropped for the first test that it fails.
 
-Near duplicates: `labs.text` gives a row a signature of 64 numbers; two rows share each of them with
-probability J, the overlap of their 5-grams. Only rows that agree in one of 16 bands of 4 numbers
-are compared. A pair is missed with probability (1 - J^4)^16: 0.0002 at J = 0.8, 0.36 at J = 0.5.
+Near duplicates: two rows share each of the 64 numbers of their signatures (`labs.text`) with the
+probability J, the overlap of their 5-grams. Compared are rows that agree in one of 16 bands of 4
+numbers: a pair is missed with probability (1 - J^4)^16, 0.0002 at J = 0.8, 0.36 at J = 0.5.
 
 New facts are learnt last, and teach to make up others (arXiv:2405.05904; Yi, arXiv:2403.04652, says
 so too): --known SAMPLES --min_known 0.1 drops what a model's own samples hardly ever answer right.
@@ -51,6 +50,7 @@ class Config(Modelled):
     min_perplexity: float = 0.0  # least perplexity of the answers under --model
     max_perplexity: float = math.inf  # most of it
     duplicates: Literal["keep", "exact", "near"] = "keep"  # near: drop exact and near duplicates
+    max_rouge: float = 1.0  # ROUGE-L of a row's questions to those of all rows kept is below this
     near: float = 0.8  # 5-grams in common that make near duplicates; below 0.7 some are missed
     no_system: bool = False  # write the rows without their system messages: what they asked distils
     answer_matches: bool = False  # keep samples of eval.py generate whose final answer is right
@@ -68,13 +68,12 @@ OTHER_ANSWERS = re.compile(r"(?i)as mentioned|stack ?exchange|other answers|å¦‚ä
 
 def lima_reason(value: dict, answers: list[str], chars: int) -> str:
     """Why LIMA would not take a community answer (arXiv:2305.11206, section 2.1), or nothing."""
-    score = value.get("score")
     if not 1200 <= chars <= 4096:
         return "LIMA: length"
     for name, pattern in (("first person", FIRST_PERSON), ("other answers", OTHER_ANSWERS)):
         if any(map(pattern.search, answers)):
             return f"LIMA: {name}"
-    if isinstance(score, int | float) and score < 10:
+    if isinstance(score := value.get("score"), int | float) and score < 10:
         return "LIMA: score"
     return ""
 
@@ -226,8 +225,8 @@ def main(c: Config) -> None:
     for name in ("chars", "tokens", "perplexity", "known"):
         check(0 <= getattr(c, f"min_{name}") <= getattr(c, f"max_{name}"),
               f"--min_{name} is negative, or above --max_{name}: no row would pass")
-    check(0 < c.near <= 1, f"--near must be above 0 and at most 1, not {c.near}")
-    check(0 <= c.max_repetition <= 1, f"--max_repetition is a share, not {c.max_repetition}")
+    for name in ("near", "max_rouge", "max_repetition"):
+        check(0 <= getattr(c, name) <= 1, f"--{name} is a share, not {getattr(c, name)}")
     check(bool(c.known) == ((c.min_known, c.max_known) != (0, 1)),
           "--known SAMPLES goes with --min_known or --max_known")
 
@@ -241,6 +240,7 @@ def main(c: Config) -> None:
         drop_by_perplexity(c, reasons)
     if c.duplicates != "keep":
         drop_duplicates(c, judged, reasons)
+    texts.drop_alike(c, reasons)
     change = without_system if c.no_system else None
     texts.write_rows(c.output, texts.kept_rows(c, reasons, change))
 

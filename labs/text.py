@@ -14,8 +14,7 @@ Self-Instruct (arXiv:2212.10560) keeps a new instruction if this is under 0.7 to
 `labs.evolve`.
 
 Exercise. One word of a text of 100 words is changed. What are J and ROUGE-L?
-    Solution: a 5-gram holds five words, so of 96 5-grams 5 change: J = 91 / 101 = 0.90. The other
-    99 words are a common subsequence: 2 * 99 / 200 = 0.99.
+    Solution: of 96 5-grams 5 hold it: J = 91 / 101 = 0.90. LCS = 99: ROUGE-L = 198 / 200 = 0.99.
 """
 
 import functools
@@ -215,6 +214,19 @@ def kept_rows(c: Modelled, reasons: list[str], change=None) -> Iterator[tuple[ob
     again = read_rows(c.files, parse=lambda where, value: None)
     for (value, _), reason in zip(again, reasons, strict=True):
         yield change(value) if change and not reason else value, reason
+
+
+def drop_alike(c, reasons: list[str]) -> None:
+    """Give a reason to rows whose questions are too like a kept row's: ROUGE-L of --max_rouge."""
+    kept = []
+    again = read_rows(c.files, c.skip_bad_rows, quiet=True) if c.max_rouge < 1 else []
+    for i, (_, row) in enumerate(again):
+        if not reasons[i]:
+            words = words_of("\n".join(texts_of(row, "user") or texts_of(row)))
+            if any(score >= c.max_rouge for score in rouge_l(words, kept)):
+                reasons[i] = f"ROUGE-L of {c.max_rouge} or more"
+            else:
+                kept.append(words)
 
 
 def rewrite(c, convert, read=read_values) -> None:

@@ -279,3 +279,14 @@ def test_system_messages_go_from_every_form_of_row(tmp_path):
     kept, out = run_lab("filter", [jsonl(tmp_path / "a.jsonl", *rows)], "--no_system")
     assert "system" not in json.dumps(kept).lower() and len(kept) == 5
     assert "dropped 1: only a system message" in out
+
+
+def test_max_rouge_keeps_questions_that_are_unlike_all_kept_before(tmp_path):
+    rows = [asked("name the rivers of France", "a"), asked("name the rivers of Spain", "b"),
+            asked("why is the sky blue", "c"), {"text": "name the rivers of France"},
+            asked("Name the rivers of France!", "another answer")]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    kept, out = run_lab("filter", [path], "--max_rouge", 0.8)
+    assert kept == [rows[0], rows[2]] and "dropped 3: ROUGE-L of 0.8 or more" in out
+    assert run_lab("filter", [path], "--max_rouge", 0.81)[0] == [rows[0], rows[1], rows[2]]
+    assert run_lab("filter", [path])[0] == rows
