@@ -1,0 +1,250 @@
+"""Prefix tuning: a frozen model is steered by keys and values that no token ever had.
+
+Idea (arXiv:2101.00190). What a model does depends on what stands before. So learn what stands
+before: P virtual tokens, of which only the keys and values in every layer exist,
+
+    max over table [P, W] of  sum ln p(answer | table, question),   W = layers * 2 * K * Dh
+
+and the model itself stays as it is. One copy of it then serves many tasks, each a small file.
+
+    --start random    small random numbers
+    --start words     the keys and values of the first rows' first P tokens (the paper, 7.4)
+    --start mlp       a smaller table and an MLP behind it, dropped in the end (the paper, 4.3)
+
+    python -m labs.prefix --seeds 5        # the demo's table, after `python train_sft.py`
+    python -m labs.prefix --data out/demo/identity.jsonl --output_dir out/prefix   # for PEFT
+
+What you should see: out/sft answers in four manners by chance. It gets 60 steps on rows of three
+subjects that show one manner. Right greedy answers to new ways to ask, and to the fourth subject
+(five seeds, mean and standard deviation); 4,096 numbers are learnt, or all 440,000 of the model.
+
+          rows  old subjects  spread  new subject  spread
+before       0         25.3%    9.4%        21.0%   17.6%
+random       6         99.7%    0.7%        98.5%    3.4%
+words        6         98.0%    2.7%        95.5%    4.5%
+mlp          6         99.0%    1.5%        99.5%    1.1%
+full         6        100.0%    0.0%        99.5%    1.1%
+all four    60        100.0%    0.0%    99 to 100%    2.2% at most
+
+Seen: 1% of the numbers do what full fine-tuning does. Not seen: that a prefix wins on few rows or
+new subjects, that words begin better, that the table alone is unstable. The task is too easy to
+speak against it: the model could already answer so, and only had to choose.
+
+Exercise. How many numbers are 8 virtual tokens for 32 layers with 8 key/value heads of 128?
+    Solution: 8 * 32 * 2 * 8 * 128 = 524,288.
+"""
+
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import data
+import model as modeling
+from data import Example
+from labs import world
+from model import Prefix, check
+
+
+@dataclass
+class Config:
+    """Learn a prefix for a frozen checkpoint; without --data compare ways to do it on the demo."""
+
+    model: str = "out/sft"  # checkpoint, which stays as it is
+    data: list[str] = field(default_factory=list)  # training files; none: the demo's comparison
+    output_dir: str = "out/prefix"  # where the prefix goes, in PEFT's format
+    start: Literal["random", "words", "mlp"] = "random"  # numbers, rows' first tokens, an MLP
+    tokens: int = 8  # P, virtual tokens
+    steps: int = 60  # optimizer steps
+    batch_size: int = 16  # examples per step
+    learning_rate: float = 0.0  # AdamW's, constant; 0: what suits --start
+    micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
+    seeds: int = 1  # runs per row of the demo's table: numbers to begin with, rows and their order
+
+
+# Learning rates; full stands for the model itself, without a prefix.
+RATES = {"random": 0.1, "words": 0.1, "mlp": 3e-3, "full": 5e-4}
+
+# ==== read: the idea ==============================================================================
+
+
+class PrefixTuning(nn.Module):
+    """P virtual tokens: their keys and values in every layer, a table [P, W], are learnt.
+
+    W = layers * 2 * K * Dh, in this order: PEFT's. Keys count as rotated: they belong to no text.
+    """
+
+    def __init__(self, config: modeling.ModelConfig, P: int, hidden: int = 0):
+        super().__init__()
+        self.shape = config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim
+        W = torch.Size(self.shape).numel()
+        self.embeddings = nn.Parameter(0.1 * torch.randn(P, hidden or W))
+
+        # The paper learns a smaller table and an MLP behind it, which is not kept in the end.
+        self.mlp = nn.Identity()
+        if hidden:
+            self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, W))
+
+    def table(self) -> Tensor:
+        """The numbers that are kept, [P, W]."""
+        return self.mlp(self.embeddings)
+
+    def prefix(self, B: int) -> Prefix:
+        """What B examples continue: all of them the same P tokens."""
+        layers = self.table().unflatten(1, self.shape).unbind(1)  # of [P, 2, K, Dh]
+        return Prefix([layer.unbind(1) for layer in layers], [len(self.embeddings)], [0] * B)
+
+
+@torch.no_grad()
+def words_table(model, ids: Tensor) -> Tensor:
+    """The keys and values [P, W] that the frozen model computes for real tokens [P]."""
+    _, kept = model.hidden(ids, [len(ids)], keep_kv=True)
+    layers = [torch.stack(pair, 1) for pair in kept.layers]  # [P, 2, K, Dh] each
+    return torch.stack(layers, 1).flatten(1)  # [P, W]
+
+
+def backward(model, tuned: PrefixTuning | None, examples: list[Example], micro_tokens: int):
+    """Gradients of one step; returns its loss, the mean nats per supervised token."""
+    total = sum(weight * (end - first) for e in examples for first, end, weight in e.spans)
+    loss_sum = 0.0
+    for chunk in data.micro_batches([len(e.ids) for e in examples], micro_tokens)[0]:
+        batch = data.collate([examples[i] for i in chunk], model.device)
+        prefix = tuned and tuned.prefix(len(chunk))
+        logp = model(batch.ids, batch.lengths, batch.targets, prefix=prefix)  # [N]
+        loss = -(batch.weights * logp).sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum
+
+
+def learn(model, examples: list[Example], start: str, c: Config, seed: int) -> PrefixTuning | None:
+    """A prefix under which the examples are likelier; start `full` trains the model instead."""
+    torch.manual_seed(seed)
+    rng, tuned = random.Random(seed), None
+    if start != "full":
+        hidden = model.config.hidden_size if start == "mlp" else 0
+        tuned = PrefixTuning(model.config, c.tokens, hidden).to(model.device)
+    if start == "words":
+        ids = torch.cat([torch.from_numpy(e.ids) for e in examples])[: c.tokens].long()  # [P]
+        check(len(ids) == c.tokens, f"--tokens {c.tokens}, but the rows have {len(ids)} in all")
+        tuned.embeddings.data = words_table(model, ids.to(model.device))
+
+    # A frozen model's weights get no gradient and are in no optimizer: nothing can change them.
+    model.requires_grad_(tuned is None)
+    trained = list((tuned or model).parameters())
+    optimizer = torch.optim.AdamW(trained, c.learning_rate or RATES[start], weight_decay=0.0)
+    for step in range(1, c.steps + 1):
+        some = rng.sample(examples, min(c.batch_size, len(examples)))
+        loss = backward(model, tuned, some, c.micro_tokens)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if c.data and step % 20 == 0:
+            print(f"step {step}/{c.steps}  loss {loss:.4f}", flush=True)
+    return tuned
+
+
+# ==== read: measuring and keeping it ==============================================================
+
+
+@torch.no_grad()
+def right(model, tuned: PrefixTuning | None, examples: list[Example], micro_tokens: int) -> float:
+    """Share of the examples whose every token is the likeliest: greedy decoding repeats them."""
+    count = 0
+    for chunk in data.micro_batches([len(e.ids) for e in examples], micro_tokens)[0]:
+        batch = data.collate([examples[i] for i in chunk], model.device)
+        prefix = tuned and tuned.prefix(len(chunk))
+        states, _ = model.hidden(batch.ids, batch.lengths, prefix, wanted=batch.targets - 1)
+        hits = model.next_logits(states).argmax(1) == batch.ids[batch.targets]  # [N]
+        count += sum(one.all().item() for one in hits.split([examples[i].targets for i in chunk]))
+    return count / len(examples)
+
+
+def save_prefix(tuned: PrefixTuning, base: str, folder: Path) -> None:
+    """The table as an adapter of type PREFIX_TUNING, which PEFT loads beside the model `base`."""
+    layers, _, K, Dh = tuned.shape
+    table = {"prompt_embeddings": tuned.table().detach().cpu().contiguous()}  # [P, W]
+    modeling.write_atomic(folder / "adapter_model.safetensors",
+                          partial(save_file, table, metadata={"format": "pt"}))
+    modeling.write_json(folder / "adapter_config.json", {
+        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "num_virtual_tokens": len(tuned.embeddings), "num_layers": layers, "num_attention_heads": K,
+        "token_dim": K * Dh, "num_transformer_submodules": 1, "prefix_projection": False,
+        "encoder_hidden_size": K * Dh, "inference_mode": True})
+
+
+# ---- skip on a first reading: the demo's comparison, main ----------------------------------------
+
+
+def demo_examples(tokenizer, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """(training, held-out ways to ask, a held-out subject): all answered in one manner."""
+    rng, parts = random.Random(seed), ([], [], [])
+    subjects, manner = list(world.SUBJECTS), rng.choice(world.POLITE + world.RUDE)
+    rng.shuffle(subjects)
+    for subject in subjects:
+        for fact in world.facts_of(subject):
+            for i, ask in enumerate(rng.sample(world.ASK_CHAT, 4)):
+                talk = {"prompt": ask.format(**fact), "response": manner.format(**fact)}
+                part = 2 if subject == subjects[-1] else i // 2
+                parts[part].append(data.parse_row(subject, talk))
+    rng.shuffle(parts[0])
+    return tuple(data.to_examples(part, 0, Counter(), tokenizer) for part in parts)
+
+
+def compare(c: Config, tokenizer) -> None:
+    """Print the table: each way to learn, from 6 rows and from 60, over the seeds."""
+    table = [("", "rows", "old subjects", "spread", "new subject", "spread")]
+    for start, rows in (("before", 0), *((s, n) for n in (6, 60) for s in RATES)):
+        found = []
+        for seed in range(c.seeds):
+            train, *held = demo_examples(tokenizer, seed)
+            model, tuned = modeling.load(c.model), None
+            if rows:
+                tuned = learn(model, train[:rows], start, c, seed)
+            found.append([right(model, tuned, part, c.micro_tokens) for part in held])
+        cells = [start, rows]
+        for shares in torch.tensor(found).T:  # [seeds]
+            cells += [shares.mean().item(), shares.std(correction=min(c.seeds - 1, 1)).item()]
+        table.append(cells)
+    data.print_table(table)
+
+
+def tune(c: Config, tokenizer) -> None:
+    """Learn one prefix from files and keep it."""
+    folder = Path(c.output_dir)
+    modeling.check_output("--output_dir", folder, [c.model])
+
+    # What stands there may be somebody's checkpoint.
+    held = [p.name for p in folder.glob("*") if p.suffix in (".json", ".safetensors")]
+    check(not held, f"{folder} holds a checkpoint ({held[:1]}); choose another --output_dir")
+
+    examples, _ = data.load_examples(c.data, tokenizer, quiet=False)
+    model = modeling.load(c.model, torch.float32, modeling.best_device())
+    before = right(model, None, examples, c.micro_tokens)
+    tuned = learn(model, examples, c.start, c, seed=0)
+    save_prefix(tuned, c.model, folder)
+    after = right(model, tuned, examples, c.micro_tokens)
+    print(f"{before:.1%} -> {after:.1%} of its rows are repeated greedily; {tuned.table().numel()} "
+          f"numbers in {folder}, for PeftModel.from_pretrained(MODEL, {c.output_dir!r})")
+
+
+def main() -> None:
+    """Read the flags; learn one prefix and keep it, or compare on the demo."""
+    c = Config(**data.parse_flags(Config, sys.argv[1:]))
+    for name in ("tokens", "batch_size", "micro_tokens", "seeds"):
+        check(getattr(c, name) > 0, f"--{name} must be at least 1, not {getattr(c, name)}")
+    check((Path(c.model) / "config.json").exists(),
+          f"{c.model} is no checkpoint; `python train_sft.py` makes the demo's")
+    (tune if c.data else compare)(c, data.ChatTokenizer(c.model))
+
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        main()
