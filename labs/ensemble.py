@@ -1,0 +1,178 @@
+"""Ensembles: several checkpoints answer an exam together.
+
+Idea. Checkpoints that fail on different questions can correct one another. Each gives every letter
+x a log-probability; s_k(x) = ln p_k(x) - ln sum_y p_k(y) are those of checkpoint k, as if the
+letters were all there is. Together they answer
+
+    mean   argmax_x sum_k s_k(x) / K                 who is sure counts more, for and against
+    max    argmax_x max_k s_k(x)                     the surest speaks (LAE, arXiv:2303.10070)
+    vote   argmax_x #{k: x = argmax_y s_k(y)}        one voice each; the mean breaks ties
+
+The best single one was picked by the very questions it is compared on: it looks a little better
+than it is, so an ensemble that beats it (McNemar's test, labs/scores.py) does so in earnest.
+
+    for S in 0 1 2 3 4; do python train_sft.py --steps 900 --seed $S --output_dir out/some/$S; done
+    python eval.py exam --model out/some/? --output_dir out/some/exam
+    python -m labs.ensemble out/some/exam
+
+What you should see: five checkpoints caught before or after the exam's skill appears (seeds 0 and 1
+have it). A vote listens to the many who guess; mean and maximum to those who are sure. Where all
+three of an ensemble guess (2, 3, 4) the mean gains 5.6 points, the vote 1.9: their errors differ.
+Over LAE's maximum the mean has no lead here that is more than noise.
+
+                  accuracy  lost  won      McNemar's p
+    out-some-0       98.1%     0    0  best single one
+    out-some-1       97.8%     6    5                1
+    out-some-2       57.2%   132    1          1.8e-29
+    out-some-3       66.9%   100    0          4.2e-23
+    out-some-4       61.3%   119    1          1.3e-26
+    mean             98.4%     3    4                1
+    max              98.4%     2    3                1
+    vote             90.9%    24    1          1.1e-05
+
+    every 3 of 5    points gained  deviation  least  most
+    mean                      0.5        1.9   -1.2   5.6
+    max                       0.3        0.8   -0.3   2.5
+    vote                     -7.9        7.0  -14.1   1.9
+
+Exercise. For which rules does it matter that s is normalised over the letters?
+    Solution: for max. In the mean a checkpoint's constant shifts all letters alike, and a vote asks
+    only for its best letter; but one that gives letters little of its mass would never be surest.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import data
+import eval as evaluation
+from eval import LETTERS
+from model import check
+
+
+@dataclass
+class Config:
+    """Let checkpoints that took the same exam answer it together; compare with the best of them."""
+
+    folders: list[str]  # output folders of `eval.py exam`, of one checkpoint or of several
+    size: int = 3  # of smaller ensembles, whose gains are shown with their spread
+
+
+# ==== read: the idea ==============================================================================
+
+RULES = ("mean", "max", "vote")
+
+
+def normalize(answers: list[dict]) -> np.ndarray:
+    """s [questions, letters] of the lines of predictions.jsonl; without scores all are alike."""
+    rows = [list((a["logprobs"] or dict.fromkeys(LETTERS, 0.0)).values()) for a in answers]
+    s = np.array(rows)  # [Q, 4]
+    return s - np.logaddexp.reduce(s, axis=1, keepdims=True)
+
+
+def combine(s: np.ndarray, rule: str) -> np.ndarray:
+    """The score of every letter [Q, 4] by a rule, of s [K, Q, 4]; the highest is the answer."""
+    mean = s.mean(0)  # [Q, 4]
+    if rule == "mean":
+        return mean
+    if rule == "max":
+        return s.max(0)
+
+    # A checkpoint without an opinion votes for all letters. e^mean is below 1: it only breaks ties.
+    votes = (s == s.max(2, keepdims=True)).sum(0)  # [Q, 4]
+    return votes + np.exp(mean)
+
+
+def answer_together(answers: list[list[dict]], rule: str) -> list[dict]:
+    """Lines as in predictions.jsonl, with the letters that checkpoints give together."""
+    scores = combine(np.stack([normalize(lines) for lines in answers]), rule)  # [Q, 4]
+    together = []
+    for lines, best in zip(zip(*answers, strict=True), scores.argmax(1).tolist(), strict=True):
+        # A question that fits no checkpoint's context stays unanswered.
+        known = any(line["logprobs"] for line in lines)
+        together.append({**lines[0], "prediction": LETTERS[best] if known else None})
+    return together
+
+
+def accuracy(lines: list[dict]) -> float:
+    """Share of the questions answered rightly."""
+    return sum(line["prediction"] == line["answer"] for line in lines) / len(lines)
+
+
+# ==== read: is it better than the best of them ====================================================
+
+
+def report(names: list[str], answers: list[list[dict]]) -> None:
+    """Every checkpoint and every rule beside the best single one."""
+    scores = evaluation.lab("scores", "McNemar's test")
+    best = max(answers, key=accuracy)
+    table = [("", "accuracy", "lost", "won", "McNemar's p")]
+    rows = [*zip(names, answers, strict=True),
+            *((rule, answer_together(answers, rule)) for rule in RULES)]
+    for name, lines in rows:
+        found = scores.compare(best, lines)
+        p = "best single one" if lines is best else f"{found['p']:.2g}"
+        table.append((name, accuracy(lines), found["lost"], found["won"], p))
+    data.print_table(table)
+
+
+def gains(answers: list[list[dict]], size: int) -> None:
+    """What smaller ensembles gain over the best of their own members, mean and spread."""
+    table = [(f"every {size} of {len(answers)}", "points gained", "deviation", "least", "most")]
+    for rule in RULES:
+        gained = []
+        for chosen in itertools.combinations(answers, size):
+            best = max(map(accuracy, chosen))
+            gained.append(100 * (accuracy(answer_together(list(chosen), rule)) - best))
+        table.append((rule, *(f"{x:.1f}" for x in (np.mean(gained), np.std(gained, ddof=1),
+                                                  min(gained), max(gained)))))
+    data.print_table(table)
+
+
+# ---- skip on a first reading: files --------------------------------------------------------------
+
+
+def parse_line(where: str, value) -> dict:
+    """A line of predictions.jsonl; InputError for others."""
+    wanted = {"subject", "id", "answer", "prediction", "logprobs"}
+    check(isinstance(value, dict) and wanted <= value.keys(), f"{where}: expected a line as "
+          "`eval.py exam` writes them")
+    return value
+
+
+def read_answers(folders: list[str]) -> tuple[list[str], list[list[dict]]]:
+    """(names, lines) of the predictions in some folders; InputError where they do not fit."""
+    names, answers = [], []
+    for folder in map(Path, folders):
+        # An exam of several checkpoints has a folder for each of them.
+        files = sorted([*folder.glob("predictions.jsonl"), *folder.glob("*/predictions.jsonl")])
+        check(files, f"{folder} holds no predictions.jsonl of `eval.py exam`")
+        for path in files:
+            lines = [line for _, line in data.read_rows([path], quiet=True, parse=parse_line)]
+            check(any(a["logprobs"] for a in lines), f"{path} has no log-probabilities: answers in "
+                  "words have none; ask for letters")
+            check(all(a["answer"] for a in lines), f"{path}: its questions have no right answers")
+            names.append(path.parent.name)
+            answers.append(lines)
+
+    asked = [[(a["subject"], a["id"]) for a in lines] for lines in answers]
+    check(asked.count(asked[0]) == len(asked), "the folders are of different exams")
+    check(len(answers) > 1, "an ensemble needs two checkpoints or more")
+    return names, answers
+
+
+def main(c: Config) -> None:
+    """Read the predictions, combine them, compare."""
+    names, answers = read_answers(c.folders)
+    check(c.size > 1, f"--size must be at least 2, not {c.size}")
+    report(names, answers)
+    if len(answers) > c.size:
+        gains(answers, c.size)
+
+
+if __name__ == "__main__":
+    with data.one_line_errors():
+        main(Config(**data.parse_flags(Config, sys.argv[1:], "folders")))
