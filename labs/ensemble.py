@@ -68,8 +68,12 @@ RULES = ("mean", "max", "vote")
 
 def normalize(answers: list[dict]) -> np.ndarray:
     """s [questions, letters] of the lines of predictions.jsonl; without scores all are alike."""
-    rows = [list((a["logprobs"] or dict.fromkeys(LETTERS, 0.0)).values()) for a in answers]
-    s = np.array(rows)  # [Q, 4]
+    s = np.zeros((len(answers), len(LETTERS)))  # [Q, 4]
+    for row, a in zip(s, answers, strict=True):
+        if a["logprobs"]:
+            row[:] = list(a["logprobs"].values())
+
+    # Of a letter's probability the share among the letters counts.
     return s - np.logaddexp.reduce(s, axis=1, keepdims=True)
 
 
@@ -99,7 +103,8 @@ def answer_together(answers: list[list[dict]], rule: str) -> list[dict]:
 
 def accuracy(lines: list[dict]) -> float:
     """Share of the questions answered rightly."""
-    return sum(line["prediction"] == line["answer"] for line in lines) / len(lines)
+    right = [line["prediction"] == line["answer"] for line in lines]
+    return sum(right) / len(right)
 
 
 # ==== read: is it better than the best of them ====================================================
@@ -110,8 +115,11 @@ def report(names: list[str], answers: list[list[dict]]) -> None:
     scores = evaluation.lab("scores", "McNemar's test")
     best = max(answers, key=accuracy)
     table = [("", "accuracy", "lost", "won", "McNemar's p")]
-    rows = [*zip(names, answers, strict=True),
-            *((rule, answer_together(answers, rule)) for rule in RULES)]
+    rows = list(zip(names, answers, strict=True))
+    for rule in RULES:
+        rows.append((rule, answer_together(answers, rule)))
+
+    # Only questions that one of two has right and the other has not can tell them apart.
     for name, lines in rows:
         found = scores.compare(best, lines)
         p = "best single one" if lines is best else f"{found['p']:.2g}"
@@ -127,8 +135,10 @@ def gains(answers: list[list[dict]], size: int) -> None:
         for chosen in itertools.combinations(answers, size):
             best = max(map(accuracy, chosen))
             gained.append(100 * (accuracy(answer_together(list(chosen), rule)) - best))
-        table.append((rule, *(f"{x:.1f}" for x in (np.mean(gained), np.std(gained, ddof=1),
-                                                  min(gained), max(gained)))))
+
+        # Ensembles share members, so the deviation is of no independent draws.
+        found = np.mean(gained), np.std(gained, ddof=1), min(gained), max(gained)
+        table.append((rule, *map("{:.1f}".format, found)))
     data.print_table(table)
 
 
@@ -145,7 +155,7 @@ def parse_line(where: str, value) -> dict:
 
 def read_answers(folders: list[str]) -> tuple[list[str], list[list[dict]]]:
     """(names, lines) of the predictions in some folders; InputError where they do not fit."""
-    names, answers = [], []
+    names, answers, asked = [], [], []
     for folder in map(Path, folders):
         # An exam of several checkpoints has a folder for each of them.
         files = sorted([*folder.glob("predictions.jsonl"), *folder.glob("*/predictions.jsonl")])
@@ -157,8 +167,9 @@ def read_answers(folders: list[str]) -> tuple[list[str], list[list[dict]]]:
             check(all(a["answer"] for a in lines), f"{path}: its questions have no right answers")
             names.append(path.parent.name)
             answers.append(lines)
+            asked.append([(a["subject"], a["id"]) for a in lines])
 
-    asked = [[(a["subject"], a["id"]) for a in lines] for lines in answers]
+    # Scores on different questions cannot be combined.
     check(asked.count(asked[0]) == len(asked), "the folders are of different exams")
     check(len(answers) > 1, "an ensemble needs two checkpoints or more")
     return names, answers
