@@ -16,12 +16,13 @@ that was sampled: the ratio corrects for that, the clip ends what a token can te
     python -m labs.ppo                # the demo, after `python train_sft.py; python train_dpo.py`
     python -m labs.ppo --model out/sft --data pairs.json --beside out/dpo
 
-What you should see (one seed, a busy machine; the reward model's own time aside):
+What you should see (means of five seeds, +- 0.02 in reward and 0.07 in KL). PPO gets more of the
+reward for more KL; polite and right (labs/rl.py) are 49%, 98% and 86% of samples.
 
     held out   reward   order   exam    KL  seconds
-    out/sft     -0.08   55.0%  99.7%  0.00      189
-    out/ppo      0.40  100.0%  99.7%  0.75      100
-    out/dpo      0.28  100.0%  99.7%  0.54        7
+    out/sft     -0.04   55.0%  99.7%  0.00
+    out/ppo      0.41  100.0%  99.7%  0.77       41
+    out/dpo      0.29  100.0%  99.7%  0.55        7
 
 Exercise. Let gamma be 1. What is A_t at lambda = 1, what at lambda = 0?
     Solution: all rewards from t on less V_t, the critic a mere baseline; d_t, the critic believed.
@@ -183,9 +184,8 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int,
     optimizer, scaler = train_sft.make_optimizer(both, c), hardware.make_scaler()
     if start_step:
         train_sft.load_state(state, both, optimizer, scaler)
-    shown = {name: name for name in ("reward", "kl", "clipped", "length")}
     log = train_sft.Log(c, start_step, run.steps, hardware, train_sft.Figure(
-        "reward.png", "reward", {"reward": "of samples"}, shown))
+        "reward.png", "reward", {"reward": "samples"}, {"reward": "reward", "kl": "kl"}))
 
     for step in range(start_step + 1, run.steps + 1):
         began, rate = time.perf_counter(), train_sft.learning_rate_at(step, run.steps, c)
