@@ -898,7 +898,9 @@ def ended_early(script: str, c: Config, start_step: int, steps: int, records: li
     """Whether the run stopped early, or had nothing left to do; printed, with how to go on."""
     last = records[-1]["step"]
     if last < steps:
-        many = f"torchrun --nproc_per_node={hardware.world}"
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        many = f"torchrun --nproc_per_node={hardware.world // nodes}"
+        many += f" --nnodes={nodes} ..." if nodes > 1 else ""
         print(f"stopped after step {last} of {steps}; all is saved, go on with\n  "
               f"{many if hardware.world > 1 else 'python'} {script} --resume --output_dir "
               f"{c.output_dir}")

@@ -6,7 +6,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 
 import conftest
 import families
@@ -54,11 +56,15 @@ def inputs(work, family="qwen2", file="rows.jsonl"):
     return ["--model", work / family, "--data", work / file]
 
 
-def fork(task, ranks=2):
-    """Call task() in forked processes that can find each other; their exit statuses."""
+def free_port():
     with socket.socket() as place:
         place.bind(("localhost", 0))
-        port = place.getsockname()[1]
+        return place.getsockname()[1]
+
+
+def fork(task, ranks=2):
+    """Call task() in forked processes that can find each other; their exit statuses."""
+    port = free_port()
 
     def child(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
@@ -114,23 +120,28 @@ def norms(records):
     return [record["grad_norm"] for record in records]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_sharded_curve_checkpoint_validation_and_exam_are_those_of_ddp(work, family):
-    flags = [*inputs(work, family), *BASIC, *NOISE, "--val_data", work / "val.jsonl",
-             "--exam_data", work / "exam"]
-    (ddp, _), (fsdp, _) = (train2(work, f"{family} {name}", *flags, *extra)
+def test_sharded_curve_checkpoint_validation_and_exam_are_those_of_ddp(work):
+    flags = [*inputs(work), *BASIC, *NOISE, "--val_data", work / "val.jsonl", "--exam_data",
+             work / "exam"]
+    (ddp, _), (fsdp, _) = (train2(work, name, *flags, *extra)
                            for name, extra in (("ddp", []), ("fsdp", ["--shard"])))
     assert curve(fsdp) == pytest.approx(curve(ddp), abs=1e-5)
     assert norms(fsdp) == pytest.approx(norms(ddp), rel=1e-4)
     assert fsdp[-1]["val_loss"] == pytest.approx(ddp[-1]["val_loss"], abs=1e-5)
     assert fsdp[-1]["exams"] == ddp[-1]["exams"]
 
-    folders = [work / f"{family} ddp", work / f"{family} fsdp"]
-    names = [sorted(p.name for p in folder.iterdir()) for folder in folders]
+    names = [sorted(p.name for p in (work / name).iterdir()) for name in ("ddp", "fsdp")]
     assert names[0] == names[1]
-    a, b = map(weights, folders)
+    a, b = weights(work / "ddp"), weights(work / "fsdp")
     assert all(a[key].dtype == b[key].dtype and a[key].shape == b[key].shape for key in a | b)
-    transformers.AutoModelForCausalLM.from_pretrained(folders[1])
+    transformers.AutoModelForCausalLM.from_pretrained(work / "fsdp")
+
+
+def test_sharded_curve_of_a_tied_model_is_that_of_one_rank(work):
+    flags = [*inputs(work, "qwen3"), *BASIC, *NOISE]
+    one, two = train(work, "tied", *flags)[0], train2(work, "tied2", *flags, "--shard")[0]
+    assert curve(two) == pytest.approx(curve(one), abs=1e-5)
+    assert norms(two) == pytest.approx(norms(one), rel=1e-4)
 
 
 @pytest.mark.parametrize("script,file", [(train_dpo, "pairs.jsonl"), (kto, "pairs.jsonl")])
@@ -158,13 +169,15 @@ def test_sharded_adapter_beside_a_base_in_bf16_is_that_of_one_rank(work, merge):
 
 
 def test_sharding_works_with_compiled_layers_and_recomputed_activations(work, monkeypatch):
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # imports what both ranks need
     compile_layers = modeling.Llama.compile_layers
     monkeypatch.setattr(modeling.Llama, "compile_layers",
                         lambda model: compile_layers(model, backend="eager"))
     records, _ = train2(work, "compiled", *inputs(work), *BASIC, "--shard", "--compile",
-                        "--checkpoint_activations", "--steps", 2)
-    whole, _ = train(work, "not compiled", *inputs(work), *BASIC, "--steps", 2)
+                        "--checkpoint_activations", "--steps", 1)
+    whole, _ = train(work, "not compiled", *inputs(work), *BASIC, "--steps", 1)
     assert curve(records) == pytest.approx(curve(whole), abs=1e-5)
+    assert norms(records) == pytest.approx(norms(whole), rel=1e-4)
 
 
 def test_ranks_with_unequal_numbers_of_passes_do_not_hang(work, reference, monkeypatch):
@@ -337,3 +350,34 @@ def test_resume_of_nothing_without_inputs_does_not_begin_the_demo(work):
 def test_rl_refuses_to_shard(work):
     _, text = train(work, "rl", *inputs(work), "--shard", "--resume", status=2, script=rl)
     assert "--shard" in text and text.count("\n") == 1
+
+
+def start_agent(work, port, first):
+    """torchrun of one of two nodes; the first one holds the store that they meet at."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+            "--max_restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}",
+            f"--rdzv_conf=is_host={int(first)},keep_alive_interval=1", train_sft.__file__,
+            "--output_dir", work / "nodes", *inputs(work), *BASIC, *NOISE, "--resume", "--shard",
+            "--steps", 30, "--save_every", 1]
+    variables = {**conftest.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(list(map(str, argv)), cwd=work, env=variables,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif("PLAINTUNE_SLOW" not in os.environ, reason="takes a minute; PLAINTUNE_SLOW=1")
+def test_node_that_is_killed_and_started_again_joins_and_the_run_goes_on(work):
+    """Two agents of torchrun on this machine, each with one rank."""
+    port = free_port()
+    first, second = start_agent(work, port, True), start_agent(work, port, False)
+    while not train_sft.step_folders(work / "nodes/state"):
+        time.sleep(0.1)
+    ranks = subprocess.run(["pgrep", "-P", str(second.pid)], capture_output=True, text=True).stdout
+    for process in [second.pid, *map(int, ranks.split())]:
+        os.kill(process, signal.SIGKILL)
+    second.wait()
+    time.sleep(4)  # the first agent forgets the dead one after three missed signs of life
+    second = start_agent(work, port, False)
+    assert (first.wait(100), second.wait(100)) == (0, 0)
+    assert [r["step"] for r in conftest.steps(work / "nodes")] == list(range(1, 31))
+    whole, _ = train(work, "one node", *inputs(work), *BASIC, *NOISE, "--steps", 30)
+    assert curve(conftest.steps(work / "nodes")) == pytest.approx(curve(whole), abs=1e-3)
