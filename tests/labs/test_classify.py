@@ -1,0 +1,96 @@
+"""Heads on frozen features: numbers by hand, what is kept of old groups, who forgets."""
+
+import pytest
+import torch
+from conftest import command
+
+from labs import classify
+
+C = classify.Config()
+H = torch.tensor([[1.0, 0, 2], [0, 1, 1], [1, 1, 0], [2, 0, 1]])
+Y = torch.tensor([0, 1, 1, 0])
+ONES = torch.ones(1, 3)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    """Six Gaussian classes in three groups, well apart."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(6, 8, generator=generator)
+    y = torch.arange(6).repeat_interleave(20)
+    x = centres[y] + torch.randn(120, 8, generator=generator)
+    return list(zip(x.split(40), y.split(40), strict=True))
+
+
+def share_right(make, groups, of):
+    torch.manual_seed(0)
+    (x, y), head = of, make(groups, C)
+    return (head(x).argmax(1) == y).float().mean().item()
+
+
+def test_ridge_weights_and_scores_by_hand():
+    W = classify.ridge_weights(H, torch.eye(2)[Y], 0.5)
+    expected = torch.tensor([[0.309278, 0.020619], [-0.247423, 0.783505], [0.309278, 0.020619]])
+    assert torch.allclose(W, expected, atol=1e-6)
+    assert (ONES @ W)[0].tolist() == pytest.approx([0.371134, 0.824742], abs=1e-6)
+
+
+def test_prototypes_and_their_cosines_by_hand():
+    means = classify.prototypes(H, Y)
+    assert means.tolist() == [[1.5, 0, 1.5], [0.5, 1, 0.5]]
+    near = classify.simple_cil([(H, Y)], C)(ONES)[0]
+    assert near.tolist() == pytest.approx([0.816497, 0.942809], abs=1e-6)
+
+
+def test_simple_cil_gives_old_classes_the_same_scores_when_new_ones_come(groups):
+    x = groups[0][0]
+    two, three = (classify.simple_cil(groups[:n], C)(x) for n in (2, 3))
+    assert torch.equal(two, three[:, :4])
+
+
+def test_ranpac_needs_only_sums_over_the_groups(groups):
+    torch.manual_seed(0)
+    R, gram, cross = torch.randn(8, 1000), 0, 0
+    for x, y in groups:
+        hidden = (x @ R).relu().double()
+        gram = gram + hidden.T @ hidden
+        cross = cross + hidden.T @ torch.eye(6).double()[y]
+    x = groups[1][0]
+    expected = (x @ R).relu() @ (gram + torch.eye(1000)).inverse().matmul(cross).float()
+    torch.manual_seed(0)
+    assert torch.allclose(classify.ranpac(groups, C)(x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["simplecil", "ranpac", "slca", "esn", "trained at once"])
+def test_what_was_learnt_first_is_known_in_the_end(groups, name):
+    assert share_right(classify.HEADS[name], groups, groups[0]) > 0.9
+
+
+def test_a_head_trained_in_turn_forgets_what_was_learnt_first(groups):
+    assert share_right(classify.in_turn, groups, groups[0]) < 0.5
+    assert share_right(classify.in_turn, groups, groups[2]) > 0.9
+
+
+def test_slca_draws_from_its_gaussians_and_sees_no_old_row(groups, monkeypatch):
+    seen, real = [], classify.train_head
+    monkeypatch.setattr(classify, "train_head", lambda head, x, y, **k: seen.append(x) or real(
+        head, x, y, **k))
+    torch.manual_seed(0)
+    classify.slca(groups, C)
+    rows = {tuple(row) for x, _ in groups for row in x.tolist()}
+    assert not rows & set(map(tuple, seen[-1].tolist())) and len(seen[-1]) == 6 * C.rows
+    assert (seen[-1].mean(0) - torch.cat([x for x, _ in groups]).mean(0)).abs().max() < 0.5
+
+
+def test_esns_anchor_makes_the_heads_equally_loud(groups):
+    x, y = groups[0]
+    torch.manual_seed(0)
+    for anchor in (3.0, 10.0):
+        head = classify.train_head(torch.nn.Linear(8, 2), x, y, anchor=anchor)
+        assert head(x).logsumexp(1).mean().item() == pytest.approx(anchor, abs=1.0)
+
+
+@pytest.mark.parametrize("flag,value", [("--groups", 3), ("--rows", 1), ("--model", "nowhere")])
+def test_bad_flags_end_with_one_line(flag, value):
+    status, _, err = command("labs/classify.py", flag, value)
+    assert status == 2 and err.count("\n") == 1

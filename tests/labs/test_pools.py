@@ -1,0 +1,94 @@
+"""Prompt pools: choices by hand, what is learnt and what stays, prefixes of their own."""
+
+import families
+import pytest
+import torch
+from conftest import command
+
+import model as modeling
+from labs import pools
+
+Q = torch.tensor([[1.0, 2, 2]])
+KEYS = torch.tensor([[1.0, 0, 0], [0, 1, 1], [2, 4, 4], [-1, 0, 0]])
+WAYS = [pools.own, pools.l2p, pools.dualprompt, pools.coda, pools.dap]
+
+
+@pytest.fixture
+def pool():
+    """Four prompts for a model whose tokens have 8 numbers of keys and values."""
+    torch.manual_seed(0)
+    made = pools.Pool(4, 3, 8)
+    made.keys.data = KEYS.clone()
+    return made
+
+
+def test_l2p_joins_the_two_nearest_prompts_and_pulls_their_keys_by_hand(pool):
+    prompts, pull, chosen = pools.l2p(pool, Q)
+    assert chosen.tolist() == [[2, 1]]  # cosines 1/3, 0.942809, 1, -1/3
+    assert pull.item() == pytest.approx(pools.PULL * 0.057191, abs=1e-6)
+    assert torch.equal(prompts[0], torch.cat([pool.prompts[2], pool.prompts[1]]))
+
+
+def test_l2p_teaches_only_what_it_chose(pool):
+    prompts, pull, _ = pools.l2p(pool, Q)
+    (prompts.sum() + pull).backward()
+    touched = pool.prompts.grad.flatten(1).abs().sum(1) > 0
+    assert touched.tolist() == [False, True, True, False]
+
+
+def test_in_training_the_told_task_wins_over_the_nearest_key(pool):
+    assert pools.own(pool, Q)[2].tolist() == [[2]]
+    prompts, pull, chosen = pools.own(pool, Q, task=3)
+    assert chosen.tolist() == [[3]] and torch.equal(prompts[0], pool.prompts[3])
+    assert pull.item() == pytest.approx(pools.PULL * 4 / 3)
+
+
+def test_dualprompt_has_the_general_prompt_in_the_lower_half_of_the_layers(pool):
+    prompts = pools.dualprompt(pool, Q)[0][0]
+    assert torch.equal(prompts[:, :4], pool.general[:, :4])
+    assert torch.equal(prompts[:, 4:], pool.prompts[2][:, 4:])
+
+
+def test_coda_weights_each_prompt_by_its_cosine(pool):
+    pools.coda(pool, Q, task=3)  # all four are in use
+    prompts, _, order = pools.coda(pool, Q)
+    expected = sum(w * p for w, p in zip([1 / 3, 0.942809, 1, -1 / 3], pool.prompts, strict=True))
+    assert torch.allclose(prompts[0], expected, atol=1e-5) and order[0, :2].tolist() == [2, 1]
+
+
+def test_coda_leaves_the_prompts_of_earlier_tasks_as_they_are(pool):
+    prompts, apart, _ = pools.coda(pool, Q, task=1)
+    (prompts.square().sum() + apart).backward()
+    for part in (pool.prompts, pool.keys, pool.A):
+        touched = part.grad.flatten(1).abs().sum(1) > 0
+        assert touched.tolist() == [False, True, False, False]
+
+
+def test_dap_makes_another_prompt_for_another_question_of_the_same_task(pool):
+    one, two = (pools.dap(pool, q, task=0)[0] for q in (Q, -Q))
+    assert one.shape == (1, pools.TOKENS, 8) and not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_question_gets_its_own_prefix_whoever_stands_beside_it(way, tmp_path):
+    families.make_checkpoint(tmp_path, "qwen2")
+    model = modeling.load(tmp_path)
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    W = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    torch.manual_seed(0)
+    pool, q = pools.Pool(4, 6, W), torch.randn(3, 6, generator=generator)
+    pool.learnt = 4
+    lengths, ids = [5, 5, 7], torch.arange(3, 20)
+    prompts = way(pool, q)[0]
+    together, _ = model.hidden(ids, lengths, pools.as_prefix(prompts, config))
+    for k, part in enumerate(ids.split(lengths)):
+        alone, _ = model.hidden(part, [len(part)], pools.as_prefix(prompts[k : k + 1], config))
+        assert torch.allclose(alone, together.split(lengths)[k], atol=1e-5)
+        plain, _ = model.hidden(part, [len(part)])
+        assert not torch.allclose(alone, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("flag,value", [("--arm", "l3p"), ("--pool", 3), ("--steps", 0)])
+def test_bad_flags_end_with_one_line(flag, value):
+    status, _, err = command("labs/pools.py", flag, value)
+    assert status == 2 and err.count("\n") == 1
