@@ -19,9 +19,9 @@ that are ever chosen, how often the first of them tells the subject. Right: 4 un
     coda           100.0%  50.0%  34.0%  25.2%    0.6%     5/8   33.2%   66.0%
     dap            100.0%  87.0%  75.0%  72.0%   20.0%     4/4   89.0%   90.2%
 
-Seen: full forgets, replay helps; L2P's choice collapses, in pools of 4 and 32 too (2.6 and 4.8 are
-chosen, 25% and 27% right), and CODA's, as all queries look alike until their mean is taken off.
-Not seen: a general prompt that helps, any way above one prefix per task. Too small for long rows.
+Seen: full forgets, replay helps. L2P's subjects share prompts: 2.6, 4, 4.8 of 4, 8, 32 are chosen,
+25 to 27% right. All queries look alike; less their mean (--centre) L2P chooses all 8, still at 28%,
+CODA and DAP rise. Not seen: that a general prompt helps, or a pool beats one prefix per subject.
 
 Exercise. Why do L2P's tasks share prompts? Solution: only keys that were chosen come nearer.
 """
