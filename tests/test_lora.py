@@ -141,7 +141,8 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_peft_draws_it(work):
 
 
 def test_only_the_adapter_is_trained_and_saved_as_state(work):
-    state = load_file(work / "adapter/state/state.safetensors")
+    (folder,) = train_sft.step_folders(work / "adapter/state")
+    state = load_file(folder / "state.safetensors")
     assert len(state) == 4 * len(adapter_of(work / "adapter")) == 4 * 2 * 7 * 3
     assert all(".lora_" in name for name in state)
 
