@@ -242,7 +242,7 @@ class Llama(nn.Module):
 
     def hidden(self, ids, lengths, prefix: "Prefix | Cache | None" = None, keep_kv: bool = False,
                noise: Tensor | None = None, neftune_alpha: float = 0.0, full_lengths=None,
-               wanted: Tensor | None = None):
+               wanted: Tensor | None = None, parents: list | None = None):
         """Last hidden states [T, D], after the last norm, of B examples end to end in `ids` [T].
 
         prefix        what stands before each example (B rows)
@@ -250,10 +250,11 @@ class Llama(nn.Module):
         noise         [T] from `noise_keys`: switches on NEFTune and dropout, in training mode only
         full_lengths  [B] for NEFTune: the lengths of the examples if these tokens are but a part
         wanted        [N] flat indices of the tokens whose states are asked for; None: of all
+        parents       [B] in place of a prefix: the earlier example that each one continues, or None
         """
         x = self.model.embed_tokens(ids)  # [T, D]
         x = x.to(self.model.norm.weight.dtype)  # the embedding may be stored in fewer bits
-        layout = Layout(self.config, lengths, prefix, x.device, product_dtype(x))
+        layout = Layout(self.config, lengths, prefix, parents, x.device, product_dtype(x))
 
         # Noise is for training. In evaluation it is ignored, whoever passes it.
         noise = noise if self.training else None
@@ -279,13 +280,13 @@ class Llama(nn.Module):
         return self.model.norm(x), Prefix(kept, list(lengths)) if keep_kv else None
 
     def forward(self, ids, lengths, targets, prefix=None, noise=None, neftune_alpha=0.0,
-                full_lengths=None) -> Tensor:
+                full_lengths=None, parents=None) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
         """
         states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha, full_lengths,
-                                wanted=targets - 1)  # [N, D]
+                                wanted=targets - 1, parents=parents)  # [N, D]
         return token_logprobs(states, self.head, ids[targets])
 
     def next_logits(self, states: Tensor) -> Tensor:
@@ -355,42 +356,34 @@ def visible(position: Tensor, S: int, window: int | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -> Tensor:
     """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
 
-    `past` are the keys and values that stand before them, or None. There is one call per group of
-    equally long neighbours: nothing is padded, so no work is wasted.
+    `past` are stored keys and values that stand before them, or None. There is one call per group
+    of equally long neighbours: nothing is padded, so no work is wasted.
     """
     if isinstance(layout.prefix, Cache):
         return attend_cached(q, k, v, past, layout, window)
-    if layout.varlen:
-        return attend_varlen(q, k, v, past, layout, window)
-
-    # Cut the flat tokens into groups, and the stored keys and values into the G prefixes.
-    sizes = [L * b for _, L, b in layout.groups]
-    q, k, v = q.split(sizes), k.split(sizes), v.split(sizes)
     if past is not None:
-        past_k, past_v = (t.split(layout.prefix.lengths) for t in past)  # G of [P, K, Dh]
+        k, v = torch.cat((past[0], k)), torch.cat((past[1], v))  # [stored + T, K, Dh] each
+    if layout.varlen:
+        return attend_varlen(q, k, v, layout, window)
 
+    # Cut the queries into calls, and what they may see into pieces, of which a call sees two.
+    q = q.split([b * L for b, L, _, _ in layout.calls])
+    k, v = k.split(layout.pieces), v.split(layout.pieces)
     found = []
-    for i, (row, L, b) in enumerate(layout.groups):
-        query, key, value = (t[i].unflatten(0, (b, L)) for t in (q, k, v))  # [b, L, heads, Dh]
+    for query, (b, L, before, own) in zip(q, layout.calls, strict=True):
+        query, key, value = (t.unflatten(0, (b, -1)) for t in (query, k[own], v[own]))
 
-        # The b examples of a group continue the same prefix.
-        if past is not None:
-            key = torch.cat((past_k[row].expand(b, -1, -1, -1), key), 1)  # [b, S, K, Dh]
-            value = torch.cat((past_v[row].expand(b, -1, -1, -1), value), 1)  # [b, S, K, Dh]
-        found.append(attend_group(query, key, value, layout, window).flatten(0, 1))  # [b*L, H, Dh]
+        # The b examples of a call continue the same tokens: keys and values [b, S, K, Dh].
+        if before is not None:
+            key = torch.cat((k[before].expand(b, -1, -1, -1), key), 1)
+            value = torch.cat((v[before].expand(b, -1, -1, -1), value), 1)
+
+        # The causal kernel skips the half of the square [S, S] that a mask would hide.
+        S, mask = key.shape[1], None
+        if L < S or (window or S) < S:
+            mask = layout.mask(L, S, window, q[0])  # [L, S]
+        found.append(attend(query, key, value, mask).flatten(0, 1))  # [b * L, H, Dh]
     return torch.cat(found)  # [T, H, Dh]
-
-
-def attend_group(q: Tensor, k: Tensor, v: Tensor, layout: "Layout", window) -> Tensor:
-    """The queries [b, L, H, Dh] of b examples over their keys and values [b, S, K, Dh]."""
-    # A causal kernel skips the half of the square [S, S] that a mask would hide. That is worth
-    # some empty queries before the L, unless a long prefix makes them the larger part.
-    L, S, mask = q.shape[1], k.shape[1], None
-    if (window or S) < S or L < S - L:
-        mask = layout.mask(L, S, window, q)  # [L, S]
-    elif L < S:
-        q = F.pad(q, (0, 0, 0, 0, S - L, 0))  # [b, S, H, Dh]
-    return attend(q, k, v, mask)[:, -L:]  # [b, L, H, Dh]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -430,17 +423,18 @@ class Layout:
     """
 
     def __init__(self, config: ModelConfig, lengths: list[int], prefix: "Prefix | Cache | None",
-                 device: torch.device, dtype: torch.dtype):
+                 parents: list | None, device: torch.device, dtype: torch.dtype):
         B, T = len(lengths), sum(lengths)
         self.prefix, self.masks = prefix, {}
 
-        # Which stored prefix each example continues, and how many tokens it has.
-        rows, before = [None] * B, [0] * B
+        # What each example continues: a stored text, an example of these, or nothing.
+        stored, rows = [], parents or [None] * B
         if prefix is not None:
-            rows = prefix.rows or list(range(B))
-            before = [prefix.lengths[row] for row in rows]
+            stored, rows = prefix.lengths, prefix.rows or list(range(B))
+        known = stored or lengths
+        before = [0 if row is None else known[row] for row in rows]  # [B] tokens
 
-        # Positions restart with every example and go on where its prefix ends.
+        # Positions restart with every example and go on where what it continues ends.
         count, start = torch.tensor(lengths), torch.tensor(before)  # [B]
         first = count.cumsum(0) - count  # [B] flat index of each example's first token
         example = torch.arange(B).repeat_interleave(count)  # [T]
@@ -452,14 +446,34 @@ class Layout:
         turns = factor * torch.stack((angles.cos(), angles.sin()))  # [2, T, Dh/2]
         self.cos, self.sin = send(turns[:, :, None], device)  # [T, 1, Dh/2] each
 
-        # Neighbours that are equally long and continue the same prefix share one call.
-        alike = itertools.groupby(zip(rows, lengths, strict=True))
-        self.groups = [(row, length, len(list(members))) for (row, length), members in alike]
         self.varlen = varlen_fits(device, dtype)
         if isinstance(prefix, Cache):
             self.place = send(torch.stack((torch.arange(B), start)), device)  # [2, B] row, column
         elif self.varlen:
-            plan_varlen(self, torch.stack((count, start + count)), rows, device)
+            plan_varlen(self, torch.stack((count, start + count)), stored, rows, device)
+        else:
+            self.plan_calls(lengths, stored, rows)
+
+    def plan_calls(self, lengths: list[int], stored: list[int], rows: list) -> None:
+        """Which calls `attention` makes: (examples, queries of each, piece before, own piece).
+
+        `pieces` are the sizes of what keys are cut into: the stored texts, then a piece per call.
+        """
+        self.pieces, self.calls, i = list(stored), [], 0
+        parents, place = set() if stored else set(rows), {}
+
+        # Neighbours that are equally long and continue the same share a call; a parent is alone.
+        alone = [i if i in parents else None for i in range(len(lengths))]
+        for (row, L, _), members in itertools.groupby(zip(rows, lengths, alone, strict=True)):
+            b, place[i] = len(list(members)), len(self.pieces)
+            before = row if stored else place.get(row)
+
+            # An example right behind its parent is one text with it, which needs no mask.
+            if b == 1 and row == i - 1 and not stored:
+                L += self.calls.pop()[1]
+            self.calls.append((b, L, before, place[i]))
+            self.pieces.append(b * lengths[i])
+            i += b
 
     def mask(self, L: int, S: int, window: int | None, q: Tensor) -> Tensor:
         """[L, S] what to add to the scores of the last L of S tokens: 0, or -inf where unseen."""
@@ -549,28 +563,41 @@ def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return TokenLogprobs.apply(states, head, targets)
 
 
-LOGIT_ELEMENTS = 2**23  # logits alive at once in `token_logprobs` (32 MB in fp32)
-CUDA_LOGIT_ELEMENTS = 2**28  # 1 GiB: small chunks would read and write the whole head too often
+LOGIT_BYTES = 2**27  # of logits alive at once
+CACHED_LOGITS = 2**20  # of them in fp32 at a time: 4 MB stay in a processor's cache
+CUDA_LOGITS = 2**30, 2**26  # the same on CUDA: small chunks would read the whole head too often
 
 
-def logit_elements(device: torch.device) -> int:
-    """How many logits may be alive at once."""
-    return CUDA_LOGIT_ELEMENTS if device.type == "cuda" else LOGIT_ELEMENTS
+def logit_sizes(device: torch.device) -> tuple[int, int]:
+    """How many bytes of logits are alive at once, and how many of them in fp32 at a time."""
+    return CUDA_LOGITS if device.type == "cuda" else (LOGIT_BYTES, CACHED_LOGITS)
 
 
-def logit_chunks(states: Tensor, weight: Tensor):
-    """Yield (rows, ln softmax(h W^T) [n, V] of these rows in fp32): never all N * V at once."""
-    size = max(1, logit_elements(states.device) // len(weight))
+def logit_chunks(states: Tensor, weight: Tensor, targets: Tensor, residuals: bool):
+    """Yield (rows, ln p(target) [n], logits h W^T [n, V]) of some rows: never all N * V at once.
+
+    With `residuals` the last are r = softmax - onehot(target), in the type of the products.
+    """
+    most, few = logit_sizes(states.device)
+    size = max(1, most // (len(weight) * weight.itemsize))
     for first in range(0, len(states), size):
         rows = slice(first, first + size)
         logits = states[rows].to(weight.dtype) @ weight.T  # [n, V]
-        yield rows, logits.float().log_softmax(-1)
+
+        # A softmax reads its row several times: so few rows that the cache holds them.
+        logp, few_rows = [], max(1, few // len(weight))
+        for part, target in zip(logits.split(few_rows), targets[rows, None].split(few_rows),
+                                strict=True):
+            log_softmax = part.float().log_softmax(-1)  # [few, V]
+            logp.append(log_softmax.gather(1, target)[:, 0])
+            if residuals:
+                part.copy_(subtract_onehot(log_softmax.exp_(), target))
+        yield rows, torch.cat(logp), logits
 
 
-def residuals(log_softmax: Tensor, targets: Tensor) -> Tensor:
-    """r = softmax - onehot(target) [n, V], in the memory of what is given."""
-    r = log_softmax.exp_()
-    return r.scatter_add_(1, targets[:, None], r.new_full((len(r), 1), -1.0))
+def subtract_onehot(softmax: Tensor, target: Tensor) -> Tensor:
+    """r = softmax - onehot(target) [n, V] of targets [n, 1], in the memory of the softmax."""
+    return softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1.0))
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -581,7 +608,7 @@ class TokenLogprobs(torch.autograd.Function):
 
         dL/dh_i = -g_i r_i W           is only [N, D]: the forward pass keeps -r_i W
         dL/dW   = -sum_i g_i r_i^T h_i mixes the g_i, which the forward pass cannot know: it keeps
-                                       the r_i if they are few, else they are computed again
+                                       the r_i of a single chunk, else they are computed again
     """
 
     @staticmethod
@@ -589,23 +616,16 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.dtype = product_dtype(states)
         weight = head.to(ctx.dtype)  # [V, D]
         logp = states.new_empty(len(states), dtype=torch.float32)  # [N]
-        grad_states = kept = None
 
         # Under no_grad the head still has requires_grad=True. The states tell whether a gradient
         # is wanted.
-        if ctx.needs_input_grad[0]:
-            grad_states = torch.empty_like(states)
-            few = 16 * logit_elements(states.device)  # bytes
-            if ctx.needs_input_grad[1] and len(states) * len(head) * ctx.dtype.itemsize <= few:
-                kept = states.new_empty(len(states), len(head), dtype=ctx.dtype)  # [N, V]
-
-        for rows, log_softmax in logit_chunks(states, weight):
-            logp[rows] = log_softmax.gather(1, targets[rows, None])[:, 0]
-            if grad_states is not None:
-                r = residuals(log_softmax, targets[rows]).to(ctx.dtype)  # [n, V]
+        gradient, head_too = ctx.needs_input_grad[:2]
+        grad_states, kept = torch.empty_like(states) if gradient else None, None
+        for rows, logp[rows], r in logit_chunks(states, weight, targets, gradient):
+            if gradient:
                 grad_states[rows] = -(r @ weight)  # [n, D]
-                if kept is not None:
-                    kept[rows] = r
+            if gradient and head_too and len(r) == len(states):
+                kept = r  # [N, V]
         ctx.save_for_backward(states, head, targets, grad_states, kept)
         return logp
 
@@ -623,8 +643,7 @@ class TokenLogprobs(torch.autograd.Function):
 
         # Summed over the chunks in fp32, whatever the type of the products.
         grad_head = torch.zeros_like(head, dtype=torch.float32)  # [V, D]
-        for rows, log_softmax in logit_chunks(states, head.to(ctx.dtype)):
-            r = residuals(log_softmax, targets[rows]).to(ctx.dtype)  # [n, V]
+        for rows, _, r in logit_chunks(states, head.to(ctx.dtype), targets, True):
             grad_head += r.T @ weighted[rows]
         return grad_states, grad_head.to(head.dtype), None
 
@@ -802,27 +821,28 @@ def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(known) and torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def plan_varlen(layout: Layout, counts: Tensor, rows: list, device) -> None:
+def plan_varlen(layout: Layout, counts: Tensor, stored: list, rows: list, device) -> None:
     """What `varlen_attn` asks: where the `counts` [2, B] of queries and keys of examples end."""
     # The kernel takes running sums from 0, in int32.
     ends = F.pad(counts.cumsum(1), (1, 0)).int()  # [2, B + 1], from 0
     layout.query_ends, layout.key_ends = send(ends, device)  # [B + 1] each
     layout.longest = counts.max(1).values.tolist()  # of the queries, of the keys
 
-    # Gathered in this order, prefix and own keys of an example lie side by side.
-    if layout.prefix is not None:
-        sizes = [*layout.prefix.lengths, *counts[0].tolist()]
-        pieces = torch.arange(sum(sizes)).split(sizes)
-        own = pieces[len(layout.prefix.lengths) :]
-        pairs = [torch.cat((pieces[row], mine)) for row, mine in zip(rows, own, strict=True)]
-        layout.order = send(torch.cat(pairs), device)  # [sum of S]
+    # Gathered in this order, what an example continues and its own keys lie side by side.
+    layout.order = None
+    if set(rows) != {None}:
+        sizes = [*stored, *counts[0].tolist()]
+        pieces, own = torch.arange(sum(sizes)).split(sizes), len(stored)
+        order = []
+        for i, row in enumerate(rows, own):
+            order += [pieces[i]] if row is None else [pieces[row], pieces[i]]
+        layout.order = send(torch.cat(order), device)  # [sum of S]
 
 
-def attend_varlen(q, k, v, past, layout, window) -> Tensor:
+def attend_varlen(q, k, v, layout, window) -> Tensor:
     """All examples in one call; the kernel's mask is causal, aligned at the last tokens."""
-    if past is not None:
-        k = torch.cat((past[0], k)).index_select(0, layout.order)  # [sum of S, K, Dh]
-        v = torch.cat((past[1], v)).index_select(0, layout.order)  # [sum of S, K, Dh]
+    if layout.order is not None:
+        k, v = k.index_select(0, layout.order), v.index_select(0, layout.order)  # [sum of S, K, Dh]
     left = -1 if window is None else window - 1
     return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest,
                        window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])

@@ -177,44 +177,31 @@ class Noise(NamedTuple):
     alpha: float  # NEFTune's
 
 
-def answer_logprobs(model, items: list[Preference], forward=None,
-                    noise: Noise | None = None) -> Tensor:
+def answer_logprobs(model, items: list[Preference], noise: Noise | None = None) -> Tensor:
     """The sum of ln p, in nats, of the answers of each preference: [B, 2].
 
-    Every prompt is encoded once; its answers continue its keys and values, through which gradients
-    flow back into it. `forward` is the model as DDP wraps it. NEFTune's L is the length of prompt
-    and answer; within the prompt, which has one noise for both answers, that of the longer one.
+    One pass over prompts and answers end to end. A prompt stands there once; its answers continue
+    its keys and values, through which gradients flow back into it. NEFTune's L is the length of
+    prompt and answer; within the prompt, which has one noise for both answers, that of the longer
+    one.
     """
-    device = model.device
-    prompts = data.collate([data.Example(p.prompt, ()) for p in items], device)
-    answers = data.collate([data.Example(*answer) for p in items for answer in p.answers], device)
-
-    # Of each answer, [2B]: its prompt, the length of both together, and a number for the noise, to
-    # which preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
-    indices = noise.indices if noise else [0] * len(items)
-    row, full, numbers, longest = [], [], [], []
+    examples, parents, full, visits, numbers = [], [], [], [], []
     for i, p in enumerate(items):
+        parents += [None] + [len(examples)] * len(p.answers)
+        examples += [data.Example(p.prompt, ()), *(data.Example(*answer) for answer in p.answers)]
         lengths = [len(p.prompt) + len(ids) for ids, _ in p.answers]
-        longest.append(max(lengths))
-        for place, length in enumerate(lengths, 1):
-            row.append(i)
-            full.append(length)
-            numbers.append(3 * indices[i] + place)
+        full += [max(lengths), *lengths]
 
-    alpha, prompt_noise, answer_noise = 0.0, None, None
-    if noise:
-        alpha, visits = noise.alpha, [noise.visits[i] for i in row]
-        prompt_noise = modeling.noise_keys(noise.seed, noise.visits, [3 * i for i in indices],
-                                           prompts.lengths, device)
-        answer_noise = modeling.noise_keys(noise.seed, visits, numbers, answers.lengths, device)
+        # For the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
+        if noise:
+            visits += [noise.visits[i]] * (1 + len(lengths))
+            numbers += range(3 * noise.indices[i], 3 * noise.indices[i] + 1 + len(lengths))
 
-    # The prompts once, then both answers as continuations of them.
-    _, prefix = model.hidden(prompts.ids, prompts.lengths, keep_kv=True, noise=prompt_noise,
-                             neftune_alpha=alpha, full_lengths=longest,
-                             wanted=prompts.ids[:0])  # keys and values, but no states
-    prefix = prefix.select(row)
-    logp = (forward or model)(answers.ids, answers.lengths, answers.targets, prefix=prefix,
-                              noise=answer_noise, neftune_alpha=alpha, full_lengths=full)  # [N]
+    batch = data.collate(examples, model.device)
+    keys = modeling.noise_keys(noise.seed, visits, numbers, batch.lengths,
+                               model.device) if noise else None  # [T]
+    logp = model(batch.ids, batch.lengths, batch.targets, parents=parents, noise=keys,
+                 neftune_alpha=noise.alpha if noise else 0.0, full_lengths=full)  # [N]
 
     # N counts the supervised tokens of all answers: as many parts as there are answers.
     parts = logp.split([n for p in items for n in p.lengths])
@@ -258,12 +245,12 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
         return objective(c, policy, *known)[0]
 
     noise = Noise(c.seed, visits, indices, c.neftune_alpha)
-    policy = backward_passes(model, wrapped, items, noise, losses, c, hardware, scaler)
+    policy = backward_passes(wrapped, items, noise, losses, c, hardware, scaler)
     metrics = measure(c, policy, reference, length)
     return {**metrics, "tokens": sum(p.tokens for p in items), "target_tokens": int(length.sum())}
 
 
-def backward_passes(model, wrapped, items: list[Preference], noise: Noise, losses, c: Config,
+def backward_passes(wrapped, items: list[Preference], noise: Noise, losses, c: Config,
                     hardware: Hardware, scaler) -> Tensor:
     """Forward and backward of a step's preferences, in micro-batches; returns their [items, 2].
 
@@ -278,7 +265,7 @@ def backward_passes(model, wrapped, items: list[Preference], noise: Noise, losse
         # Under DDP gradients travel once per step: with the last micro-batch.
         wrapped.require_backward_grad_sync = k == len(passes)
         with hardware.autocast():
-            logp = answer_logprobs(model, [items[i] for i in chunk], wrapped, part)  # [B, 2]
+            logp = answer_logprobs(wrapped, [items[i] for i in chunk], part)  # [B, 2]
         loss = weight * losses(logp, chunk).sum() / len(items)
 
         # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.

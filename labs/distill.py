@@ -54,6 +54,9 @@ from model import check
 from train_sft import Hardware
 
 
+LOGIT_ELEMENTS = 2**23  # logits of each model alive at once
+
+
 @dataclass
 class Config(train_sft.Config):
     """Train a student on the probabilities that a teacher gives every token."""
@@ -109,7 +112,7 @@ def token_losses(student, teacher, batch: data.Batch, c: Config) -> Tensor:
     with torch.no_grad():
         theirs = teacher.hidden(batch.ids, batch.lengths)[0].index_select(0, before)
     wanted, losses = batch.ids[batch.targets], []  # [N]
-    size = max(1, modeling.LOGIT_ELEMENTS // len(student.head))
+    size = max(1, LOGIT_ELEMENTS // len(student.head))
     for rows in (slice(i, i + size) for i in range(0, len(wanted), size)):
         losses.append(checkpoint(chunk_loss, mine[rows], student.head, theirs[rows],
                                  teacher.head.detach(), wanted[rows], c, use_reentrant=False))

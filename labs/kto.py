@@ -156,7 +156,7 @@ def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c:
         return objective(c, policy[:, 0], *known, z)[0]
 
     noise = Noise(c.seed, visits, indices, c.neftune_alpha)
-    policy = train_dpo.backward_passes(model, wrapped, own, noise, losses, c, hardware, scaler)
+    policy = train_dpo.backward_passes(wrapped, own, noise, losses, c, hardware, scaler)
     metrics = measure(c, policy[:, 0], reference[:, 0], length, liked, z)
     return {**metrics, "kl": z, "tokens": sum(p.tokens for p in items),
             "target_tokens": int(length.sum())}

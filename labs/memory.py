@@ -140,10 +140,9 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
     if parts > 1:
         copies, why = e * (2 * matrices / L + heads), f"{e} B x two layers, embedding and head"
 
-    # A chunk of logits in e, 4 and 4 bytes; residuals where they are few.
-    elements = modeling.logit_elements(work.device)
-    chunk = min(N * V, elements)
-    few = 0 if adapter or e * N * V > 16 * elements else e * N * V
+    # Logits: a chunk and the next one, or all of them; few at a time in fp32, and their softmax.
+    most, few = modeling.logit_sizes(work.device)
+    chunks, few = min(e * N * V, 2 * most), min(N * V, few)
     kernels = 2**28 if e == 2 else 2**26  # measured: oneDNN builds one per shape, in 16 bits larger
     cpu = work.device.type != "cuda"
     process = train_sft.peak_memory(work.device) * 2**30 + kernels if cpu else 0
@@ -154,7 +153,7 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
         "moments": (8 * trained / parts, f"8 B x {trained / 1e6:.1f}M trained"),
         "copies": (copies, why),
         "activations": (kept + N * (3 * e + 8) * D, formula),
-        "logits": (10 * chunk + few, f"10 B x {chunk} logits, {few} B of residuals"),
+        "logits": (chunks + 8 * few, f"{e} B x {chunks // e} logits, 8 B x {few} of them"),
         "head": (head, "its gradient in fp32, its copy"),
         "process": (process, "Python, torch and its kernels")}
 

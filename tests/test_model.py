@@ -154,23 +154,28 @@ def use_varlen(monkeypatch):
 
 @pytest.mark.parametrize("path", ["groups", "varlen"])
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("rows", [None, [1, 1, 0, 1, 1]])
-def test_attention_equals_plain_attention_of_every_example(monkeypatch, path, window, rows):
+@pytest.mark.parametrize("stored, rows, calls", [
+    ([], [None] * 5, 3),  # neighbours of one length share a call
+    ([2, 7], [1, 1, 0, 1, 1], 3),  # and so they do after one stored prefix
+    ([], [None, 0, 0, None, 3], 3),  # answers to prompts of the same pass; the last is one text
+])
+def test_attention_equals_plain_attention_of_every_example(monkeypatch, path, window, stored, rows,
+                                                           calls):
     if path == "varlen":
         use_varlen(monkeypatch)
-    lengths, stored = [3, 3, 9, 1, 1], [2, 7]  # neighbours of one length share a call
+    lengths = [3, 3, 9, 1, 1]
     q, k, v = (random_heads(sum(lengths), heads) for heads in (4, 2, 2))
-    past = [random_heads(sum(stored), 2) for _ in "kv"] if rows else None
-    prefix = M.Prefix([], stored, rows) if rows else None
+    past = [random_heads(sum(stored), 2) for _ in "kv"] if stored else None
+    prefix, parents = (M.Prefix([], stored, rows), None) if stored else (None, rows)
     config = M.read_config({**SETTINGS, "head_dim": 16})
-    layout = M.Layout(config, lengths, prefix, q.device, q.dtype)
-    assert len(layout.groups) == (3 if rows is None else 3)
+    layout = M.Layout(config, lengths, prefix, parents, q.device, q.dtype)
+    assert path == "varlen" or len(layout.calls) == calls
     out = M.attention(q, k, v, past, layout, window)
 
     plain, leaves = [], [q, k, v, *(past or [])]
-    for i, (q_, *own) in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True)):
-        if rows:
-            before = (t.split(stored)[rows[i]] for t in past)
+    for row, q_, *own in zip(rows, *(t.split(lengths) for t in (q, k, v)), strict=True):
+        if row is not None:
+            before = [t.split(stored or lengths)[row] for t in past or (k, v)]
             own = [torch.cat(pair) for pair in zip(before, own, strict=True)]
         plain.append(M.plain_attention(q_, *own, window))
     wanted, weight = torch.cat(plain), torch.randn(out.shape)
@@ -357,10 +362,11 @@ def test_gradients_through_a_shared_prompt_equal_those_of_the_full_pass(
 # -------------------------------------------------------------------------------------- the LM head
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 7, 23, 1000])  # up to 3 the residuals are not kept
+@pytest.mark.parametrize("rows", [0, 1, 3, 7, 23, 1000])  # from 23 the residuals are kept
 def test_token_logprobs_and_gradients_equal_plain_logprobs(monkeypatch, rows):
     N, V, D = 23, 50, 16
-    monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * V + 5)
+    monkeypatch.setattr(M, "LOGIT_BYTES", 4 * (rows * V + 5))
+    monkeypatch.setattr(M, "CACHED_LOGITS", 2 * V)  # a softmax takes two rows at a time
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(N, D, generator=generator).requires_grad_()
     head = torch.randn(V, D, generator=generator).requires_grad_()
@@ -380,7 +386,7 @@ def test_gradient_of_a_head_in_bf16_does_not_depend_on_the_chunks(monkeypatch):
     states, head = torch.randn(256, 16).bfloat16(), torch.randn(50, 16).bfloat16()
     targets, found = torch.arange(256) % 50, []
     for rows in (256, 1):
-        monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * 50)
+        monkeypatch.setattr(M, "LOGIT_BYTES", 2 * rows * 50)
         weight = head.clone().requires_grad_()
         M.token_logprobs(states, weight, targets).sum().backward()
         found.append(weight.grad.float())
@@ -460,7 +466,8 @@ def allocations(compute, folder):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_alive_at_once_are_a_few_chunks(monkeypatch, tmp_path, autocast):
     N, V, D, rows = 256, 1024, 8, 8
-    monkeypatch.setattr(M, "LOGIT_ELEMENTS", rows * V)
+    monkeypatch.setattr(M, "LOGIT_BYTES", 4 * rows * V)
+    monkeypatch.setattr(M, "CACHED_LOGITS", rows * V)
     states, head = (torch.randn(n, D, requires_grad=True) for n in (N, V))
     targets = torch.arange(N)
 
@@ -478,7 +485,7 @@ def test_logits_alive_at_once_are_a_few_chunks(monkeypatch, tmp_path, autocast):
 
 def test_no_tensor_of_tokens_by_vocabulary_exists_in_a_training_step(monkeypatch, tmp_path):
     model = small(vocab_size=2000).train()
-    monkeypatch.setattr(M, "LOGIT_ELEMENTS", 4 * 2000)
+    monkeypatch.setattr(M, "LOGIT_BYTES", 4 * 4 * 2000)
     ids, lengths, targets = flat(draw([90, 60, 50], 2000))  # attention: [4 heads, 90, 90] at most
     largest, _ = allocations(lambda: model(ids, lengths, targets).sum().backward(), tmp_path)
     assert 4 * 2000 * 4 <= largest < len(targets) * 2000 * 4 / 4
@@ -486,7 +493,7 @@ def test_no_tensor_of_tokens_by_vocabulary_exists_in_a_training_step(monkeypatch
 
 def test_evaluation_spends_nothing_on_gradients(monkeypatch):
     """Under no_grad a weight still says that it requires a gradient."""
-    monkeypatch.setattr(M, "residuals", None)
+    monkeypatch.setattr(M, "subtract_onehot", None)
     head = torch.nn.Parameter(torch.randn(10, 4))
     with torch.no_grad():
         M.token_logprobs(torch.randn(3, 4), head, torch.tensor([1, 2, 3]))
@@ -1179,7 +1186,8 @@ def test_cudas_kernel_for_flat_tokens_takes_what_we_give_it(monkeypatch, window)
     """On the meta device, which checks arguments, shapes and types, and computes nothing."""
     monkeypatch.setattr(M, "varlen_fits", lambda device, dtype: True)
     config = M.read_config({**SETTINGS, "head_dim": 16})
-    layout = M.Layout(config, [3, 5], M.Prefix([], [2, 7], [1, 0]), "meta", torch.bfloat16)
+    layout = M.Layout(config, [3, 5], M.Prefix([], [2, 7], [1, 0]), None, "meta",
+                      torch.bfloat16)
     q, k, v, past_k, past_v = (
         torch.empty(n, heads, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
         for n, heads in ((8, 4), (8, 2), (8, 2), (9, 2), (9, 2)))

@@ -209,10 +209,9 @@ def test_noise_of_a_preference_is_scaled_by_the_length_of_prompt_and_answer(work
     noise = train_dpo.Noise(0, [0, 1, 0], [4, 4, 7], 5.0)
     train_dpo.answer_logprobs(model, items, noise=noise)
     lengths = [[len(p.prompt) + len(ids) for ids, _ in p.answers] for p in items]
-    (prompts, longest), (answers, whole) = seen
-    assert longest == [max(pair) for pair in lengths] and whole == sum(lengths, [])
-    keys = torch.cat((prompts, answers)).tolist()
-    assert len(set(keys)) == len(keys)
+    (keys, whole), = seen
+    assert whole == sum(([max(pair), *pair] for pair in lengths), [])
+    assert len(set(keys.tolist())) == len(keys)
 
 
 # --------------------------------------------------------------------- a plain transformers loop

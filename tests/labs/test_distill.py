@@ -88,7 +88,7 @@ def test_divergence_equals_trls_generalized_jsd_loss(kind, beta, temperature):
 @pytest.mark.parametrize("more", [
     {}, {"divergence": "reverse", "temperature": 2.0}, {"divergence": "jsd", "alpha": 0.3}])
 def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, more, monkeypatch):
-    monkeypatch.setattr(modeling, "LOGIT_ELEMENTS", 2500)  # a few positions at a time
+    monkeypatch.setattr(distill, "LOGIT_ELEMENTS", 2500)  # a few positions at a time
     c, run, student, teacher = prepared(work, micro_tokens=30, **more)
     distill.distill_step(student, run, 1, c, HARDWARE, HARDWARE.make_scaler(), teacher, [])
 
@@ -117,7 +117,7 @@ def test_never_more_logits_at_once_than_a_chunk_has(work, monkeypatch):
     """In the forward pass, and in the backward pass, which computes every chunk again."""
     c, run, student, teacher = prepared(work)
     V, rows, real = len(student.head), [], distill.chunk_loss
-    monkeypatch.setattr(modeling, "LOGIT_ELEMENTS", 3 * V)
+    monkeypatch.setattr(distill, "LOGIT_ELEMENTS", 3 * V)
 
     def spy(mine, *rest):
         rows.append(len(mine))
