@@ -53,7 +53,6 @@ from data import Example
 from model import check
 from train_sft import Hardware
 
-
 LOGIT_ELEMENTS = 2**23  # logits of each model alive at once
 
 
