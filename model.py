@@ -89,8 +89,34 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = torch.promote_types(x.dtype, self.weight.dtype)
-        y = F.rms_norm(x.to(kind), x.shape[-1:], self.weight.to(kind), self.eps)
-        return y.to(product_dtype(self.weight))
+        x, weight, narrow = x.to(kind), self.weight.to(kind), product_dtype(self.weight)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return CPUNorm.apply(x, weight, self.eps, narrow)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(narrow)
+
+
+class CPUNorm(torch.autograd.Function):
+    """F.rms_norm with its gradient by hand: on a CPU torch puts it together from many passes.
+
+    With n = x / r, r = sqrt(mean(x^2) + eps), y = n * weight and arriving gradients g
+
+        dL/dweight = sum_t g n,    dL/dx = (g weight - n mean(g n weight)) / r
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, dtype):
+        scale = (x.norm(dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt()  # [..., 1] 1 / r
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, scale = ctx.saved_tensors
+        n = x * scale
+        product = g * n  # in fp32
+        mean = (product @ weight)[..., None] / x.shape[-1]  # [..., 1]
+        grad_x = (g * weight).addcmul_(n, mean, value=-1).mul_(scale)
+        return grad_x, product.flatten(0, -2).sum(0), None, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -99,12 +99,11 @@ def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     D, I, e = config.hidden_size, config.intermediate_size, work.dtype.itemsize  # noqa: E741
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     cuda, r = work.device.type == "cuda", c.lora_rank
-    wide = 4 if cuda or r else 8  # of a norm: x / rms(x) is for the gradient of its weight
-    norm = (wide + e) * D + 4
+    norm = (4 + e) * D + 4  # what it is of, what it gives, and 1 / rms(x)
     before = norm + e * (2 * H + 2 * K) * Dh + 4 * H
     after = norm + e * 4 * I + (0 if cuda else e * H * Dh)  # groups of examples are put together
     if config.model_type == "qwen3":
-        before += wide * (H + K) * Dh
+        before += 4 * (H + K) * Dh
 
     # An adapter keeps A x. With dropout it keeps what is left of each of seven inputs, in place of
     # the input, and a byte per number that says what is left.
@@ -152,7 +151,7 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
         "gradients": (4 * trained / parts, f"4 B x {trained / 1e6:.1f}M trained"),
         "moments": (8 * trained / parts, f"8 B x {trained / 1e6:.1f}M trained"),
         "copies": (copies, why),
-        "activations": (kept + N * (3 * e + 8) * D, formula),
+        "activations": (kept + N * (2 * e + 4) * D, formula),
         "logits": (chunks + 8 * few, f"{e} B x {chunks // e} logits, 8 B x {few} of them"),
         "head": (head, "its gradient in fp32, its copy"),
         "process": (process, "Python, torch and its kernels")}
