@@ -189,7 +189,7 @@ def report(c, run, hardware) -> None:
     """Print the terms of a run, and what helps where a GPU is too small for them."""
     work = largest_pass(c, run, hardware)
     whole = print_terms(terms(modeling.load_config(c.model), c, work), work)
-    if hardware.device.type == "cuda":
+    if hardware.device.type == "cuda" and torch.cuda.is_available():
         room = torch.cuda.get_device_properties(hardware.device).total_memory
         if whole > room:
             print(f"warning: this GPU has {room / 2**30:.1f} GiB; lower --micro_tokens, or add "
