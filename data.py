@@ -143,6 +143,9 @@ def read_row(row: dict, ask: bool) -> dict:
     return {"messages": [], "text": values["text"]}
 
 
+# ---- skip on a first reading: what stands under a key --------------------------------------------
+
+
 def parts_of(row: dict, table: dict) -> tuple[dict, dict]:
     """{meaning: value} and {meaning: key} of a row or a message, read as KEYS says.
 
@@ -391,7 +394,7 @@ def refuse_unless(skip_bad_rows: bool | None, error: InputError) -> None:
     check(skip_bad_rows, f"{error}{hint}")
 
 
-# ==== read: chat templates ========================================================================
+# ---- skip on a first reading: chat templates -----------------------------------------------------
 
 # For checkpoints without a template, and for --template; more of them stand in labs/templates.
 TEMPLATES = {
@@ -418,7 +421,9 @@ END_QUESTIONS = r"""{%- set turns = namespace(all=[]) -%}
 {%- set messages = turns.all %}
 """
 
-# Characters that Unicode keeps for a program's own use: no text holds them, so none imitates ours.
+# Characters that Unicode keeps for a program's own use; where a content holds one, it is left out.
+# SIGN breaks up a control token in a content. BORDER keeps two tokens apart. BEGIN and END stand
+# where a template has {% generation %} marks, PROBE for an answer, KEPT for an answer's </think>.
 SIGN, BORDER, BEGIN, END, PROBE, KEPT = OURS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
 UNMARK = re.compile(f"[{BEGIN}{END}]").sub
 THOUGHT = f"<think>\n{PROBE}\n</think>\n\n{PROBE}"
@@ -490,8 +495,7 @@ class ChatTemplate:
     def __init__(self, source: str, names: dict, control: set, system: str = ""):
         self.source, self.names, self.system = source, names, system
         texts = [re.escape(text) for text in sorted(control, key=len, reverse=True)]
-        self.control = re.compile("|".join(texts))
-        self.forged = re.compile("|".join([*texts, *OURS]))
+        self.control = re.compile("|".join(texts) or "(?!)")  # without any, what matches nothing
 
         # The end of a turn is what stands behind a placeholder for an answer, whether a question
         # follows or not (Phi-3 writes one more token where none does); its last token ends turns.
@@ -523,7 +527,8 @@ class ChatTemplate:
     def hide(self, value):
         """A message, or any part of one, with a SIGN inside every text that is a control token."""
         if isinstance(value, str):
-            return self.forged.sub(lambda found: found[0][0] + SIGN + found[0][1:], value)
+            value = value.translate(dict.fromkeys(map(ord, OURS)))
+            return self.control.sub(lambda found: found[0][0] + SIGN + found[0][1:], value)
         if isinstance(value, dict):
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list) else value
@@ -594,7 +599,8 @@ class ChatTemplate:
         check(begin is not None, "the chat template writes what stands before an answer "
               f"differently once it is there{OTHER}")
 
-        # The template's own marks win: the first one that ends behind this place.
+        # The template's own marks win: the first one that ends behind this place. Before the end of
+        # mark k stand 2k + 1 marks that the bare text lacks; from here on `begin` counts them too.
         if "endgeneration" in self.source:
             marks = enumerate(re.finditer(f"{BEGIN}[^{END}]*", text))
             begin = next((m.start() for k, m in marks if m.end() - 2 * k - 1 > begin), None)
@@ -624,7 +630,7 @@ class ChatTemplate:
             if not weight and i < len(messages) - 1:
                 continue
 
-            # A template that drops reasoning at </think> does not know its stand-in.
+            # A template that drops reasoning at </think> is shown KEPT instead, then turned back.
             said = shown[: offset + i + 1]
             if weight and self.drops_thought:
                 said[-1] = {**said[-1], "content": said[-1]["content"].replace("</think>", KEPT)}
@@ -657,7 +663,7 @@ class ChatTemplate:
         return Plan(prompt), text[len(prompt) :]
 
 
-# ==== read: tokens and their spans ================================================================
+# ---- skip on a first reading: tokens and their spans ---------------------------------------------
 
 
 class ChatTokenizer(ChatTemplate):
@@ -848,7 +854,7 @@ class ChatTokenizer(ChatTemplate):
             (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would win over ours
 
 
-# ==== read: files to examples =====================================================================
+# ---- skip on a first reading: files to examples --------------------------------------------------
 
 
 class Example(NamedTuple):
@@ -943,6 +949,9 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
         counts["dropped: nothing to supervise"] += len(parts) - len(found)
         examples += found
     return examples
+
+
+# ---- skip on a first reading: the files of a run -------------------------------------------------
 
 
 def has_empty_answer(row: Row) -> bool:
@@ -1077,6 +1086,9 @@ class Mixer:
                 for k in range(first, end)]
 
 
+# ---- skip on a first reading: the mix of a run ---------------------------------------------------
+
+
 def shares(examples: list[tuple], names: list[str]) -> dict[str, dict]:
     """The share of every source, by name, in examples (source, supervised tokens) and in tokens."""
     rows, targets = Counter(), Counter()
@@ -1176,6 +1188,9 @@ def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list
         dealt[rank].append(part)
         load[rank] += sizes[part[0]]
     return dealt
+
+
+# ---- skip on a first reading: a batch for the model ----------------------------------------------
 
 
 class Batch(NamedTuple):

@@ -166,6 +166,9 @@ def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: 
     return options
 
 
+# ---- skip on a first reading: the prompts of a subject -------------------------------------------
+
+
 class Sheet(NamedTuple):
     """A subject in a checkpoint's tokens."""
 
@@ -248,6 +251,9 @@ def score_letters(model, rests: list[list[int]], options: list[tuple], prefix) -
     return logp[:, list(chain(*options))]  # [B, options]
 
 
+# ---- skip on a first reading: options of several tokens ------------------------------------------
+
+
 def score_texts(model, rests: list[list[int]], options: list[tuple], prefix) -> torch.Tensor:
     """Options of several tokens: one pass per option, which stands behind every prompt."""
     columns = []
@@ -263,6 +269,9 @@ def score_texts(model, rests: list[list[int]], options: list[tuple], prefix) -> 
         logp = model(ids, lengths, targets, prefix)  # [B * m]
         columns.append(logp.view(len(rests), len(option)).sum(1))  # [B]
     return torch.stack(columns, 1)  # [B, options]
+
+
+# ---- skip on a first reading: the answers of a subject -------------------------------------------
 
 
 def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet,
@@ -344,6 +353,9 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)  # but for rounding
 
 
+# ---- skip on a first reading: results.json -------------------------------------------------------
+
+
 CATEGORIES = ("STEM", "Social Science", "Humanities", "Other")
 HARD = ("advanced_mathematics discrete_mathematics probability_and_statistics college_chemistry "
         "college_physics high_school_mathematics high_school_chemistry high_school_physics").split()
@@ -391,7 +403,7 @@ def summarize(benchmark: str, subjects: list[Subject], answers: list[dict]) -> d
         "subjects": scores}
 
 
-# ==== read: log-probabilities of a file ===========================================================
+# ---- skip on a first reading: log-probabilities of a file ----------------------------------------
 
 
 @dataclass
@@ -446,7 +458,7 @@ def logprobs_command(c: Logprobs) -> None:
     print(f"loss {loss:.6f} nats per supervised token, perplexity {math.exp(loss):.4f}")
 
 
-# ==== read: answers, and a conversation ===========================================================
+# ---- skip on a first reading: answers, and a conversation ----------------------------------------
 
 
 @dataclass

@@ -527,15 +527,15 @@ def combine(key: Tensor, value: Tensor | int) -> Tensor:
     return x ^ (x >> 15)
 
 
-def noise_keys(seed: int, epochs: list, examples: list, lengths: list, device="cpu") -> Tensor:
-    """One 32-bit key per token [T], a function of (seed, epoch, example, position) alone.
+def noise_keys(seed: int, visits: list, examples: list, lengths: list, device="cpu") -> Tensor:
+    """One 32-bit key per token [T], a function of (seed, visit, example, position) alone.
 
     NEFTune, dropout and sampling draw from it, so that neither the micro-batch, nor the rank, nor
     the device changes what a token gets.
     """
     # The seed plus 1, for the hash of 0 would be 0.
     key = combine(torch.tensor(seed % 2**31 + 1), 0)
-    key = combine(combine(key, torch.tensor(epochs)), torch.tensor(examples))  # [B]
+    key = combine(combine(key, torch.tensor(visits)), torch.tensor(examples))  # [B]
 
     # Positions count from the example's own start, not from the micro-batch's.
     count = torch.tensor(lengths)  # [B]
@@ -587,6 +587,9 @@ def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     The one place where hidden states become log-probabilities: training and evaluation come here.
     """
     return TokenLogprobs.apply(states, head, targets)
+
+
+# ---- skip on a first reading: the same, a chunk at a time ----------------------------------------
 
 
 LOGIT_BYTES = 2**27  # of logits alive at once
@@ -674,7 +677,7 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_states, grad_head.to(head.dtype), None
 
 
-# ==== read: generation ============================================================================
+# ---- skip on a first reading: generation ---------------------------------------------------------
 
 CACHE_BLOCK = 64  # tokens by which the cache grows, so that it is not copied for every token
 

@@ -34,7 +34,7 @@ from data import ChatTokenizer, Row, common_prefix, cut, render_rows
 from model import check
 from train_sft import Hardware, RunData
 
-# ==== read: config ================================================================================
+# ---- skip on a first reading: config -------------------------------------------------------------
 
 
 @dataclass
@@ -276,6 +276,9 @@ def backward_passes(wrapped, items: list[Preference], noise: Noise, losses, c: C
     return hardware.sum_tensor(policy)
 
 
+# ---- skip on a first reading: metrics and validation ---------------------------------------------
+
+
 def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor) -> dict:
     """The metrics of all pairs of a step, as means, from [items, 2] each."""
     loss, rewards = objective(c, policy, reference, length)
@@ -314,7 +317,7 @@ def validation(model, items: list[Preference], reference: Tensor, c: Config, har
     return {f"val_{name}": metrics[name] for name in names}
 
 
-# ==== read: the loop ==============================================================================
+# ---- skip on a first reading: the loop -----------------------------------------------------------
 
 FIGURE = train_sft.Figure(
     "rewards.png", "reward", {"reward_chosen": "chosen", "reward_rejected": "rejected",
@@ -361,7 +364,7 @@ def check_first_loss(c: Config, record: dict) -> None:
               "what the policy started from (or dropout or noise is on)")
 
 
-# ==== read: the reference =========================================================================
+# ---- skip on a first reading: the reference ------------------------------------------------------
 
 
 def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[list[Tensor], str]:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 from model import InputError, check
 
-# ==== read: config ================================================================================
+# ---- skip on a first reading: flags of a run -----------------------------------------------------
 
 
 @dataclass
@@ -86,20 +86,21 @@ class Config:
     lora_dropout: float = 0.0  # of the adapter's input
     lora_targets: list[str] = field(default_factory=list)  # such as q_proj v_proj; none: every one
     seed: int = 0  # of order, noise and dropout
+    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
     # hardware: these must not change the result
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights are fp32
     compile: bool = False  # torch.compile the layers: slow first steps; not yet measured on a GPU
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
     shard: bool = False  # each rank keeps a part of weights, gradients and moments (FSDP)
+    # what is written and measured
     log_every: int = 10  # steps between lines when the output is no terminal
     eval_every: int = 0  # steps between validations; 0: before and after training
     exam_data: list[str] = field(default_factory=list)  # exams' folders: chat template, no shots
-    exam_every: int = 0  # steps between exams; 0: after training
+    exam_every: int = 0  # steps between exams; 0: before and after training
     save_every: int = 500  # steps between checkpoints; there is always one at the end
     lora_merge: bool = False  # write a plain checkpoint, the adapter merged, not an adapter folder
     keep: int = 0  # the last so many checkpoints stay, as step-00100 in output_dir
-    skip_bad_rows: bool = False  # count and list rows that cannot be read instead of stopping
 
 
 # ==== read: one optimizer step ====================================================================
@@ -131,7 +132,7 @@ def my_passes(lengths: list[int], c: Config,
     All ranks make the same number, since in every pass they wait for each other: under DDP for
     gradients, with --shard for weights. Who has less to do repeats an example with weight 0.
     """
-    # Every rank deals the whole step in the same way and takes its own hand.
+    # Every rank deals the whole step in the same way and takes its own share.
     dealt = data.micro_batches(lengths, c.micro_tokens, hardware.world)
     mine = [(chunk, 1.0) for chunk in dealt[hardware.rank]]
     return mine + [([0], 0.0)] * (max(map(len, dealt)) - len(mine))
@@ -281,6 +282,9 @@ def is_due(every: int, step: int, steps: int) -> bool:
     return step in (0, steps) or (every > 0 and step % every == 0)
 
 
+# ---- skip on a first reading: held-out data ------------------------------------------------------
+
+
 @torch.no_grad()
 def validation_loss(model, examples: list[data.Example], c: Config, hardware: "Hardware") -> dict:
     """Mean nats per supervised token, of all and by file; as in training, but without noise."""
@@ -411,6 +415,9 @@ class Hardware(NamedTuple):
             sys.stderr.flush()
             os._exit(status)
         sys.exit(status)
+
+
+# ---- skip on a first reading: devices, weights, sharding -----------------------------------------
 
 
 def setup_hardware(dtype: str) -> Hardware:

@@ -576,3 +576,13 @@ def test_real_conversations_have_the_ids_of_transformers():
             assert render(ours, row.messages)[0] == rendered_by(loaded, row.messages)
             prompt = row.messages[:-1]
             assert ours.prompt_ids(prompt) == rendered_by(loaded, prompt, True)
+
+
+def test_characters_that_we_keep_for_ourselves_leave_a_content_and_move_no_span(tmp_path):
+    make_checkpoint(tmp_path, "qwen2")
+    tokenizer = data.ChatTokenizer(tmp_path)
+    clean = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
+    dirty = [{**m, "content": m["content"].replace(" ", f"{data.OURS} {data.OURS}")} for m in clean]
+    (ids, spans), (other, moved) = (tokenizer.encode(tokenizer.conversation(messages))[0]
+                                    for messages in (clean, dirty))
+    assert (ids.tolist(), spans) == (other.tolist(), moved)
