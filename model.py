@@ -1126,16 +1126,15 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors file of a checkpoint, or its shards; an adapter's own file comes last."""
     base, adapter = read_adapter(folder)
-    if adapter:
-        return [*weight_files(base), checkpoint_file(Path(folder), ADAPTER_WEIGHTS)]
-    folder = base
-    if (folder / "model.safetensors").exists():
-        return [checkpoint_file(folder, "model.safetensors")]
-    check((folder / INDEX).exists(), f"no model.safetensors or {INDEX} in {folder} "
-          "(weights in .bin files must be converted to safetensors first)")
-    files = read_json(checkpoint_file(folder, INDEX)).get("weight_map")
-    check(isinstance(files, dict), f"{folder / INDEX} has no weight_map")
-    return [checkpoint_file(folder, name) for name in sorted(set(files.values()))]
+    names = ["model.safetensors"]
+    if not (base / names[0]).exists():
+        check((base / INDEX).exists(), f"no {names[0]} or {INDEX} in {base} (weights in .bin files "
+              "must be converted to safetensors first)")
+        listed = read_json(checkpoint_file(base, INDEX)).get("weight_map")
+        check(isinstance(listed, dict), f"{base / INDEX} has no weight_map")
+        names = sorted(set(listed.values()))
+    paths = [checkpoint_file(base, name) for name in names]
+    return [*paths, checkpoint_file(Path(folder), ADAPTER_WEIGHTS)] if adapter else paths
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -1157,9 +1156,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
          new_token: tuple[int, int] | None = None) -> Llama:
     """The model of a folder in Hugging Face layout, or of an adapter's folder, in eval mode.
 
-    All weights get `dtype`, and an adapter is merged. None is for LoRA: weights stay as they are
-    stored (in fp32 if they are vectors) and frozen, the folder's adapter beside them, or a new one
-    of `seed` with the keys `adapter` of its adapter_config.json.
+    All weights get `dtype`, and an adapter is merged. None is for LoRA: matrices stay as they are
+    stored, frozen, and beside them stands the folder's adapter, or a new one as `adapter` (the keys
+    of adapter_config.json) and `seed` say.
 
     It is built without storage and filled tensor by tensor: memory stays near the model's own size.
     shard(model) may deal the weights to ranks before they have storage; a rank then reads only its
@@ -1199,11 +1198,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
     stop = settings.get("eos_token_id")
     model.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
 
-    if dtype:
+    if own and dtype:
         merge_adapter(model, dtype)
-    else:
-        for name, p in model.named_parameters():
-            p.requires_grad_(LORA in name)
     return model.eval()
 
 
@@ -1216,7 +1212,9 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     check(not quantised, f"{path}: the weights are quantised ({name}), stored as {tensor.dtype}; "
           "take the checkpoint in 16 bits")
 
-    name, lora = name.removeprefix(WRAPPER), LORA in name
+    # With LoRA what is trained, and what is small, is in fp32, and all but the adapter is frozen.
+    name, lora, frozen = name.removeprefix(WRAPPER), LORA in name, dtype is None
+    dtype = dtype or (torch.float32 if lora or tensor.dim() < 2 else tensor.dtype)
 
     # A tied matrix may be stored under either name, or both.
     if name == HEAD and model.config.tie_word_embeddings:
@@ -1230,12 +1228,11 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     want = list(empty.shape)
     check(want == shape, f"{path}: weight {name} has shape {shape}, expected {want}")
 
-    # What is trained, and what is small, is in fp32 where no type is asked for.
     if not lora:
         model.stored_dtype = tensor.dtype
-    dtype = dtype or (torch.float32 if lora or tensor.dim() < 2 else tensor.dtype)
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(share(tensor, empty, device, dtype)))
+    value = nn.Parameter(share(tensor, empty, device, dtype), requires_grad=lora or not frozen)
+    setattr(model.get_submodule(owner), leaf, value)
 
 
 def add_row(matrix: Tensor, token: int, like: int) -> Tensor:
@@ -1407,11 +1404,12 @@ def read_adapter(folder: str | Path) -> tuple[Path, dict]:
     if not (folder / ADAPTER).exists():
         return folder, {}
     path, adapter = folder / ADAPTER, read_json(folder / ADAPTER)
+    kind, targets = adapter.get("peft_type"), adapter.get("target_modules")
     odd = [key for key in NOT_LORA if adapter.get(key)]
-    check(adapter.get("peft_type") == "LORA" and not odd,
-          f"{path}: {odd or adapter.get('peft_type')} is not supported, only plain LoRA")
-    check(adapter.get("r") and adapter.get("lora_alpha")
-          and isinstance(adapter.get("target_modules"), list),
+    if adapter.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+        odd += ["init_lora_weights"]  # PiSSA and its like begin by changing the base
+    check(kind == "LORA" and not odd, f"{path}: {odd or kind} is not supported, only plain LoRA")
+    check(adapter.get("r") and adapter.get("lora_alpha") and isinstance(targets, list),
           f"{path}: expected r, lora_alpha and a list of target_modules")
 
     # Written as seen from where PEFT ran, or from the adapter; often it is a name of the hub.
@@ -1445,10 +1443,10 @@ def adapted(model: Llama) -> dict[str, Projection]:
 def new_weights(missing: dict, seed: int) -> list[tuple[str, Tensor]]:
     """How adapters begin, by name: A uniform in +-1 / sqrt(in), as PEFT draws it, and B 0."""
     generator, out = torch.Generator().manual_seed(seed), []
-    for name in [name for name in missing if LORA in name]:
-        shape = missing[name].shape  # of A [r, in], of B [out, r]
-        bound = 1 / math.sqrt(shape[1]) if "lora_A" in name else 0.0
-        out.append((name, torch.empty(shape).uniform_(-bound, bound, generator=generator)))
+    for name, p in missing.items():
+        if LORA in name:
+            bound = p.shape[1] ** -0.5 if "lora_A" in name else 0.0  # A [r, in], B [out, r]
+            out.append((name, torch.empty(p.shape).uniform_(-bound, bound, generator=generator)))
     return out
 
 
@@ -1458,7 +1456,7 @@ def merge_adapter(model: Llama, dtype: torch.dtype) -> None:
         module.weight = nn.Parameter(module.merged().to(dtype))
         module.lora_A = module.lora_B = None
     model.adapter = {}
-    model.to(dtype)
+    model.to(dtype).requires_grad_(True)
 
 
 def save_adapter(model: Llama, folder: Path, write: bool = True) -> None:

@@ -495,12 +495,10 @@ def stretched(c: Config, config: modeling.ModelConfig) -> modeling.ModelConfig:
 
 
 def adapter_keys(c: Config) -> dict:
-    """The adapter_config.json of this run, for PEFT too; {} without --lora_rank.
-
-    An adapter that is given as --model is trained further.
-    """
+    """The adapter_config.json of this run; {} without --lora_rank."""
     if not c.lora_rank:
         return {}
+    # An adapter that is given as --model is trained further.
     base, own = modeling.read_adapter(c.model)
     check(not own or (c.lora_rank == own["r"] and not c.lora_alpha and not c.lora_targets),
           f"{c.model} is an adapter: --lora_rank {own.get('r')} trains it further, with its own "
@@ -537,8 +535,7 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     floors = try_exams(c, tokenizer, config, quiet)
 
     # Adam's rate goes as 1 / width (muP, arXiv:2203.03466, table 3); 2e-5 at 4096 is Llama 2's.
-    # An adapter, whose B begins with 0, wants about ten times as much.
-    rate *= 10 if c.lora_rank else 1
+    rate *= 10 if c.lora_rank else 1  # an adapter wants about ten times as much: B begins with 0
     c.learning_rate = c.learning_rate or rate * 4096 / config.hidden_size
     run, facts = prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
     return tokenizer, run._replace(exam_floors=floors), facts
