@@ -71,6 +71,11 @@ def adapter_of(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+def assert_equal(ours, theirs, rounding=4e-6):
+    """But for the order of sums in fp32: each side's norm has its own."""
+    assert (ours - theirs).abs().max() < rounding * theirs.abs().max()
+
+
 def assert_same_adapter(one, two):
     found = adapter_of(two)
     assert all(torch.equal(value, found[name]) for name, value in adapter_of(one).items())
@@ -175,7 +180,7 @@ def test_base_stays_in_the_precision_it_is_stored_in(tmp_path):
 
 def test_our_adapter_loads_in_peft_with_equal_logits(work):
     theirs = logits(hugging_face(work / "base", work / "adapter"))
-    assert torch.equal(logits(M.load(work / "adapter", None)), theirs)
+    assert_equal(logits(M.load(work / "adapter", None)), theirs)
     assert (theirs - logits(hugging_face(work / "base"))).abs().max() > 0.1
     names = {path.name for path in (work / "adapter").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
@@ -185,12 +190,13 @@ def test_our_adapter_loads_in_peft_with_equal_logits(work):
 @pytest.mark.parametrize("flags", [
     {}, {"use_rslora": True}, {"target_modules": ["layers.1.self_attn.v_proj", "up_proj"]}])
 def test_an_adapter_of_peft_loads_here_with_equal_logits(work, tmp_path, flags):
+    torch.manual_seed(0)
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": "all-linear",
                                 "init_lora_weights": False, **flags})
     theirs = peft.get_peft_model(hugging_face(work / "base"), config).eval()
     theirs.save_pretrained(tmp_path)
-    assert torch.equal(logits(M.load(tmp_path, None)), logits(theirs))
-    assert torch.allclose(logits(M.load(tmp_path)), logits(theirs), atol=1e-4)
+    assert_equal(logits(M.load(tmp_path, None)), logits(theirs))
+    assert_equal(logits(M.load(tmp_path)), logits(theirs), 2e-5)  # merged: other sums throughout
     assert data.ChatTokenizer(tmp_path).folder == work / "base"  # it has no tokenizer of its own
 
 
@@ -308,7 +314,7 @@ def test_compiled_layers_compute_the_same_with_few_graphs(work):
     torch._dynamo.reset()
     plain = model.hidden(IDS, [40], noise=noise)[0]
     model.compile_layers(backend=backend)
-    assert torch.allclose(model.hidden(IDS, [40], noise=noise)[0], plain, atol=1e-6)
+    assert_equal(model.hidden(IDS, [40], noise=noise)[0], plain)
     assert len(graphs) <= 4  # before and after attention; the first layer's x needs no gradient
 
 
