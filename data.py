@@ -996,13 +996,23 @@ def load_examples(files: list[str], tokenizer: ChatTokenizer, train_on: str = "a
 
 
 def split_validation(examples: list[Example], fraction: float, seed: int):
-    """(training, validation): `fraction` of the distinct examples; copies stay on one side.
+    """(training, validation): `fraction` of the distinct rows.
 
+    Copies stay on one side, and so do the examples that a template made of one conversation.
     Preferences are told apart by their prompts, so that no prompt is on both sides.
     """
     # The order of the hashes is a shuffle that does not depend on how often a copy stands where.
     salt = str(seed).encode()
     keys = [hashlib.sha256(salt + e.key).digest() for e in examples]
+
+    # Those who belong together take the lowest hash among them, until nobody finds a lower one.
+    names, before = [(e.key, e.where or e.key) for e in examples], None
+    while keys != before:
+        before, lowest = keys, {}
+        for both, key in zip(names, keys, strict=True):
+            for name in both:
+                lowest[name] = min(key, lowest.get(name, key))
+        keys = [min(lowest[copy], lowest[row]) for copy, row in names]
     distinct = sorted(set(keys))
     held = set(distinct[: max(1, round(fraction * len(distinct)))])
     training, validation = [], []

@@ -126,6 +126,9 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
     # With its layers recomputed a token leaves 4 D in each, and all of it in one at a time.
     before, after = kept_per_token(config, c, work)
     kept = L * T * before + ((L - 1) * T + N) * after  # the last layer goes on with N tokens
+    if work.device.type == "cpu":  # and there has queries, and what they find, of these alone
+        H, Dh = config.num_attention_heads, config.head_dim
+        kept -= (T - N) * H * (2 * e * Dh + 4)
     kept -= T * 4 * D if adapter else 0  # nothing before the first adapter needs a gradient
     formula = f"T {L} layers x ({before} + {after} B)"
     if c.checkpoint_activations:

@@ -116,12 +116,15 @@ class SoftLlama(Llama):
             layer.mlp = SoftMoE(config.source)
 
     def hidden(self, ids, lengths, prefix=None, keep_kv=False, noise=None, neftune_alpha=0.0,
-               full_lengths=None, wanted=None):
+               full_lengths=None, wanted=None, parents=None):
         """`Llama.hidden`; what it keeps of tokens, for those that continue them, is their ids."""
-        whole, sizes = ids, lengths
+        whole, sizes, before, own = ids, lengths, None, ids.split(lengths)
         if prefix is not None and self.exact:
-            texts = [torch.cat(pair) for pair in zip(self.kept_ids(prefix, ids), ids.split(lengths),
-                                                     strict=True)]
+            before = self.kept_ids(prefix, ids)
+        elif parents:
+            before = [ids[:0] if row is None else own[row] for row in parents]
+        if before is not None:
+            texts = [torch.cat(pair) for pair in zip(before, own, strict=True)]
             whole, sizes = torch.cat(texts), [len(text) for text in texts]
             prefix, noise = None, None  # the noise is of the new tokens alone
         for layer in self.model.layers:

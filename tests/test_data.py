@@ -266,6 +266,22 @@ def test_no_validation_example_is_trained_on_not_even_its_copy(fraction):
     assert 0.8 * fraction <= len(validation) / 1500 <= 1.2 * fraction
 
 
+def test_examples_of_one_conversation_and_their_copies_fall_on_one_side():
+    """A template that rewrites past answers makes several examples of a conversation."""
+    examples = []
+    for row in range(60):
+        for part in range(3):  # the last is also the first of the next row, in every other row
+            number = 10 * row + (10 if part == 2 and row % 2 == 0 else part)
+            ids = np.array([1, number, 2], dtype=np.int32)
+            examples.append(Example(ids, ((1, 3, 1.0),), 0, f"a.json row {row}"))
+    for seed in range(5):
+        sides = data.split_validation(examples, 0.3, seed)
+        rows, copies = ([{name(e) for e in side} for side in sides]
+                        for name in (lambda e: e.where, lambda e: e.key))
+        assert not rows[0] & rows[1] and not copies[0] & copies[1]
+        assert len(rows[1]) == 18  # of 60: 9 of 30 groups
+
+
 def test_validation_split_is_a_function_of_the_seed():
     def held(seed):
         return [e.ids[1] for e in data.split_validation(numbered(100), 0.1, seed)[1]]

@@ -1,45 +1,40 @@
-"""labs/bench.py: its commands run, on a toy model; its loops agree, or `compare` would stop."""
+"""labs/bench.py and bench_gpu.py: their commands run, on a toy model."""
 
 import pytest
 import torch
+from conftest import command
 
-from labs import bench
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    """Few and short random rows, and all that the flags change is put back."""
-    for name in ("DTYPE", "SMALL", "EXAM"):
-        monkeypatch.setattr(bench, name, getattr(bench, name))
-    monkeypatch.setattr(bench.Ours, "compiled", False)
-    monkeypatch.setattr(bench, "SHARED", tmp_path)
-    monkeypatch.setattr(bench, "BATCH", 3)
-    monkeypatch.setattr(bench, "PAIRS", 2)
+from labs import bench, bench_gpu
 
 
-@pytest.mark.parametrize("task", ["sft", "dpo"])
-def test_ours_and_the_bare_loops_take_the_same_steps_and_are_compared(monkeypatch, capsys, task):
-    done = type("Done", (), {"stdout": "0.5"})
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: done)
-    bench.main(["--tiny", "--only", task, "--steps", "2"])
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("ours", "bare", "padded", "2 steps", "peak GiB"))
+@pytest.mark.parametrize("task", ["sft", "dpo", "exam"])
+def test_ours_and_the_bare_loop_compute_the_same_and_are_compared(task):
+    """A difference of their losses or scores would end it with status 2."""
+    status, out, _ = command("labs/bench.py", "--tiny", "--only", task, "--steps", 2)
+    assert status == 0 and "times as fast" in out
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["ours", "bare"]
 
 
-@pytest.mark.parametrize("which", ["sft ours", "dpo bare"])
-def test_memory_of_a_loop_is_a_number_of_gib(capsys, which):
-    bench.main(["--tiny", "--memory", which])
-    assert 0.01 < float(capsys.readouterr().out) < 50
+def test_a_branch_sees_its_trunk_and_itself():
+    ids, positions, spans, starts = bench.lay_out([[[1, 2], [3], [4, 5]], [[6]]])
+    assert ids == [1, 2, 3, 4, 5, 6] and starts == [0, 2, 3, 5]
+    assert positions == [0, 1, 2, 2, 3, 0]
+    assert spans == [(None, slice(0, 3)), (slice(0, 2), slice(3, 5)), (None, slice(5, 6))]
 
 
-def test_profile_names_the_kernels_of_both_steps(capsys):
-    bench.main(["--tiny", "--profile"])
-    out = capsys.readouterr().out
-    assert "sft:" in out and "dpo:" in out and "aten::mm" in out
+def test_flops_of_a_token_are_six_per_weight_and_those_of_causal_attention():
+    """PaLM's 6 N + 12 n_layers D L, whose second part causality halves."""
+    settings = {"num_hidden_layers": 2, "hidden_size": 8}
+    assert bench_gpu.flops_per_token(settings, 100, 10) == 6 * 100 + 12 * 2 * 8 * 10 // 2
+
+
+def test_profile_names_what_takes_the_time_of_a_step():
+    status, out, _ = command("labs/bench_gpu.py", "--only", "profile", "--tiny")
+    assert status == 0 and "aten::mm" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("flag", ["--gpu", "--large"])
-def test_without_a_gpu_its_commands_end_with_one_line(flag):
-    with pytest.raises(SystemExit, match="no CUDA device"):
-        bench.main([flag])
+@pytest.mark.parametrize("only", [[], ["--only", "large"]])
+def test_without_a_gpu_it_ends_with_one_line(only):
+    status, _, err = command("labs/bench_gpu.py", *only)
+    assert status == 2 and err.count("\n") == 1 and "no CUDA device" in err
