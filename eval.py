@@ -140,6 +140,9 @@ def prompt_plan(tokenizer: data.ChatTokenizer, subject: Subject, question: dict,
     return tokenizer.answer_prompt(messages)
 
 
+# ---- skip on a first reading: the prompts of a subject -------------------------------------------
+
+
 def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: Protocol,
                chat: bool) -> list[tuple]:
     """The ids of the four options after a prompt: encode(prompt + option)[len(encode(prompt)):].
@@ -164,9 +167,6 @@ def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: 
         raise InputError(f"{tokenizer.folder}: after a prompt {texts} have the ids {options}: "
                          f"not four different options{hint}")
     return options
-
-
-# ---- skip on a first reading: the prompts of a subject -------------------------------------------
 
 
 class Sheet(NamedTuple):
