@@ -1197,11 +1197,15 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
     if new_token:
         config.vocab_size = max(config.vocab_size, new_token[0] + 1)
         config.source = {**config.source, "vocab_size": config.vocab_size}
+
+    # On the meta device a tensor has a shape and no storage.
     with torch.device("meta"):
         model = Llama(config)
         add_adapter(model, adapter or own)
     if shard:
         shard(model)
+
+    # Every stored tensor must find its place, and every place its tensor.
     missing = dict(model.named_parameters())
     for path in weight_files(folder):
         try:
@@ -1213,6 +1217,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
                     place(model, missing, name, tensor, kind, device, path)
         except (SafetensorError, FileNotFoundError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
+
+    # A new adapter is stored nowhere yet.
     if not own:
         for name, tensor in new_weights(missing, seed):
             place(model, missing, name, tensor, kind, device, base)
