@@ -90,7 +90,8 @@ def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
     examples, _ = data.load_examples([str(rows)], tokenizer)
     count = len(examples)  # Qwen3's template rewrites earlier turns: a row can be two examples
     flags = ["--batch_size", count, "--steps", 3, "--learning_rate", 1e-3, "--weight_decay", 0.1,
-             "--schedule", "constant", "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 100]
+             "--schedule", "constant", "--warmup", 0, "--max_grad_norm", 1, "--micro_tokens", 100,
+             "--adam_epsilon", 1e-6]  # with less, Adam makes a step of a gradient that is rounding
     records, _ = train(tmp_path, "out", "--model", tmp_path / "base", "--data", rows, *flags)
 
     length = max(len(e.ids) for e in examples)
@@ -104,14 +105,15 @@ def test_three_steps_equal_a_plain_transformers_loop(tmp_path, family):
     decay = [p for p in theirs.parameters() if p.dim() >= 2]
     others = [p for p in theirs.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
     for record in records:
         logits = theirs(input_ids=ids, attention_mask=mask).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         assert record["loss"] == pytest.approx(loss.item(), abs=1e-5)
-        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        # From the second step on the rounding of a norm's sums shows: we add in another order.
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=3e-5)
         optimizer.step()
         optimizer.zero_grad()
     ours = modeling.load(tmp_path / "out")
@@ -132,8 +134,10 @@ def test_checkpoint_reloads_in_transformers_with_the_same_logits(work, reference
     assert ids == our_tokenizer.encode(our_tokenizer.conversation(messages))[0][0].tolist()
     with torch.no_grad():
         states, _ = ours.hidden(torch.tensor(ids), [len(ids)])
-        torch.testing.assert_close(ours.next_logits(states), theirs(torch.tensor([ids])).logits[0],
-                                   atol=1e-5, rtol=1e-5)
+        expected = theirs(torch.tensor([ids])).logits[0]  # [L, V]
+    # The rounding of fp32, 1.2e-7 of the largest logit, over all layers.
+    torch.testing.assert_close(ours.next_logits(states), expected, rtol=0,
+                               atol=4e-6 * expected.abs().max().item())
     stops = transformers.GenerationConfig.from_pretrained(work / "reference").eos_token_id
     assert our_tokenizer.stop_id in stops and our_tokenizer.eos_id in stops
 
