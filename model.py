@@ -1208,15 +1208,12 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
     # Every stored tensor must find its place, and every place its tensor.
     missing = dict(model.named_parameters())
     for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                    tensor = file.get_tensor(name)  # mapped: read where it is looked at
-                    if new_token and name in (EMBEDDING, HEAD):
-                        tensor = add_row(tensor, *new_token)
-                    place(model, missing, name, tensor, kind, device, path)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                tensor = file.get_tensor(name)  # mapped: read where it is looked at
+                if new_token and name in (EMBEDDING, HEAD):
+                    tensor = add_row(tensor, *new_token)
+                place(model, missing, name, tensor, kind, device, path)
 
     # A new adapter is stored nowhere yet.
     if not own:
@@ -1234,6 +1231,14 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
     if own and dtype:
         merge_adapter(model, dtype)
     return model.eval()
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, or an InputError that names it."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device, path) -> None:

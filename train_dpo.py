@@ -25,7 +25,7 @@ import model as modeling  # isort: skip  # before torch: it says how threads wai
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import data
@@ -378,8 +378,8 @@ def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[lis
     key, kind = fingerprint(folder, groups), str(hardware.dtype).removeprefix("torch.")
     path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
     if path.exists():
-        values = load_file(path)
-        return [values[name] for name in groups], key
+        with modeling.open_tensors(path) as file:
+            return [file.get_tensor(name) for name in groups], key
 
     began, values = time.perf_counter(), {}
     model = train_sft.load_model(folder, c, hardware)

@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple
 import model as modeling  # isort: skip  # before torch: it says how threads wait
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -681,8 +680,11 @@ def save_state(folder: Path, model, optimizer, scaler, step: int, write: bool = 
 def load_state(folder: Path, model, optimizer, scaler) -> None:
     """Put the last saved state back bit for bit; of a sharded model every rank reads its rows."""
     parameters = dict(trained_parameters(model))
-    for path in step_folders(folder)[-1].glob("*.safetensors"):
-        with safe_open(path, "pt") as file, torch.no_grad():
+    paths = sorted(step_folders(folder)[-1].glob("*.safetensors"))
+    check(paths and paths[-1].stem.endswith(("state", f"-of-{len(paths):05d}")),
+          f"--resume: files are missing in {folder}")
+    for path in paths:
+        with modeling.open_tensors(path) as file, torch.no_grad():
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 kind, name = key.split(".", 1)
                 p, tensor = parameters[name], file.get_tensor(key)
@@ -717,10 +719,13 @@ def find_start_step(c: Config) -> int:
     said may be replaced.
     """
     # The first save writes the weights, and for the state three times as much, or more.
-    folder, reference = Path(c.output_dir), getattr(c, "reference", "")
-    inputs = [c.model, reference or c.model, modeling.read_adapter(c.model)[0]]
-    size = sum(file.stat().st_size for file in inputs[-1].glob("*.safetensors"))
+    folder, base = Path(c.output_dir), modeling.read_adapter(c.model)[0]
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     size *= (c.lora_merge or not c.lora_rank) * (1 + c.keep) + 3 * (not c.lora_rank)
+    # With an adapter its base is an input, with a kept step the run that would remove it.
+    given = [getattr(c, name, "") for name in ("model", "reference", "teacher", "reward_model")]
+    inputs = [Path(x).resolve() for g in given if g for x in (g, modeling.read_adapter(g)[0])]
+    inputs += [path.parent for path in inputs if path in step_folders(path.parent)]
     modeling.check_output("--output_dir", folder, inputs, size)
 
     # The state says how far the run came that stands there.

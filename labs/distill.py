@@ -97,8 +97,8 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5,
 def chunk_loss(mine: Tensor, my_head: Tensor, theirs: Tensor, their_head: Tensor, targets: Tensor,
                c: Config) -> Tensor:
     """The loss of each of some positions [rows], from states [rows, D] and [rows, teacher's D]."""
-    student = (mine @ my_head.T).float()  # [rows, V]
-    teacher = (theirs @ their_head.T).float()  # [rows, V]
+    student = (mine @ my_head.to(mine.dtype).T).float()  # [rows, V]
+    teacher = (theirs @ their_head.to(theirs.dtype).T).float()  # [rows, V]
     soft = divergence(student, teacher, c.divergence, c.beta, c.temperature)
     hard = -student.log_softmax(-1).gather(1, targets[:, None])[:, 0]  # [rows]
     return c.alpha * hard + (1 - c.alpha) * c.temperature**2 * soft
@@ -184,7 +184,7 @@ def demo() -> dict:
             "learning_rate": 3e-3, "warmup": 20, "log_every": 100}
 
 
-def check_flags(c: Config, tokenizer: data.ChatTokenizer) -> None:
+def check_flags(c: Config) -> None:
     """Raise InputError for flags that make no sense here, or a teacher of other tokens."""
     check(int(os.environ.get("WORLD_SIZE", 1)) == 1, "labs.distill runs in one process")
     check(c.teacher, "--teacher DIR is missing: whose probabilities the student learns")
@@ -195,8 +195,8 @@ def check_flags(c: Config, tokenizer: data.ChatTokenizer) -> None:
     check(c.max_new_tokens > 0, f"--max_new_tokens must be above 0, not {c.max_new_tokens}")
     check(c.dropout == [0.0] and not c.neftune_alpha and not c.eot,
           "--dropout, --neftune_alpha and --eot are for train_sft.py")
-    theirs = data.ChatTokenizer(c.teacher)
-    check(tokenizer.tokenizer.get_vocab() == theirs.tokenizer.get_vocab(),
+    mine, theirs = (data.ChatTokenizer(folder).tokenizer for folder in (c.model, c.teacher))
+    check(mine.get_vocab() == theirs.get_vocab(),
           f"{c.teacher} and {c.model} have different tokens; probabilities compare token by token")
     sizes = [modeling.load_config(folder).vocab_size for folder in (c.model, c.teacher)]
     check(sizes[0] == sizes[1], f"{c.model} has {sizes[0]} rows of tokens, {c.teacher} {sizes[1]}")
@@ -205,22 +205,17 @@ def check_flags(c: Config, tokenizer: data.ChatTokenizer) -> None:
 def main() -> None:
     """Read the flags, prepare, train, report."""
     c = train_sft.resolve_config(Config, sys.argv[1:], {}, demo)
-    tokenizer = data.ChatTokenizer(c.model, c.template)
-    check_flags(c, tokenizer)
+    check_flags(c)
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
-    config = modeling.load_config(c.model)
-    floors = train_sft.try_exams(c, tokenizer, config, False)
-    c.learning_rate = c.learning_rate or 2e-5 * 4096 / config.hidden_size  # see train_sft.main
-    run, facts = train_sft.prepare_data(c, lambda files: data.load_examples(
-        files, tokenizer, c.train_on, c.max_length, skip_bad_rows=c.skip_bad_rows), False)
+    tokenizer, run, facts = train_sft.prepare(c, train_sft.load_rows, hardware)
 
     student, _ = train_sft.load_trainable(c, hardware)
     teacher = modeling.load(c.teacher, torch.float32, hardware.device)
     train_sft.start_run(c, run.steps, facts, hardware)
     train_sft.announce(c, student, tokenizer, run.steps, hardware)
     step = partial(distill_step, teacher=teacher, stop_ids=tokenizer.stop_ids)
-    records, status = train_sft.train(c, tokenizer, run._replace(exam_floors=floors), start_step,
-                                      student, student, hardware, step)
+    records, status = train_sft.train(c, tokenizer, run, start_step, student, student, hardware,
+                                      step)
     if not train_sft.ended_early("-m labs.distill", c, start_step, run.steps, records, hardware):
         train_sft.summary(c, records)
     hardware.leave(status)

@@ -78,7 +78,9 @@ def main() -> None:
     c = train_sft.resolve_config(Config, sys.argv[1:], {}, lambda: DEMO)
     check(len(c.data) > 1 and c.val_data, "--data needs two files or more, --val_data some too")
     check(c.seeds > 1, f"--seeds must be at least 2, to show a spread, not {c.seeds}")
-    tokenizer, hardware = data.ChatTokenizer(c.model, c.template), train_sft.setup_hardware(c.dtype)
+    check(not (c.eot or c.lora_rank), "--eot and --lora_rank are for train_sft.py")
+    tokenizer = data.ChatTokenizer(c.model, c.template, system=c.system)
+    hardware = train_sft.setup_hardware(c.dtype)
     check(hardware.world == 1, "labs.grid runs in one process")
     width = modeling.load_config(c.model).hidden_size
     c.mix, c.learning_rate = "weights", c.learning_rate or 2e-5 * 4096 / width  # as train_sft.py

@@ -220,8 +220,8 @@ def main() -> None:
     train_dpo.check_common(c)
     check(c.passes and max(c.gamma, c.gae_lambda) <= 1,
           "--passes must be at least 1, --gamma and --gae_lambda at most 1")
-    check(not (any(c.dropout) or c.neftune_alpha or c.exam_every or c.lora_rank),
-          "--exam_every and --lora_rank are not for labs.ppo; nor are --dropout and "
+    check(not (any(c.dropout) or c.neftune_alpha or c.exam_every or c.lora_rank or c.keep),
+          "--exam_every, --keep and --lora_rank are not for labs.ppo; nor are --dropout and "
           "--neftune_alpha: another policy would be trained than was sampled from")
     train_dpo.find_demo(c)
     modeling.check_output("--output_dir", c.output_dir, [c.reward_model, *c.beside])

@@ -180,16 +180,16 @@ def load_scalar(folder: str | Path, device, new_head: bool = False) -> Scalar:
     weights = {}
     for path in modeling.weight_files(Path(folder)):
         weights |= load_file(path)
-    if new_head:
+    model.stored_dtype = next(iter(weights.values())).dtype
+    if new_head:  # an adapter is merged first
+        weights |= dict(modeling.load(folder).named_parameters())
         weights["score.weight"] = torch.zeros(1, model.config.hidden_size)
 
-    # What is not asked for is an LM head.
-    found = {}
+    found = {}  # all but the LM head
     for name, p in model.named_parameters():
         check(name in weights and weights[name].shape == p.shape,
               f"{folder}: weight {name} is missing, or not of shape {list(p.shape)}")
         found[name] = weights[name].to(device, torch.float32)
-    model.stored_dtype = weights["model.norm.weight"].dtype
     model.load_state_dict(found, assign=True)
     return model
 

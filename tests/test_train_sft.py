@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluation
 import model as modeling
+import train_dpo
 import train_sft
 
 
@@ -648,3 +649,40 @@ def test_bar_fits_80_columns(work, monkeypatch):
     shown = sys.stderr.getvalue().replace("\n", "\r").split("\r")
     log.bar.close()
     assert max(map(len, shown)) <= 80 and "exam 0.5000" in shown[-1]
+
+
+@pytest.mark.parametrize("case", ["model", "adapter", "reference"])
+def test_overwrite_does_not_remove_a_kept_step_that_is_an_input(work, tmp_path, case):
+    step = tmp_path / "kept/step-00002"
+    shutil.copytree(work / "base", step)
+    shutil.copytree(work / "base", tmp_path / "other")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+        "base_model_name_or_path": str(step)}))
+    script = train_dpo if case == "reference" else train_sft
+    model = {"model": step, "adapter": tmp_path / "adapter", "reference": tmp_path / "other"}[case]
+    extra = ["--reference", tmp_path / "adapter"] if case == "reference" else []
+    _, text = train(tmp_path, "kept", "--model", model, "--data", work / "rows.jsonl", *extra,
+                    "--overwrite", status=2, script=script)
+    assert "is the input" in text and text.count("\n") == 1 and (step / "config.json").exists()
+
+
+@pytest.mark.parametrize("case, said", [
+    ("old", "of another version"), ("cut", "cannot be read"), ("part", "files are missing"),
+    ("empty", "files are missing")])
+def test_resume_of_what_is_not_whole_ends_with_one_line(work, tmp_path, case, said, monkeypatch):
+    monkeypatch.setattr(modeling, "SHARD_BYTES", 200_000)
+    train(tmp_path, "run", *inputs(work), "--steps", 1)
+    state, first, *rest = sorted((tmp_path / "run/state").glob("**/*"))
+    assert rest
+    if case == "old":
+        first.rename(state.parent / "state.safetensors")
+        path = tmp_path / "run/run.json"
+        path.write_text(path.read_text().replace('"keep": 0', '"kept": 0'))
+    if case == "cut":
+        first.write_bytes(first.read_bytes()[:5000])
+    for path in {"part": [first], "empty": [first, *rest]}.get(case, []):
+        path.unlink()
+    _, text = train(tmp_path, "run", "--resume", status=2)
+    assert said in text.splitlines()[-1]

@@ -200,3 +200,12 @@ def test_teacher_of_other_tokens_is_refused(work, tmp_path):
     assert "have different tokens" in said
     config = json.loads((work / "teacher" / "config.json").read_text())
     assert config["vocab_size"] == modeling.load_config(work / "student").vocab_size
+
+
+def test_student_may_be_an_adapter_beside_a_base_in_bf16(work, tmp_path):
+    families.make_checkpoint(tmp_path / "base", "smollm2", seed=1, dtype=torch.bfloat16)
+    (lora, _), (whole, _) = (
+        train(tmp_path, f"out{rank}", *flags(work, model=tmp_path / "base", lora_rank=rank),
+              script=distill) for rank in (2, 0))
+    assert curve(lora)[0] == pytest.approx(curve(whole)[0], abs=1e-4)  # B begins with 0
+    assert curve(lora)[1:] != curve(whole)[1:]

@@ -314,3 +314,12 @@ def test_classifier_of_another_size_is_named(work, tmp_path):
     save_file(stored, tmp_path / "two" / "model.safetensors")
     with pytest.raises(modeling.InputError, match="score.weight is missing, or not of shape"):
         reward_model.load_scalar(tmp_path / "two", "cpu")
+
+
+def test_reward_model_begins_with_an_adapter_merged_into_its_base(work, tmp_path):
+    train(tmp_path, "adapter", *inputs(work), "--lora_rank", 2, "--learning_rate", 1e-2,
+          "--steps", 2, script=train_dpo)
+    found = reward_model.load_scalar(tmp_path / "adapter", "cpu", new_head=True).state_dict()
+    merged, base = (modeling.load(f).state_dict() for f in (tmp_path / "adapter", work / "base"))
+    assert all(torch.equal(value, found[name]) for name, value in merged.items())
+    assert any(not torch.equal(value, found[name]) for name, value in base.items())
