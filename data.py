@@ -425,7 +425,7 @@ END_QUESTIONS = r"""{%- set turns = namespace(all=[]) -%}
 # SIGN breaks up a control token in a content. BORDER keeps two tokens apart. BEGIN and END stand
 # where a template has {% generation %} marks, PROBE for an answer, KEPT for an answer's </think>.
 SIGN, BORDER, BEGIN, END, PROBE, KEPT = OURS = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
-UNMARK = re.compile(f"[{BEGIN}{END}]").sub
+UNMARK, DROP_OURS = re.compile(f"[{BEGIN}{END}]").sub, re.compile(f"[{OURS}]").sub
 THOUGHT = f"<think>\n{PROBE}\n</think>\n\n{PROBE}"
 CONTROL = re.compile(r"<\|[^|\s]+\|>|<｜[^｜\s]+｜>|\[/?[A-Z_]+\]")  # how control tokens look
 OTHER = "; --template takes another one: chatml, plain, a name of labs/templates, a .jinja file"
@@ -527,8 +527,8 @@ class ChatTemplate:
     def hide(self, value):
         """A message, or any part of one, with a SIGN inside every text that is a control token."""
         if isinstance(value, str):
-            value = value.translate(dict.fromkeys(map(ord, OURS)))
-            return self.control.sub(lambda found: found[0][0] + SIGN + found[0][1:], value)
+            text = DROP_OURS("", value)
+            return self.control.sub(lambda found: found[0][0] + SIGN + found[0][1:], text)
         if isinstance(value, dict):
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         return [self.hide(item) for item in value] if isinstance(value, list) else value

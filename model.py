@@ -78,7 +78,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), in the finer type of the two.
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), in the finer of their types.
 
     What comes out is read by matrix products alone, so it is cast to their type here, once.
     """
@@ -91,13 +91,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kind = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight, narrow = x.to(kind), self.weight.to(kind), product_dtype(self.weight)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+
+        # In 16 bits torch sums in fp32 within, which the one by hand would not.
+        by_hand = x.device.type == "cpu" and kind == torch.float32
+        if by_hand and not torch.compiler.is_compiling():
             return CPUNorm.apply(x, weight, self.eps, narrow)
         return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(narrow)
 
 
 class CPUNorm(torch.autograd.Function):
-    """F.rms_norm with its gradient by hand: on a CPU torch puts it together from many passes.
+    """F.rms_norm in fp32, its gradient by hand: on a CPU torch puts it together from many passes.
 
     With n = x / r, r = sqrt(mean(x^2) + eps), y = n * weight and arriving gradients g
 
@@ -113,8 +116,10 @@ class CPUNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, weight, scale = ctx.saved_tensors
-        n = x * scale
-        product = g * n  # in fp32
+        n = x * scale  # [..., D]
+
+        # Both gradients need g n. g arrives in the type of the products, n is fp32, and so is this.
+        product = g * n  # [..., D]
         mean = (product @ weight)[..., None] / x.shape[-1]  # [..., 1]
         grad_x = (g * weight).addcmul_(n, mean, value=-1).mul_(scale)
         return grad_x, product.flatten(0, -2).sum(0), None, None

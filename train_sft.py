@@ -712,6 +712,12 @@ def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
     hardware.barrier()
 
 
+def input_folders(folders) -> list[Path]:
+    """Checkpoints that are read, an adapter's base, and of a kept step the run that removes it."""
+    inputs = [Path(x).resolve() for f in folders for x in (f, modeling.read_adapter(f)[0])]
+    return inputs + [path.parent for path in inputs if path in step_folders(path.parent)]
+
+
 def find_start_step(c: Config) -> int:
     """The step to start after: 0, or with --resume the last one saved.
 
@@ -722,11 +728,8 @@ def find_start_step(c: Config) -> int:
     folder, base = Path(c.output_dir), modeling.read_adapter(c.model)[0]
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     size *= (c.lora_merge or not c.lora_rank) * (1 + c.keep) + 3 * (not c.lora_rank)
-    # With an adapter its base is an input, with a kept step the run that would remove it.
     given = [getattr(c, name, "") for name in ("model", "reference", "teacher", "reward_model")]
-    inputs = [Path(x).resolve() for g in given if g for x in (g, modeling.read_adapter(g)[0])]
-    inputs += [path.parent for path in inputs if path in step_folders(path.parent)]
-    modeling.check_output("--output_dir", folder, inputs, size)
+    modeling.check_output("--output_dir", folder, input_folders(filter(None, given)), size)
 
     # The state says how far the run came that stands there.
     states = step_folders(folder / STATE)
@@ -739,7 +742,10 @@ def find_start_step(c: Config) -> int:
                                    "*.safetensors", "step-*") for path in folder.glob(name)]
     what = f"a checkpoint ({held[0]})" if held else ""
     if step:
-        steps = modeling.read_json(folder / "run.json")["steps"]
+        run = folder / "run.json"
+        check(run.exists(), f"{folder} holds the state of a run, at step {step}, but no run.json; "
+              "choose another --output_dir, or add --overwrite to replace it")
+        steps = modeling.read_json(run)["steps"]
         what = "a finished run" if step == steps else (
             f"a run that stopped at step {step} of {steps} (--resume goes on with it)")
     check(not what, f"{folder} holds {what}; choose another --output_dir, or add --overwrite to "
@@ -848,7 +854,8 @@ class Log:
     def earlier(self, start_step: int) -> list[dict]:
         """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
         # What comes after the saved step is computed, and written, once more.
-        lines = self.path.read_text(encoding="utf-8").splitlines() if start_step else []
+        there = start_step and self.path.exists()  # who has lost it can go on all the same
+        lines = self.path.read_text(encoding="utf-8").splitlines() if there else []
         records = []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):
@@ -905,7 +912,7 @@ class Log:
 def ended_early(script: str, c: Config, start_step: int, steps: int, records: list[dict],
                 hardware: Hardware) -> bool:
     """Whether the run stopped early, or had nothing left to do; printed, with how to go on."""
-    last = records[-1]["step"]
+    last = records[-1]["step"] if records else start_step
     if last < steps:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         many = f"torchrun --nproc_per_node={hardware.world // nodes}"

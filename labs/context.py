@@ -63,7 +63,7 @@ class Config:
     seed: int = 0  # of texts, weights and order
 
 
-TEXTS = 2000  # to train a stage on
+TEXTS = 2000  # to train a stage on, at most
 
 # ==== read: the loss by position ==================================================================
 
@@ -97,30 +97,30 @@ def list_twice(facts: list[tuple[str, int]], length: int, rng: random.Random) ->
     return text + text
 
 
-def stages(c: Config) -> list[tuple[str, int, list[str]]]:
-    """(name, longest text in tokens, flags) of the base and of the two stages."""
+def stages(c: Config) -> list[tuple[str, int, int, list[str]]]:
+    """(name, longest text in tokens, steps, flags) of the base and of the two stages."""
     out, quarter = c.output_dir, c.steps // 4
-    return [("base", c.positions, ["--model", f"{out}/new", "--steps", str(c.steps),
-                                   "--learning_rate", "2e-3"]),
-            ("stage1", 2 * c.positions, ["--model", f"{out}/base", "--steps", str(quarter),
-                                         "--context", str(2 * c.positions),
-                                         "--learning_rate", "1e-3"]),
-            ("stage2", 4 * c.positions, ["--model", f"{out}/stage1", "--steps", str(quarter),
-                                         "--context", str(4 * c.positions),
-                                         "--learning_rate", "1e-3"])]
+    return [("base", c.positions, c.steps,
+             ["--model", f"{out}/new", "--learning_rate", "2e-3"]),
+            ("stage1", 2 * c.positions, quarter,
+             ["--model", f"{out}/base", "--learning_rate", "1e-3",
+              "--context", str(2 * c.positions)]),
+            ("stage2", 4 * c.positions, quarter,
+             ["--model", f"{out}/stage1", "--learning_rate", "1e-3",
+              "--context", str(4 * c.positions)])]
 
 
-def run_stage(c: Config, name: str, length: int, flags: list[str], facts) -> None:
+def run_stage(c: Config, name: str, length: int, steps: int, flags: list[str], facts) -> None:
     """Write a stage's texts and train on them, as anybody would from the command line."""
-    rng, path = random.Random(f"{c.seed} {name}"), f"{c.output_dir}/{name}.jsonl"
-    rows = [{"text": list_twice(facts, length, rng)} for _ in range(TEXTS)]
-    modeling.write_lines(Path(path), [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
-
     # A step of every stage has as many tokens.
     size = 4096 // length
+    rng, path = random.Random(f"{c.seed} {name}"), f"{c.output_dir}/{name}.jsonl"
+    rows = [{"text": list_twice(facts, length, rng)} for _ in range(min(TEXTS, steps * size))]
+    modeling.write_lines(Path(path), [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+
     command = ["train_sft.py", "--data", path, "--output_dir", f"{c.output_dir}/{name}", *flags,
-               "--max_length", str(length), "--batch_size", str(size), "--seed", str(c.seed),
-               "--adam_beta2", "0.98", "--log_every", "200", "--overwrite"]
+               "--steps", str(steps), "--max_length", str(length), "--batch_size", str(size),
+               "--seed", str(c.seed), "--adam_beta2", "0.98", "--log_every", "200", "--overwrite"]
     print("python", *command, flush=True)
     subprocess.run([sys.executable, Path(train_sft.__file__).parent / command[0], *command[1:]],
                    check=True, stdout=subprocess.DEVNULL)
@@ -168,14 +168,14 @@ def main(c: Config) -> None:
     make_new(c)
     tokenizer = data.ChatTokenizer(f"{c.output_dir}/new")
     facts = all_facts(tokenizer)
-    for name, length, flags in stages(c):
-        run_stage(c, name, length, flags, facts)
+    for name, length, steps, flags in stages(c):
+        run_stage(c, name, length, steps, flags, facts)
 
     # Texts of the longest kind, in orders that nobody was trained on.
     rng = random.Random(f"{c.seed} held out")
     plans = [tokenizer.text(list_twice(facts, 4 * c.positions, rng)) for _ in range(c.texts)]
     examples = [data.Example(*encoded) for encoded in tokenizer.encode(plans)]
-    models = {name: modeling.load(f"{c.output_dir}/{name}") for name, _, _ in stages(c)}
+    models = {name: modeling.load(f"{c.output_dir}/{name}") for name, *_ in stages(c)}
     stretched = modeling.load(f"{c.output_dir}/base")
     stretched.config = modeling.stretch(stretched.config, 4 * c.positions, "", 0)
     models = {"base": models["base"], "only stretched": stretched, **models}

@@ -17,7 +17,7 @@ that was sampled: the ratio corrects for that, the clip ends what a token can te
     python -m labs.ppo --model out/sft --data pairs.json --beside out/dpo
 
 What you should see (means of five seeds, +- 0.02 in reward and 0.07 in KL). PPO gets more of the
-reward for more KL; polite and right (labs/rl.py) are 49%, 98% and 86% of samples.
+reward for more KL; polite and right (labs/rl.py) are 49%, 98% and 86% of samples (two seeds).
 
     held out   reward   order   exam    KL  seconds
     out/sft     -0.04   55.0%  99.7%  0.00
@@ -224,7 +224,8 @@ def main() -> None:
           "--exam_every, --keep and --lora_rank are not for labs.ppo; nor are --dropout and "
           "--neftune_alpha: another policy would be trained than was sampled from")
     train_dpo.find_demo(c)
-    modeling.check_output("--output_dir", c.output_dir, [c.reward_model, *c.beside])
+    modeling.check_output("--output_dir", c.output_dir,
+                          train_sft.input_folders([c.reward_model, *c.beside]))
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     check(hardware.world == 1, "labs.ppo runs in one process, without torchrun")
     tokenizer, run, facts = train_dpo.prepare(c, reward_model.load_pairs, hardware)

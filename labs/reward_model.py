@@ -30,7 +30,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import data
@@ -179,7 +178,8 @@ def load_scalar(folder: str | Path, device, new_head: bool = False) -> Scalar:
         model = Scalar(modeling.load_config(folder))
     weights = {}
     for path in modeling.weight_files(Path(folder)):
-        weights |= load_file(path)
+        with modeling.open_tensors(path) as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.stored_dtype = next(iter(weights.values())).dtype
     if new_head:  # an adapter is merged first
         weights |= dict(modeling.load(folder).named_parameters())

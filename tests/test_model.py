@@ -374,6 +374,13 @@ def test_the_norm_of_a_cpu_and_its_gradients_equal_rms_norm(dtype):
     assert_close(found, wanted, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
+def test_a_norm_of_16_bit_weights_sums_in_fp32():
+    norm = M.RMSNorm(512, 1e-5).bfloat16()
+    x = torch.randn(50, 512).bfloat16()
+    exact = torch.nn.functional.rms_norm(x.float(), (512,), norm.weight.float(), 1e-5)
+    assert torch.equal(norm(x), exact.bfloat16())
+
+
 # -------------------------------------------------------------------------------------- the LM head
 
 
@@ -1182,11 +1189,11 @@ def test_twelve_layers_of_ragged_batches_compile_to_four_graphs_without_a_break(
     assert 2 <= len(graphs) <= 4, len(graphs)
 
 
-SLOW = os.environ.get("PLAINTUNE_SLOW_TESTS")  # set it to let Inductor call the C++ compiler
+SLOW = os.environ.get("PLAINTUNE_SLOW")  # set it to let Inductor call the C++ compiler
 
 
 @pytest.mark.skipif(not SLOW or not (shutil.which("g++") or shutil.which("clang++")),
-                    reason="a minute of compilation: set PLAINTUNE_SLOW_TESTS")
+                    reason="a minute of compilation: set PLAINTUNE_SLOW")
 def test_layers_compiled_by_inductor_give_the_same_logprobs():
     model = small(num_hidden_layers=2).requires_grad_(False)
     batches = [draw(lengths, 50) for lengths in ([5, 12], [20], [7, 7, 9])]

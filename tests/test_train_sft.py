@@ -195,6 +195,17 @@ def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
     assert_same(work, "reference", "killed")
 
 
+def test_a_run_that_has_lost_its_metrics_goes_on_with_its_weights(work, reference):
+    interrupt(work, "no_metrics", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
+    (work / "no_metrics/metrics.jsonl").unlink()
+    records, _ = train(work, "no_metrics", "--resume")
+    assert curve(records) == curve(reference[0])[-len(records):]
+    assert all(torch.equal(value, weights(work / "reference")[name])
+               for name, value in weights(work / "no_metrics").items())
+    (work / "no_metrics/metrics.jsonl").unlink()
+    assert "is complete" in train(work, "no_metrics", "--resume")[1]
+
+
 def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference):
     interrupt(work, "ranks", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
     records, _ = train(work, "ranks", "--resume", ranks=2)
@@ -485,6 +496,7 @@ def contents(folder):
 @pytest.mark.parametrize("output,said", [
     ("base", "is the input"), ("./nowhere/../base", "is the input"), ("link", "is the input"),
     ("finished", "holds a finished run; choose another --output_dir, or add --overwrite"),
+    ("lost", "holds the state of a run, at step 1, but no run.json"),
     ("foreign", "holds a checkpoint (config.json)"), ("adapter", "holds a checkpoint (adapter_con"),
     ("shards", "holds a checkpoint (w.safe"), ("rows.jsonl", "is a file"),
     ("rows.jsonl/below", "is a file"), ("/proc/here", "cannot be written"),
@@ -497,6 +509,8 @@ def test_output_that_would_replace_something_or_has_no_place_is_refused(work, ou
             (work / name).mkdir()
             (work / name / file).write_text("{}")
         train(work, "finished", *inputs(work), "--steps", 1)
+        shutil.copytree(work / "finished", work / "lost")
+        (work / "lost/run.json").unlink()
     before = contents(work)
     _, text = train(work, output, *inputs(work), "--steps", 1, status=2)
     assert said in text and text.count("\n") == 1 and contents(work) == before
