@@ -483,7 +483,7 @@ class Layout:
         turns = factor * torch.stack((angles.cos(), angles.sin()))  # [2, T, Dh/2]
         self.cos, self.sin = send(turns[:, :, None], device)  # [T, 1, Dh/2] each
 
-        self.varlen = varlen_fits(device, dtype)
+        self.varlen = varlen_fits(config, device, dtype)
         if isinstance(prefix, Cache):
             self.place = send(torch.stack((torch.arange(B), start)), device)  # [2, B] row, column
         elif self.varlen:
@@ -551,7 +551,8 @@ def combine(key: Tensor, value: Tensor | int) -> Tensor:
 
     The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
     """
-    x = (key + value * 0x9E3779B1) & 0xFFFFFFFF
+    # 0x9E3779B1 less 2^32, the same modulo 2^32: torch.compile wants it to fit in an int32.
+    x = (key + value * -0x61C8864F) & 0xFFFFFFFF
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & 0xFFFFFFFF
     x = x ^ (x >> 15)
@@ -626,7 +627,7 @@ def token_logprobs(states: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 LOGIT_BYTES = 2**27  # of logits alive at once
 CACHED_LOGITS = 2**20  # of them in fp32 at a time: 4 MB stay in a processor's cache
-CUDA_LOGITS = 2**30, 2**26  # the same on CUDA: small chunks would read the whole head too often
+CUDA_LOGITS = 2**31, 2**26  # the same on CUDA: small chunks would read the whole head too often
 
 
 def logit_sizes(device: torch.device) -> tuple[int, int]:
@@ -729,14 +730,19 @@ class Cache:
             # Texts that were encoded once part here: every row gets room of its own.
             padded = [nn.utils.rnn.pad_sequence(t.split(prefix.lengths), True) for t in pair]
             self.layers.append([t[prefix.rows] for t in padded])  # [B, longest, K, Dh]
+        self.grow(CACHE_BLOCK - max(prefix.lengths) % CACHE_BLOCK)
         self.advance()
 
     def advance(self) -> None:
         """Count one more token in every row, and make room for the next."""
         self.lengths = [length + 1 for length in self.lengths]
         if max(self.lengths) == self.layers[0][0].shape[1]:
-            grown = (0, 0, 0, 0, 0, CACHE_BLOCK)  # behind the last token, of [B, room, K, Dh]
-            self.layers = [[F.pad(t, grown) for t in pair] for pair in self.layers]
+            self.grow(CACHE_BLOCK)
+
+    def grow(self, tokens: int) -> None:
+        """Make room behind the last token of every row."""
+        behind = (0, 0, 0, 0, 0, tokens)  # of [B, room, K, Dh]
+        self.layers = [[F.pad(t, behind) for t in pair] for pair in self.layers]
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
@@ -750,10 +756,10 @@ def attend_cached(q, k, v, past, layout, window) -> Tensor:
     for stored, new in zip(past, (k, v), strict=True):
         stored[row, column] = new
 
-    # The rows are unlike in length, so a mask hides what lies behind the end of each.
-    S = max(layout.prefix.lengths) + 1
-    mask = visible(column, S, window)[:, None, None]  # [B, 1, 1, S]
-    return attend(q[:, None], past[0][:, :S], past[1][:, :S], mask)[:, 0]  # [B, H, Dh]
+    # A mask hides what lies behind the end of each row. To look at all the room there is keeps the
+    # shapes the same for many tokens: a GPU looks for a kernel again whenever they change.
+    mask = visible(column, past[0].shape[1], window)[:, None, None]  # [B, 1, 1, room]
+    return attend(q[:, None], *past, mask)[:, 0]  # [B, H, Dh]
 
 
 @dataclass
@@ -873,13 +879,16 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int, **how)
 
 # ---- skip on a first reading: attention by CUDA's kernel for flat tokens -------------------------
 
+VARLEN_FLAGS = inspect.signature(varlen_attn).parameters if varlen_attn else {}  # newer torch: more
 
-def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `varlen_attn` is there, with the arguments we need, for this device and type."""
+
+def varlen_fits(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `varlen_attn` is there, with the arguments we need, for this model and device."""
+    if config.head_dim % 8 or config.head_dim > 256:
+        return False
     if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
         return False
-    known = varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return bool(known) and torch.cuda.get_device_capability(device)[0] >= 8
+    return "window_size" in VARLEN_FLAGS and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def plan_varlen(layout: Layout, counts: Tensor, stored: list, rows: list, device) -> None:
@@ -904,9 +913,10 @@ def attend_varlen(q, k, v, layout, window) -> Tensor:
     """All examples in one call; the kernel's mask is causal, aligned at the last tokens."""
     if layout.order is not None:
         k, v = k.index_select(0, layout.order), v.index_select(0, layout.order)  # [sum of S, K, Dh]
-    left = -1 if window is None else window - 1
-    return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest,
-                       window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    flags = {"window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in VARLEN_FLAGS:  # before torch 2.12 nobody asked for it
+        flags["enable_gqa"] = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest, **flags)
 
 
 # ---- skip on a first reading: RoPE's variants ----------------------------------------------------

@@ -89,7 +89,7 @@ class Config:
     # hardware: these must not change the result
     micro_tokens: int = 8192  # tokens per forward pass; lower it when memory runs out
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; weights are fp32
-    compile: bool = False  # torch.compile the layers: slow first steps; not yet measured on a GPU
+    compile: bool = None  # torch.compile the layers; not given: on CUDA in bf16, unless with LoRA
     checkpoint_activations: bool = False  # recompute layers in the backward: less memory, slower
     shard: bool = False  # each rank keeps a part of weights, gradients and moments (FSDP)
     # what is written and measured
@@ -476,7 +476,12 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
 
     # What follows saves memory or time and must not change the result.
     model.checkpoint_activations = c.checkpoint_activations
-    if c.compile:
+
+    # In bf16 on a GPU compiling was measured to pay (labs/bench_gpu.py): half a minute at first,
+    # then a sixth more speed. With an adapter it was not measured.
+    cuda = hardware.device.type == "cuda" and torch.cuda.is_available()
+    measured = cuda and hardware.dtype == torch.bfloat16 and not c.lora_rank
+    if measured if c.compile is None else c.compile:
         model.compile_layers()
 
     # Under DDP every rank holds the whole model, and gradients are averaged in the backward pass.

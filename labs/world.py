@@ -33,10 +33,10 @@ SFT_DEMO = {
                                              "identity.jsonl", "text.txt")],
     "val_data": ["out/demo/practice_val.jsonl", "out/demo/instructions_val.jsonl"],
     "steps": 1600, "batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "adam_beta2": 0.98,
-    "log_every": 200, "eval_every": 50, "max_length": 512}
+    "log_every": 200, "eval_every": 50, "max_length": 512, "compile": False}
 DPO_DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
             "val_data": ["out/demo/pairs_val.jsonl"], "epochs": 3, "batch_size": 16,
-            "learning_rate": 5e-5, "log_every": 10}
+            "learning_rate": 5e-5, "log_every": 10, "compile": False}
 CHATS, TURNS = 300, 4  # conversations for training, and how many questions they have at most
 
 # ==== read: the world ============================================================================

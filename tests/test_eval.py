@@ -39,13 +39,6 @@ import model as modeling
 from labs import world
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """Where a GPU is at hand `--dtype auto` would mean bf16 there."""
-    monkeypatch.setattr(modeling, "best_device", lambda local=0: torch.device("cpu"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """A function from a family to (folder, transformers model, our tokenizer)."""

@@ -40,13 +40,6 @@ CEVAL = SHARED / "data/ceval"
 real = pytest.mark.skipif(not CEVAL.exists(), reason="needs the real exams in ../shared")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """Where a GPU is at hand `--dtype auto` would mean bf16 there."""
-    monkeypatch.setattr(modeling, "best_device", lambda local=0: torch.device("cpu"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
 def normalized(source, folder, pattern, content):
     """A copy of a checkpoint whose tokenizer replaces a pattern before it encodes."""
     shutil.copytree(source, folder)
@@ -94,12 +87,12 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("protocol,benchmark", PROMPTS)
-def test_prompts_of_both_protocols_to_the_character(protocol, benchmark, place):
-    shots = {"ceval": 2, "cmmlu": 1}[benchmark]
+@pytest.mark.parametrize("protocol,suite", PROMPTS)
+def test_prompts_of_both_protocols_to_the_character(protocol, suite, place):
+    shots = {"ceval": 2, "cmmlu": 1}[suite]
     tokenizer = data.ChatTokenizer(place / "one")
-    found = first_prompt(tokenizer, place / benchmark, 1, protocol=protocol, shots=shots)
-    assert found == PROMPTS[protocol, benchmark]
+    found = first_prompt(tokenizer, place / suite, 1, protocol=protocol, shots=shots)
+    assert found == PROMPTS[protocol, suite]
 
 
 def test_without_shots_a_prompt_is_header_and_question(place):
@@ -162,18 +155,18 @@ def test_real_prompt_keeps_the_line_ends_of_its_cells():
 # ----------------------------------------------------------------------- against the reference code
 
 
-def lm_eval_task(benchmark, handle, folder):
+def lm_eval_task(suite, handle, folder):
     """lm-eval's own task on local files, and the directory of its package."""
     task = pytest.importorskip("lm_eval.api.task")
     import yaml
 
-    base = Path(task.__file__).parent.parent / "tasks" / benchmark
-    shared = base / {"ceval": "_default_ceval_yaml", "cmmlu": "_default_template_yaml"}[benchmark]
-    name = {"ceval": "ceval-valid", "cmmlu": "cmmlu"}[benchmark]
+    base = Path(task.__file__).parent.parent / "tasks" / suite
+    shared = base / {"ceval": "_default_ceval_yaml", "cmmlu": "_default_template_yaml"}[suite]
+    name = {"ceval": "ceval-valid", "cmmlu": "cmmlu"}[suite]
     config = yaml.safe_load(shared.read_text(encoding="utf-8"))
     config |= yaml.safe_load((base / f"{name}_{handle}.yaml").read_text(encoding="utf-8"))
-    splits = {"ceval": ("dev", "val"), "cmmlu": ("dev", "test")}[benchmark]
-    files = {s: str(folder / s / (f"{handle}_{s}.csv" if benchmark == "ceval" else f"{handle}.csv"))
+    splits = {"ceval": ("dev", "val"), "cmmlu": ("dev", "test")}[suite]
+    files = {s: str(folder / s / (f"{handle}_{s}.csv" if suite == "ceval" else f"{handle}.csv"))
              for s in splits}
     for key in ("include", "dataset_name", "metadata"):
         config.pop(key, None)
@@ -183,17 +176,17 @@ def lm_eval_task(benchmark, handle, folder):
 
 @real
 @pytest.mark.parametrize("shots", [0, 5])
-@pytest.mark.parametrize("benchmark,handle", [
+@pytest.mark.parametrize("suite,handle", [
     ("ceval", "high_school_physics"), ("cmmlu", "anatomy")])
 def test_prompts_scores_and_predictions_are_those_of_lm_eval(
-        benchmark, handle, shots, tmp_path, monkeypatch):
+        suite, handle, shots, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = SHARED / "data" / benchmark
+    source = SHARED / "data" / suite
     folder = make_model(tmp_path / "model")
-    task, lm = lm_eval_task(benchmark, handle, source), HFLM(str(folder), device="cpu")
+    task, lm = lm_eval_task(suite, handle, source), HFLM(str(folder), device="cpu")
     task.set_config("num_fewshot", shots)
     c, (subject,), p = asked(source, protocol="lm_eval", shots=shots, subjects=[handle])
     tokenizer = data.ChatTokenizer(folder)

@@ -148,7 +148,7 @@ def reference_varlen(q, k, v, query_ends, key_ends, *_, window_size=(-1, -1), en
 
 def use_varlen(monkeypatch):
     """Take CUDA's path on a CPU, with a plain reference in the place of CUDA's kernel."""
-    monkeypatch.setattr(M, "varlen_fits", lambda device, dtype: True)
+    monkeypatch.setattr(M, "varlen_fits", lambda config, device, dtype: True)
     monkeypatch.setattr(M, "varlen_attn", reference_varlen)
 
 
@@ -1207,7 +1207,7 @@ def test_layers_compiled_by_inductor_give_the_same_logprobs():
 @pytest.mark.parametrize("window", [None, 4])
 def test_cudas_kernel_for_flat_tokens_takes_what_we_give_it(monkeypatch, window):
     """On the meta device, which checks arguments, shapes and types, and computes nothing."""
-    monkeypatch.setattr(M, "varlen_fits", lambda device, dtype: True)
+    monkeypatch.setattr(M, "varlen_fits", lambda config, device, dtype: True)
     config = M.read_config({**SETTINGS, "head_dim": 16})
     layout = M.Layout(config, [3, 5], M.Prefix([], [2, 7], [1, 0]), None, "meta",
                       torch.bfloat16)
@@ -1217,6 +1217,53 @@ def test_cudas_kernel_for_flat_tokens_takes_what_we_give_it(monkeypatch, window)
     out = M.attention(q, k, v, (past_k, past_v), layout, window)
     out.sum().backward()
     assert out.shape == q.shape and past_v.grad.shape == past_v.shape
+
+
+@needs_cuda
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("continued", ["nothing", "stored texts", "earlier examples"])
+def test_cudas_kernel_for_flat_tokens_equals_plain_attention_and_its_gradients(continued, window):
+    config = M.read_config({**SETTINGS, "num_attention_heads": 8, "num_key_value_heads": 2,
+                            "head_dim": 64})
+    lengths, stored, parents = [30, 7, 50, 64], None, None
+    if continued == "stored texts":
+        stored = M.Prefix([], [20, 9], [0, 1, 0, 1])
+    if continued == "earlier examples":
+        parents = [None, 0, 0, None]
+    layout = M.Layout(config, lengths, stored, parents, torch.device("cuda"), torch.bfloat16)
+    assert layout.varlen
+    torch.manual_seed(0)
+    leaves = [torch.randn(n, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+              for n, heads in ((151, 8), (151, 2), (151, 2), (29, 2), (29, 2))][:5 if stored else 3]
+    out = M.attention(*leaves[:3], leaves[3:] or None, layout, window)
+    weights = torch.randn_like(out)
+    found = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+    q, k, v, *past = exact = [x.detach().double().requires_grad_() for x in leaves]
+    parts = []
+    for i, (query, *own) in enumerate(zip(*(t.split(lengths) for t in (q, k, v)), strict=True)):
+        before = [t.split([20, 9])[stored.rows[i]] for t in past] if stored else []
+        if parents and parents[i] is not None:
+            before = [t[:30] for t in (k, v)]
+        keys, values = map(torch.cat, zip(before, own, strict=True)) if before else own
+        parts.append(M.plain_attention(query, keys, values, window))
+    plain = torch.cat(parts)
+    wanted = [plain, *torch.autograd.grad((plain * weights.double()).sum(), exact)]
+    for a, b in zip(found, wanted, strict=True):  # bf16 has 8 bits: 2^-9 per rounding
+        assert (a.double() - b).norm() < 6e-3 * b.norm()
+
+
+@needs_cuda
+def test_layers_compiled_for_cuda_draw_the_same_dropout_as_eager_ones():
+    model = small(num_hidden_layers=2, hidden_size=256, initializer_range=0.1).cuda().train()
+    model.set_dropout(0.3, 0.3)
+    lengths = [5, 40, 17]
+    batch = [x.cuda() if torch.is_tensor(x) else x for x in flat(draw(lengths, 50))]
+    noise = M.noise_keys(1, [0, 0, 2], [4, 5, 6], lengths, "cuda")
+    eager = model(*batch, noise=noise, neftune_alpha=5.0)
+    model.compile_layers()
+    assert_close([model(*batch, noise=noise, neftune_alpha=5.0)], [eager], 1e-4)
+    assert (model(*batch) - eager).abs().max() > 0.1
 
 
 @needs_cuda

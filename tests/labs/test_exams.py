@@ -29,13 +29,6 @@ import model as modeling
 from labs import exams
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """Where a GPU is at hand `--dtype auto` would mean bf16 there."""
-    monkeypatch.setattr(modeling, "best_device", lambda local=0: torch.device("cpu"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Folders: exams ceval, cmmlu, mmlu; checkpoints one, D."""
@@ -79,18 +72,18 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("protocol,benchmark", PROMPTS)
-def test_prompts_of_the_other_protocols_to_the_character(protocol, benchmark, place):
-    shots = 0 if protocol == "steel" else {"ceval": 2}.get(benchmark, 1)
-    found = first_prompt(data.ChatTokenizer(place / "one"), place / benchmark,
-                         0 if benchmark == "mmlu" else 1, protocol=protocol, shots=shots)
-    assert found == PROMPTS[protocol, benchmark]
+@pytest.mark.parametrize("protocol,suite", PROMPTS)
+def test_prompts_of_the_other_protocols_to_the_character(protocol, suite, place):
+    shots = 0 if protocol == "steel" else {"ceval": 2}.get(suite, 1)
+    found = first_prompt(data.ChatTokenizer(place / "one"), place / suite,
+                         0 if suite == "mmlu" else 1, protocol=protocol, shots=shots)
+    assert found == PROMPTS[protocol, suite]
 
 
 def test_no_scored_prompt_ends_in_white_space_which_lm_eval_would_move():
     table = {name: dict(row) for name, row in evaluation.PROTOCOLS.items()}
     exams.add_protocols(table)
-    assert {(name, benchmark) for name, row in table.items() for benchmark in row} == {
+    assert {(name, suite) for name, row in table.items() for suite in row} == {
         *PROMPTS, ("steel", "cmmlu"), *((name, exam) for name in ("official", "lm_eval")
                                         for exam in ("ceval", "cmmlu"))}
     for name, row in table.items():
@@ -111,12 +104,12 @@ def test_turns_of_a_chat_begin_without_a_space_and_hold_explanations(place):
         + user.format(f"{Q}\n答案：") + "<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("benchmark,sizes,handle,name,category", [
+@pytest.mark.parametrize("suite,sizes,handle,name,category", [
     ("mmlu", [19, 12, 13, 13], "us_foreign_policy", "us foreign policy", "Social Science"),
     ("cmmlu", [17, 22, 13, 15], "college_engineering_hydrology", "大学工程水文学", "STEM")])
 def test_subjects_have_names_and_one_of_four_categories(
-        benchmark, sizes, handle, name, category):
-    table = exams.named_subjects(benchmark)
+        suite, sizes, handle, name, category):
+    table = exams.named_subjects(suite)
     found = Counter(category for _, category in table.values())
     assert [found[c] for c in evaluation.CATEGORIES] == sizes
     assert table[handle] == (name, category)
