@@ -34,8 +34,6 @@ import jinja2
 import numpy as np
 import tokenizers
 import torch
-from jinja2 import nodes
-from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
@@ -442,21 +440,6 @@ def named_template(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-class Generation(Extension):
-    """The tag {% generation %}, with which some templates mark what the assistant writes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        """Write BEGIN before the marked part and END after it."""
-        # Jinja asks an extension for the nodes of its tag: here two texts around the body.
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        begin = nodes.Output([nodes.TemplateData(BEGIN)])
-        end = nodes.Output([nodes.TemplateData(END)])
-        return [node.set_lineno(line) for node in (begin, nodes.Scope(body), end)]
-
-
 @functools.lru_cache
 def compile_template(source: str) -> jinja2.Template:
     """A chat template as a program, with the settings, filters and functions of transformers."""
@@ -465,9 +448,15 @@ def compile_template(source: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=[Generation, "jinja2.ext.loopcontrols"])
+                                            extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals["raise_exception"] = raise_exception
+
+    # {% generation %}, with which some templates mark what the assistant writes, is no tag of
+    # Jinja, but it has one that filters all that stands in it.
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1filter generation", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endfilter", source)
+    sandbox.filters["generation"] = lambda marked: BEGIN + marked + END
 
     # Rows must not change overnight. Without a clock a template writes a date of its own; one that
     # cannot do without gets the day that Llama 3.1's template writes.
@@ -569,12 +558,11 @@ class ChatTemplate:
 
         # The longest first, each found once: a short one could be a part of others.
         for part, role in sorted(parts, key=lambda pair: -len(pair[0])):
-            if part in text:
-                text = text.replace(part, PROBE, 1)
-            else:  # written in another way, as JSON for instance: the words stay
+            if part not in text:  # written in another way, as JSON for instance: the words stay
                 lost = [word for word in re.findall(r"\w+", part) if word not in text]
                 check(not lost, f"content: the chat template leaves out what the {role} says "
                       f"({', '.join(lost)[:60]}){OTHER}")
+            text = text.replace(part, PROBE, 1)
 
     def before_answer(self, messages: list[dict], tools: list | None = None,
                       content: str = PROBE, **options) -> str:
@@ -599,11 +587,12 @@ class ChatTemplate:
         check(begin is not None, "the chat template writes what stands before an answer "
               f"differently once it is there{OTHER}")
 
-        # The template's own marks win: the first one that ends behind this place. Before the end of
-        # mark k stand 2k + 1 marks that the bare text lacks; from here on `begin` counts them too.
+        # The template's own marks win: of the parts that they mark, the first that ends behind this
+        # place in the bare text.
         if "endgeneration" in self.source:
-            marks = enumerate(re.finditer(f"{BEGIN}[^{END}]*", text))
-            begin = next((m.start() for k, m in marks if m.end() - 2 * k - 1 > begin), None)
+            marked = re.finditer(f"{BEGIN}[^{END}]*", text)
+            begin = next((part.start() for part in marked
+                          if len(UNMARK("", text[: part.end()])) > begin), None)
             check(begin, "the chat template marks no part of an answer with {% generation %}")
 
         # It ends with the last token that ends turns; a call of tools may end with another token.
@@ -690,27 +679,26 @@ class ChatTokenizer(ChatTemplate):
             if key.endswith("_token") and isinstance(value, str):
                 names[key] = value
 
+        self.eot_is_new = bool(eot) and eot not in added
+        if self.eot_is_new:
+            added[eot] = AddedToken(eot)
+
         # Only the template may write these. (Some tokenizers mark none of them as special.)
         source = named_template(template) or self.own_template() or TEMPLATES["plain"]
-        control = {text for text, token in added.items() if token.special
-                   or text in names.values() or (CONTROL.fullmatch(text) and text in source)}
+        control = {text for text, token in added.items()
+                   if token.special or (CONTROL.fullmatch(text) and text in source)}
+        control |= added.keys() & {eot, *names.values()}
         control -= {"<think>", "</think>"}  # templates look for these in contents
         try:
             super().__init__(source, names, control, system)
             if eot:
-                super().__init__(self.end_turns_with(eot), names, control | {eot}, system)
+                super().__init__(self.end_turns_with(eot), names, control, system)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
-        self.template = template or "its own"
-        for name, text in TEMPLATES.items():
-            if text == self.source:
-                self.template = name
+        known = {text: name for name, text in TEMPLATES.items()}
+        self.template = known.get(self.source, template or "its own")
 
         # The tokenizer must find every control token in our texts, whatever its file says of them.
-        self.eot_is_new = bool(eot) and eot not in added
-        if self.eot_is_new:
-            added[eot] = AddedToken(eot)
-            control.add(eot)
         self.tokenizer.add_special_tokens([
             AddedToken(text, lstrip=added[text].lstrip, rstrip=added[text].rstrip, normalized=False)
             for text in sorted(control)])
