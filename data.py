@@ -81,6 +81,7 @@ ROLES = {
     "bot": "assistant", "ai": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }
+KNOWN = {*MESSAGE_KEYS, *ROLES}  # in a message, or in Firefly's {human, assistant}
 
 
 class Row(NamedTuple):
@@ -350,16 +351,14 @@ def common_prefix(lists: list[list]) -> int:
 
 def unused_keys(row) -> set[str]:
     """Keys of a row, and of the messages in it, that KEYS does not know."""
-    unused, messages = set(), row if isinstance(row, list) else []
-    for key, value in row.items() if isinstance(row, dict) else ():
-        meaning, _ = ROW_KEYS.get(key.lower(), ("", ""))
-        if not meaning and value is not None:
+    unused = set()
+    for key, value in row.items() if isinstance(row, dict) else [("messages", row)]:
+        meaning, _ = ROW_KEYS.get(key.lower(), ("tools", ""))
+        if key.lower() not in ROW_KEYS and value is not None:
             unused.add(key)
-        elif isinstance(value, list) and meaning != "tools":
-            messages = messages + value
-    for message in messages:
-        if isinstance(message, dict):
-            unused |= {key for key in message if key.lower() not in (MESSAGE_KEYS | ROLES)}
+        for message in value if meaning != "tools" and isinstance(value, list) else ():
+            if isinstance(message, dict):
+                unused |= {name for name in message if name.lower() not in KNOWN}
     return unused
 
 
@@ -655,6 +654,12 @@ class ChatTemplate:
 # ---- skip on a first reading: tokens and their spans ---------------------------------------------
 
 
+def token_at(encoding, place: int) -> int:
+    """Index of the first token that begins at this character of a text, or behind it."""
+    # Asked token by token: a list of all places would cost more than this search.
+    return bisect_left(range(len(encoding)), place, key=lambda i: encoding.token_to_chars(i)[0])
+
+
 class ChatTokenizer(ChatTemplate):
     """A checkpoint's chat template and tokenizer: conversations to token ids and spans.
 
@@ -793,30 +798,28 @@ class ChatTokenizer(ChatTemplate):
 
     def assemble(self, plan: Plan, encoding) -> tuple[np.ndarray, tuple]:
         """Ids and spans of a plan from the encoding of its text."""
-        text, offsets, apart = plan.text, encoding.offsets, []  # of each token: (begin, end)
-
         # Where a token straddles the beginning of an answer, a BORDER there keeps the two apart.
+        text, apart = plan.text, []
         for begin, _, _ in plan.spans:
-            first = bisect_left(offsets, (begin, 0))
-            if first and offsets[first - 1][1] > begin:
+            first = token_at(encoding, begin)
+            if first and encoding.token_to_chars(first - 1)[1] > begin:
                 apart.append(begin)
         for begin in reversed(apart):
             text = text[:begin] + BORDER + text[begin:]
         if apart:
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
-            offsets = encoding.offsets
 
         # Spans of characters become spans of tokens; then the BORDERs go.
         spans, start = [], len(plan.start)
         for begin, end, weight in plan.spans:
             moved = bisect_right(apart, begin)  # by so many BORDERs: characters, then tokens
-            first = start + bisect_left(offsets, (begin + moved, 0)) - moved
-            last = start + bisect_left(offsets, (end + moved, 0)) - moved
+            first = start + token_at(encoding, begin + moved) - moved
+            last = start + token_at(encoding, end + moved) - moved
             first = max(first, 1)  # nothing comes before the first token of all
             if first < last:
                 spans.append((first, last, weight))
-        ids = [i for i in encoding.ids if i != self.border_id]
-        return np.array([*plan.start, *ids], dtype=np.int32), tuple(spans)
+        ids = np.array([*plan.start, *encoding.ids], dtype=np.int32)
+        return ids[ids != self.border_id], tuple(spans)
 
     def save(self, folder: Path) -> None:
         """The tokenizer's files byte for byte, but for what --template or --eot changed."""
@@ -876,16 +879,9 @@ def fit(ids: np.ndarray, spans: tuple, max_length: int) -> tuple[np.ndarray, tup
     The end is cut. Where the prompt of the first answer is long, its beginning is cut instead,
     until it takes half of the window or the last answer fits.
     """
-    if len(ids) <= max_length or not spans:
-        return ids[:max_length], spans
-    start = max(0, min(spans[0][0] - max_length // 2, spans[-1][1] - max_length))
+    first, end = (spans[0][0], spans[-1][1]) if spans else (0, 0)
+    start = max(0, min(first - max_length // 2, end - max_length))
     return cut(ids, spans, start, start + max_length)
-
-
-def conversations(row: Row) -> list[list[dict]]:
-    """The conversations of a row: one, or a preference pair's two."""
-    sides = (row.chosen, row.rejected) if row.chosen else ([],)
-    return [row.messages + side for side in sides]
 
 
 def render_rows(rows: list[Row], tokenizer: ChatTokenizer, train_on: str, counts: Counter,
@@ -893,15 +889,18 @@ def render_rows(rows: list[Row], tokenizer: ChatTokenizer, train_on: str, counts
     """Each row with its plans; a row that the chat template refuses is a bad row."""
     rendered = []
     for row in rows:
+        # Of a pair only the answers are new: nothing of its history is supervised.
+        sides = [row.chosen, row.rejected] if row.chosen else [[]]
+        part, plans = "last" if row.chosen else train_on, []
         try:
-            if row.text is not None:
-                plans = [tokenizer.text(row.text)]
-            else:
-                # Of a pair only the answers are new: nothing of its history is supervised.
-                part, plans = "last" if row.chosen else train_on, []
-                for messages in conversations(row):
-                    plans += tokenizer.conversation(messages, row.tools, part)
+            for side in sides:
+                if row.text is None:
+                    plans += tokenizer.conversation(row.messages + side, row.tools, part)
+                else:
+                    plans.append(tokenizer.text(row.text))
             rendered.append((row, plans))
+            more = len(plans) - len(sides)
+            counts["more examples than conversations: the template rewrites past answers"] += more
         except InputError as error:
             refuse_unless(skip_bad_rows, InputError(f"{row.where}: {error}"))
             counts["dropped: bad row"] += 1
@@ -918,15 +917,13 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
     for row in rows:
         check(keep_all or (row.chosen is None and row.label is None),
              f"{row.where}: a preference row; train_dpo.py trains on those")
-    plans, examples = [], []
+    owners, plans, examples = [], [], []
     for row, parts in render_rows(rows, tokenizer, train_on, counts, skip_bad_rows):
-        plans += [(row, plan) for plan in parts]
-        more = len(parts) - len(conversations(row))
-        counts["more examples than conversations: the template rewrites past answers"] += more
+        owners += [row] * len(parts)
+        plans += parts
 
     # All texts in one call: the tokenizer's threads share them.
-    encoded = tokenizer.encode([plan for _, plan in plans])
-    for (row, _), (ids, spans) in zip(plans, encoded, strict=True):
+    for row, (ids, spans) in zip(owners, tokenizer.encode(plans), strict=True):
         parts, change = [fit(ids, spans, max_length)], "truncated"
         if row.text is not None:
             # Parts share a token, so that the first token of a part is predicted in the one before.
@@ -1161,16 +1158,11 @@ def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     count = -(-len(cut_at(micro_tokens, order, lengths)) // ranks) * ranks
 
-    # Halve the range that holds the smallest limit that needs at most `count` chunks: it makes
-    # them even, where `micro_tokens` would leave a small rest.
-    low, high = 1, micro_tokens
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut_at(middle, order, lengths)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    parts = cut_at(low, order, lengths)
+    # The smallest limit that needs at most `count` chunks makes them even, where `micro_tokens`
+    # would leave a small rest. The larger the limit the fewer the chunks: bisection finds it.
+    limit = 1 + bisect_left(range(1, micro_tokens), True,
+                            key=lambda tokens: len(cut_at(tokens, order, lengths)) <= count)
+    parts = cut_at(limit, order, lengths)
 
     # Equal lengths can leave a rank idle: halve the chunk with most examples.
     while len(parts) < min(ranks, len(lengths)):
@@ -1348,9 +1340,6 @@ def byte_tokenizer(folder: Path) -> None:
 # ---- skip on a first reading: files of rows ------------------------------------------------------
 
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
-
-
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
     """(where, value) of every row of a .json, .jsonl, .ndjson or .txt file, gzipped or not.
 
@@ -1362,29 +1351,25 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
           f"{path}: expected a file called .json, .jsonl, .ndjson or .txt, maybe with .gz")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            lines = (line.removeprefix(BYTE_ORDER_MARK) for line in file)
-            first = next((line.strip() for line in lines if line.strip()), b"")
-            file.seek(0)
-
-            # People call a list of rows .jsonl and lines of rows .json: the content decides.
-            if kind != "txt" and begins_list(first):
-                yield from read_list(path, file.read())
-                return
+            may_be_list = kind != "txt"
             for number, line in enumerate(file, 1):
-                if line.removeprefix(BYTE_ORDER_MARK).strip():
+                line = line.removeprefix(b"\xef\xbb\xbf")  # some editors begin a file with this
+                if not line.strip():
+                    continue
+
+                # People call a list of rows .jsonl and lines of rows .json: the content decides.
+                if may_be_list and begins_list(line.strip()):
+                    wrong, rows = decode(line + file.read(), kind)
+                    if isinstance(rows, Exception):
+                        yield f"{path} line {number + wrong}", rows
+                        return
+                    for place, row in enumerate(rows, 1):
+                        yield f"{path} row {place}", row
+                else:
                     yield f"{path} line {number}", decode(line, kind)[1]
+                may_be_list = False
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def read_list(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
-    """The rows of a file that is one list; if it cannot be read, the error and its line."""
-    line, rows = decode(content, "json")
-    if isinstance(rows, list):
-        for number, row in enumerate(rows, 1):
-            yield f"{path} row {number}", row
-    else:
-        yield f"{path} line {line}", rows
 
 
 def begins_list(line: bytes) -> bool:
@@ -1392,27 +1377,26 @@ def begins_list(line: bytes) -> bool:
 
     Such a row may be a list as well: the messages of a conversation.
     """
-    if not line.startswith(b"["):
-        return False
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        return True  # the list goes on in the next line
-    return not (row and isinstance(row[0], dict) and row[0].keys() & {"role", "from"})
+        return line.startswith(b"[")  # it goes on in the next line
+    talk = row and isinstance(row, list) and isinstance(row[0], dict)
+    return isinstance(row, list) and not (talk and row[0].keys() & {"role", "from"})
 
 
 def decode(content: bytes, kind: str) -> tuple[int, object]:
-    """(1, the value of a line or of a file), or (the line that is wrong, an error with why)."""
+    """(0, the value of a line or of a file), or (lines before the one that is wrong, why)."""
     try:
-        text = content.decode("utf-8-sig")  # -sig drops a byte order mark
-        return 1, {"text": text.rstrip("\r\n")} if kind == "txt" else json.loads(text)
+        text = content.decode()
+        return 0, {"text": text.rstrip("\r\n")} if kind == "txt" else json.loads(text)
     except UnicodeDecodeError as error:
         why = (f"byte {error.object[error.start]:#x} is not UTF-8: convert the file with iconv -f "
                "ENCODING -t UTF-8 (GB18030 for Chinese, WINDOWS-1252 for Western texts)")
-        return error.object.count(b"\n", 0, error.start) + 1, ValueError(why)
+        return error.object.count(b"\n", 0, error.start), ValueError(why)
     except (ValueError, RecursionError) as error:
         why = f"not JSON: {getattr(error, 'msg', error)}"
-        return getattr(error, "lineno", 1), ValueError(why)
+        return getattr(error, "lineno", 1) - 1, ValueError(why)
 
 
 # ---- skip on a first reading: flags and errors on the command line -------------------------------
@@ -1484,10 +1468,11 @@ def one_line_errors():
     try:
         yield
         sys.stdout.flush()
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:
         if speak:
-            print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        # 128 + SIGINT, as of any program that Ctrl-C ends.
+        sys.exit(2 if isinstance(error, InputError) else 130)
     except (MemoryError, RuntimeError) as error:
         # Any rank may be the one. A CPU's allocator has no error class of its own.
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -1497,10 +1482,6 @@ def one_line_errors():
               "--checkpoint_activations, --lora_rank 16, or --shard on several devices",
               file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if speak:
-            print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as of any program that Ctrl-C ends
     except BrokenPipeError:
         # Who reads our output has gone (`show FILE | head`). What is still buffered goes nowhere,
         # or Python would complain when it ends.
