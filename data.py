@@ -103,9 +103,11 @@ def parse_row(where: str, row, ask: bool = False) -> Row:
     train and weight. A row without an answer is refused unless `ask`. Raises InputError.
     """
     try:
-        check(not isinstance(row, Exception), str(row))  # a line that could not be read
+        if isinstance(row, Exception):  # a line that could not be read
+            raise InputError(str(row))
         row = {"messages": row} if isinstance(row, list) else row
-        check(isinstance(row, dict), f"expected an object, found {row!r:.80}")
+        if not isinstance(row, dict):
+            raise InputError(f"expected an object, found {row!r:.80}")
         return Row(where, **read_row(row, ask))
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -123,13 +125,13 @@ def read_row(row: dict, ask: bool) -> dict:
 
     # A conversation; with a label, an unpaired preference.
     if values.keys() & {"messages", "question", "input"}:
-        answers = [key for key, (meaning, _) in ROW_KEYS.items() if meaning == "answer"]
-        null = [f"{key} (null)" for key in answers if key in row]
-        check(ask or values.keys() & {"messages", "answer"},
-              f"expected an answer under {', '.join(null or answers)}")
+        if not ask and not values.keys() & {"messages", "answer"}:
+            answers = [key for key, (meaning, _) in ROW_KEYS.items() if meaning == "answer"]
+            null = [f"{key} (null)" for key in answers if key in row]
+            raise InputError(f"expected an answer under {', '.join(null or answers)}")
         messages = read_question(values, keys)
-        answered = "messages" in values and messages[-1]["role"] == "assistant"
-        messages = messages if answered else messages + values.get("answer", [])
+        if "messages" not in values or messages[-1]["role"] != "assistant":
+            messages = messages + values.pop("answer", [])
         check_beside(values, keys, {"answer", "text"}, messages)
         return {"messages": messages, "label": label, "tools": tools}
 
@@ -229,12 +231,12 @@ def read_pair(values: dict, keys: dict) -> dict:
 
 def check_beside(values: dict, keys: dict, beside: set, messages: list[dict]) -> None:
     """Refuse what stands beside a conversation unless it repeats it, whole or in part."""
-    # White space does not count: the same text is often stripped in one place only.
-    texts = [" ".join(m["content"].split()) for m in messages]
     for meaning in beside & values.keys():
         value = values[meaning]
         for m in value if meaning != "text" else [{"content": value}]:
+            # White space does not count: the same text is often stripped in one place only.
             words = " ".join(m["content"].split())
+            texts = [" ".join(said["content"].split()) for said in messages]
             repeated = words in " ".join(texts) or all(text in words for text in texts)
             check(repeated, f"{keys[meaning]!r} says what the conversation beside it does not: "
                   "remove one of the two")
@@ -250,8 +252,8 @@ def as_messages(value, role: str) -> list[dict]:
         # history's [question, answer]
         if isinstance(turn, list) and len(turn) == 2:
             turn = {"user": turn[0], "assistant": turn[1]}
-        check(isinstance(turn, dict), f"expected messages or pairs [question, answer], found "
-              f"{turn!r:.60}")
+        if not isinstance(turn, dict):
+            raise InputError(f"expected messages or pairs [question, answer], found {turn!r:.60}")
 
         # Firefly's {human, assistant}, or a message
         if turn and turn.keys() <= ROLES.keys():
@@ -266,10 +268,11 @@ def read_message(message: dict) -> dict:
     """A message in OpenAI's or ShareGPT's keys, as `parse_row` describes it."""
     said, _ = parts_of(message, MESSAGE_KEYS)
     name = said.pop("role", "").lower()
-    check(name in ROLES, "expected a 'role' such as system, user, assistant or tool, found "
-          f"{message!r:.60}")
-    check("content" in said or "tool_calls" in said,
-          f"expected a text under 'content', found {message!r:.60}")
+    if name not in ROLES:
+        raise InputError("expected a 'role' such as system, user, assistant or tool, found "
+                         f"{message!r:.60}")
+    if "content" not in said and "tool_calls" not in said:
+        raise InputError(f"expected a text under 'content', found {message!r:.60}")
     if name == "function_call":  # LLaMA-Factory: the content is the call
         said["tool_calls"] = functions(said.pop("content", ""))
     return {"role": ROLES[name], "content": "", **said}
@@ -319,14 +322,14 @@ def is_text(value) -> bool:
 
 def as_text(value) -> str:
     """A text."""
-    check(is_text(value), f"expected a text, found {value!r:.60}")
+    if not is_text(value):  # `check` would write its message for every text that is one
+        raise InputError(f"expected a text, found {value!r:.60}")
     return value
 
 
 def as_truth(value) -> bool:
     """True, false, 1 or 0; exports of tables write 1.0 for 1."""
-    known = isinstance(value, bool | int | float) and value in (0, 1)
-    check(known, f"expected true or false, found {value!r:.40}")
+    check(value in (0, 1), f"expected true or false, found {value!r:.40}")
     return bool(value)
 
 
@@ -1122,13 +1125,11 @@ def mix_files(c, files: list[str], examples: list[tuple], draws: int, quiet: boo
     rates = mixing_rates(sizes, c.mix, c.temperature, c.cap, c.weights)
     mixer = Mixer(sizes, rates, c.seed)
     mix = shares([examples[i] for i, _ in mixer.draws(0, draws)], names)
-    for row, size, rate in zip(mix.values(), sizes, rates.tolist(), strict=True):
+    table = [("source", "examples", "intended", "drawn", "share", "of supervised tokens")]
+    for (name, row), size, rate in zip(mix.items(), sizes, rates.tolist(), strict=True):
         row.update(available=size, rate=rate)
+        table.append((name, size, rate, row["examples"], row["share"], row["target_share"]))
     if not quiet:
-        table = [("source", "examples", "intended", "drawn", "share", "of supervised tokens")]
-        for name, row in mix.items():
-            table.append((name, row["available"], row["rate"], row["examples"], row["share"],
-                          row["target_share"]))
         print_table(table)
     return mixer, mix
 
@@ -1233,6 +1234,9 @@ class Show:
     seed: int = 0  # of the order
 
 
+LABELS = {None: "", True: ", liked", False: ", disliked"}
+
+
 def show(c: Show) -> None:
     """`data.py show`: some examples whole, then lengths, shares, and what is dropped and why."""
     check_mix(c, c.files)
@@ -1248,8 +1252,9 @@ def show(c: Show) -> None:
     for path in c.files:
         rows = (row for _, row in read_rows([path], c.skip_bad_rows, quiet=True) if row)
         for row in itertools.islice(rows, max(c.rows, c.tokens)):
+            sides = [", chosen", ", rejected"] if row.chosen else [LABELS[row.label]]
             found = to_examples([row], 0, Counter(), tokenizer, *options)
-            for side, e in zip(itertools.cycle(sides_of(row)), found, strict=False):
+            for side, e in zip(itertools.cycle(sides), found, strict=False):
                 print(f"--- {e.where}{side}: {len(e.ids)} tokens, {e.targets} supervised")
                 if c.tokens:
                     print_tokens(e, tokenizer, c.model)
@@ -1264,12 +1269,6 @@ def show(c: Show) -> None:
         pairs = [(e.source, e.targets) for e in examples if e.targets]
         mix_files(c, c.files, pairs, c.steps * c.batch_size)
 
-
-def sides_of(row: Row) -> list[str]:
-    """What the examples of a row are called, one after the other."""
-    if row.label is not None:
-        return [", liked" if row.label else ", disliked"]
-    return [", chosen", ", rejected"] if row.chosen else [""]
 
 
 def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
