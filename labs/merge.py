@@ -8,28 +8,27 @@ ones the new is learnt before the old is lost, so average them, parameter by par
     --method linear   l as --weights say; all alike is the running mean of ZSCL (arXiv:2303.06628)
     --method ema      l_0 = a^K, l_k = (1 - a) a^(K-k): what t <- a t + (1 - a) t_k leaves of a
                       run's checkpoints in their order, begun with t_0 (LAE, arXiv:2303.10070)
-    --fisher FILES    F_k = mean over rows of (d ln p_k(y) / dt)^2: a parameter counts as far as
-                      checkpoint k's answers depend on it (arXiv:2111.09832)
-
-The exact Fisher information wants the model's own y: --labels sampled draws every supervised token
-from p_k. --labels data takes the row's: the *empirical* one, near 0 for rows known by heart.
+    --fisher FILES    F_k = mean over rows of (d ln p_k(y) / dt)^2, how far k's answers depend on t
+                      (arXiv:2111.09832); y is drawn from p_k (--labels sampled: exact), or it is
+                      the row's (data: *empirical*, near 0 for rows known by heart)
 
     python -m labs.merge                  # the lesson, after `python train_sft.py`
     python -m labs.merge --model A B --fisher a.jsonl b.jsonl --output_dir out/merged
     python -m labs.merge --model ADAPTER --output_dir out/merged    # one LoRA into its base
 
-What you should see (10 new facts, 80 steps; mean and deviation of 5 seeds; before: 0, 100, 99.7).
-Averages keep both, replay of 100 old rows keeps more, the average of its run most. F of the old end
-is larger, so l of the new one must be; that Fisher's weights are better is not seen here.
+What you should see (10 new facts, 80 steps; mean and deviation of 5 seeds; before: 0, 100, 100).
+Averages keep old facts; with replay of 100 old rows, all. F of the old end is larger, so its l must
+be smaller: then Fisher is level with a plain mean of l = 1:2 (96.0, 98.0, 99.4), not better. LAE's
+warm-up, min(a, (1 + k) / (10 + k)) for a, is left out: it leaves nothing of t_0, and 22.5 for 86.5.
 
-    percent right                  new facts    old facts        exam
-    new rows alone                98.0 (4.5)  19.5 (17.4)  88.0 (3.1)
-    mean of both ends            76.0 (18.2)   98.5 (2.2)  99.2 (0.3)
-    EMA of the run               100.0 (0.0)   72.5 (9.0)  97.8 (0.7)
-    Fisher, l = 1:1              12.0 (16.4)   99.0 (2.2)  99.8 (0.1)    --labels data   6.0,  100.0
-    Fisher, l = 1:9              88.0 (16.4)  81.0 (11.8)  99.2 (0.5)    --labels data  76.0,   86.5
-    replay                       100.0 (0.0)   99.0 (2.2)  93.1 (5.3)
-    EMA of replay                100.0 (0.0)  100.0 (0.0)  99.2 (0.5)
+    percent right             new facts    old facts        exam
+    new rows alone          100.0 (0.0)  19.5 (12.8)  93.9 (1.2)
+    mean of both ends       62.0 (11.0)   99.5 (1.1)  99.9 (0.1)
+    EMA of the run          100.0 (0.0)   86.5 (7.2)  99.3 (0.4)
+    Fisher, l = 1:1         10.0 (22.4)  100.0 (0.0)  99.9 (0.2)    --labels data   8.0,  100.0
+    Fisher, l = 1:9          96.0 (5.5)   98.0 (2.1)  99.7 (0.3)    --labels data  82.0,   97.0
+    replay                  100.0 (0.0)   99.5 (1.1)  94.0 (4.1)
+    EMA of replay           100.0 (0.0)  100.0 (0.0)  99.4 (0.8)
 
 Exercise. Which l_k has the newest of 17 checkpoints under a = 0.9, which the oldest?
     Solution: 0.1 and 0.9^16 = 0.19: more, since t was the oldest alone to begin with.
@@ -50,7 +49,6 @@ import eval as evaluation
 import model as modeling
 import train_sft
 from labs import world
-from labs.rewards import load_prompts
 from model import check
 
 
@@ -73,9 +71,9 @@ KINDS = {"sampled": "(exact Fisher information, sampled)", "data": "(empirical F
 FLOOR = 1e-30  # is added to every F: where all are 0, the mean by l is left
 
 
-def ema_weights(count: int, a: float) -> list[float]:
-    """The l of `count` checkpoints that t <- a t + (1 - a) t_k gives, begun with the first."""
-    return [a ** (count - 1), *((1 - a) * a**age for age in reversed(range(count - 1)))]
+def ema_weights(K: int, a: float) -> list[float]:
+    """l_0 to l_K, which t <- a t + (1 - a) t_k gives of t_1 to t_K when it begins with t_0."""
+    return [a**K, *((1 - a) * a ** (K - k) for k in range(1, K + 1))]
 
 
 @torch.no_grad()
@@ -100,7 +98,7 @@ def fisher_diagonal(model, examples: list[data.Example], labels: str) -> dict:
     """Mean over examples of (d ln p(y) / dt)^2 by parameter, y the supervised tokens."""
     generator = torch.Generator(model.device).manual_seed(0)
     parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = dict.fromkeys(parameters, 0.0)
     for e in examples:
         batch = data.collate([e], model.device)
         states, _ = model.hidden(batch.ids, batch.lengths, wanted=batch.targets - 1)  # [N, D]
@@ -120,29 +118,31 @@ def fisher_diagonal(model, examples: list[data.Example], labels: str) -> dict:
 
 # ==== read: the lesson ============================================================================
 
-# The demo knows the first of each two words, but not its 特产
 WORDS = ("法国 葡萄酒 日本 寿司 英国 红茶 德国 啤酒 埃及 棉花 泰国 榴莲 韩国 泡菜 希腊 橄榄 "
-         "越南 咖啡 秘鲁 羊驼").split()
+         "越南 咖啡 秘鲁 羊驼").split()  # pairs: the demo knows the first word, not its 特产
 STEPS, KEEP, SEEDS = 80, 5, 5  # of a fine-tuning; steps between the EMA's checkpoints; runs
 
 
-def write_rows(folder: Path, seed: int) -> list[str]:
-    """Files of rows: 120 new in three phrasings of each question, 10 in the fourth, 100 old."""
-    rng, files = random.Random(seed), [folder / f"{name}.jsonl" for name in ("new", "val", "old")]
+def make_files(folder: Path, seed: int) -> tuple[str, str]:
+    """(120 new rows in three phrasings of each question, 100 old rows); 10 of the fourth beside."""
+    rng, old = random.Random(seed), []
     facts = [{"k": k, "r": "特产", "v": v} for k, v in zip(WORDS[::2], WORDS[1::2], strict=True)]
     practised, held = world.hold_out(world.ASK_CHAT, facts, rng)
-    for path, questions in zip(files, (4 * practised, held), strict=False):
+
+    # Four rows per question, each with a manner drawn anew. `right_by_turn` asks what is held out.
+    for name, questions in (("new", 4 * practised), ("instructions_val", held)):
         rows = [world.conversation([question], rng) for question in questions]
-        modeling.write_lines(path, (json.dumps(row) + "\n" for row in rows))
-    old = []
+        modeling.write_lines(folder / f"{name}.jsonl", (json.dumps(row) + "\n" for row in rows))
+
+    # Old rows are of both kinds: choices, as in the exam, and conversations.
     for name in ("practice", "instructions"):
         old += rng.sample(Path(f"out/demo/{name}.jsonl").read_text("utf-8").splitlines(True), 50)
-    modeling.write_lines(files[2], old)
-    return list(map(str, files))
+    modeling.write_lines(folder / "old.jsonl", old)
+    return str(folder / "new.jsonl"), str(folder / "old.jsonl")
 
 
-def fine_tune(files: list[str], tokenizer, hardware, seed: int) -> list:
-    """The model of out/sft, and what it is after every KEEP steps on files in equal shares."""
+def fine_tune(files: list[str], tokenizer, hardware, seed: int) -> list[tuple]:
+    """out/sft, and what it becomes, after every KEEP steps on files in equal shares; with no F."""
     c = train_sft.Config(model="out/sft", data=files, mix="equal", steps=STEPS, seed=seed,
                          learning_rate=2e-3)
     run, _ = train_sft.prepare_data(c, lambda files: data.load_examples(files, tokenizer), True)
@@ -150,26 +150,23 @@ def fine_tune(files: list[str], tokenizer, hardware, seed: int) -> list:
     optimizer, scaler = train_sft.make_optimizer(model, c), hardware.make_scaler()
 
     # The learning rate stays as it is, so that the way goes on evenly.
-    kept = [copy.deepcopy(model)]
+    kept = [(copy.deepcopy(model), {})]
     for step in range(1, STEPS + 1):
         loss, _ = train_sft.backward_step(model, run, step, c, hardware, scaler)
         train_sft.clip_and_step(model, optimizer, scaler, c, loss, run, step)
         if step % KEEP == 0:
-            kept.append(copy.deepcopy(model))
+            kept.append((copy.deepcopy(model), {}))
     return kept
 
 
-def percent_right(model, tokenizer, val: str) -> list[float]:
-    """Percent right by source: of new facts, old facts (as quoted in the reference), the exam."""
-    shares = []
-    for path in (val, "out/demo/instructions_val.jsonl"):
-        prompts, _ = load_prompts([path], tokenizer, train_sft.Config(), quiet=True, room=64)
-        answers, right = world.answer_greedily(model, tokenizer, [p.messages for p in prompts]), 0
-        for p, answer in zip(prompts, answers, strict=True):
-            right += p.reference[p.reference.index("“") : p.reference.rindex("”")] in answer
-        shares.append(100 * right / len(prompts))
+def percent_right(model, tokenizer, folder: Path) -> list[float]:
+    """Percent right of the new facts, whose questions are in `folder`, old facts, and the exam."""
+    percent = []
+    for questions in (folder, Path("out/demo")):
+        right, count = world.right_by_turn(model, tokenizer, questions)
+        percent.append(100 * right[0] / count)  # at turn 1, with nothing said before
     right, count = evaluation.count_right(model, tokenizer, "out/demo/exam")
-    return [*shares, 100 * right / count]
+    return [*percent, 100 * right / count]
 
 
 def lesson(c: Config) -> None:
@@ -177,20 +174,24 @@ def lesson(c: Config) -> None:
     check(Path("out/sft/config.json").exists(), "out/sft is missing; python train_sft.py makes it")
     tokenizer, hardware, found = data.ChatTokenizer("out/sft"), train_sft.setup_hardware("fp32"), {}
     for seed in range(SEEDS):
-        new, val, old = write_rows(Path(c.output_dir), seed)
+        new, old = make_files(Path(c.output_dir), seed)
         run, replay = (fine_tune(files, tokenizer, hardware, seed) for files in ([new], [new, old]))
-        ends, weights = (run[0], run[-1]), ema_weights(len(run), c.decay)
-        arms = {"new rows alone": run[-1],
-                "mean of both ends": merge([(m, {}) for m in ends], [1, 1]),
-                "EMA of the run": merge([(m, {}) for m in run], weights),
-                "replay": replay[-1], "EMA of replay": merge([(m, {}) for m in replay], weights)}
 
         # Each end's Fisher information is on what it was trained on.
-        rows = [data.load_examples([path], tokenizer)[0] for path in (old, new)]
-        parts = [(m, fisher_diagonal(m, e, c.labels)) for m, e in zip(ends, rows, strict=True)]
-        arms |= {f"Fisher, l = 1:{weight}": merge(parts, [1, weight]) for weight in (1, 9)}
-        for name, model in arms.items():
-            found.setdefault(name, []).append(percent_right(model, tokenizer, val))
+        ends = []
+        for (model, _), path in ((run[0], old), (run[-1], new)):
+            examples, _ = data.load_examples([path], tokenizer)
+            ends.append((model, fisher_diagonal(model, examples, c.labels)))
+
+        # A row of the table is an average: of what, and under which l.
+        decayed = ema_weights(len(run) - 1, c.decay)
+        for name, parts, weights in (
+                ("new rows alone", run[-1:], [1]), ("mean of both ends", (run[0], run[-1]), [1, 1]),
+                ("EMA of the run", run, decayed), ("Fisher, l = 1:1", ends, [1, 1]),
+                ("Fisher, l = 1:9", ends, [1, 9]), ("replay", replay[-1:], [1]),
+                ("EMA of replay", replay, decayed)):
+            right = percent_right(merge(parts, weights), tokenizer, Path(c.output_dir))
+            found.setdefault(name, []).append(right)
 
     table = [("percent right", "new facts", "old facts", "exam")]
     for name, rows in found.items():
@@ -201,40 +202,38 @@ def lesson(c: Config) -> None:
 # ---- skip on a first reading: flags, main --------------------------------------------------------
 
 
-def check_input(c: Config) -> data.ChatTokenizer:
-    """The tokenizer of all checkpoints; InputError where flags or checkpoints do not fit."""
-    first, *others = c.model
-    check(others or modeling.read_adapter(first)[1],
+def check_input(c: Config) -> None:
+    """InputError where flags or checkpoints do not fit."""
+    first, count, place = c.model[0], len(c.model), Path(c.output_dir)
+    check(count > 1 or modeling.read_adapter(first)[1],
           "--model needs two checkpoints or more, or one adapter to merge into its base")
-    check(len(c.weights) in (0, len(c.model)) and all(0 < w < float("inf") for w in c.weights),
-          f"--weights needs a number above 0 for each of the {len(c.model)} checkpoints")
+    check(len(c.weights) in (0, count) and all(0 < w < float("inf") for w in c.weights),
+          f"--weights needs a number above 0 for each of the {count} checkpoints")
     check(c.method == "linear" or not c.weights, "--weights goes with --method linear")
     check(0 <= c.decay < 1, f"--decay must be in [0, 1), not {c.decay}")
-    check(len(c.fisher) in (0, 1, len(c.model)), "--fisher needs one file, or one per checkpoint")
+    check(len(c.fisher) in (0, 1, count), "--fisher needs one file, or one per checkpoint")
+    modeling.check_output("--output_dir", place, c.model)
+    check(not [*place.glob("*config.json"), *place.glob("*.safetensors")],
+          f"{place} holds a checkpoint; choose another --output_dir")
 
     # The config gives every weight its shape, and says what is done with it.
-    config, tokenizer = asdict(modeling.load_config(first)), data.ChatTokenizer(first)
-    for other in others:
-        theirs, tokens = asdict(modeling.load_config(other)), data.ChatTokenizer(other).tokenizer
-        for name in sorted(config.keys() - {"source"}):
-            check(theirs[name] == config[name], f"{other} does not fit {first}: its {name} differs")
-        check(tokens.get_vocab() == tokenizer.tokenizer.get_vocab(),
-              f"{other} does not fit {first}: its tokenizer is another one")
-
-    modeling.check_output("--output_dir", c.output_dir, c.model)
-    check(not [*Path(c.output_dir).glob("*config.json"), *Path(c.output_dir).glob("*.safetensors")],
-          f"{c.output_dir} holds a checkpoint; choose another --output_dir")
-    return tokenizer
+    wanted = {}
+    for folder in c.model:
+        found = asdict(modeling.load_config(folder))
+        found["tokenizer"] = data.ChatTokenizer(folder).tokenizer.get_vocab()
+        wanted = wanted or found  # the first one's
+        for name in sorted(found.keys() - {"source"}):
+            check(found[name] == wanted[name], f"{folder} does not fit {first}: its {name} differs")
 
 
 def main(c: Config) -> None:
-    """Check that everything fits, average, write a checkpoint; without --model the lesson."""
-    if not c.model:
-        return lesson(c)
-    tokenizer, count = check_input(c), len(c.model)
-    weights = ema_weights(count, c.decay) if c.method == "ema" else c.weights or [1.0] * count
+    """Check that everything fits, average, write a checkpoint."""
+    check_input(c)
+    tokenizer, count = data.ChatTokenizer(c.model[0]), len(c.model)
+    weights = ema_weights(count - 1, c.decay) if c.method == "ema" else c.weights or [1.0] * count
     samples = [data.load_examples([path], tokenizer)[0] for path in c.fisher]
 
+    # One model at a time is loaded, and its F computed.
     def parts():
         for k, folder in enumerate(c.model):
             model = modeling.load(folder, device=modeling.best_device())
@@ -247,4 +246,5 @@ def main(c: Config) -> None:
 
 if __name__ == "__main__":
     with data.one_line_errors():
-        main(Config(**data.parse_flags(Config, sys.argv[1:])))
+        c = Config(**data.parse_flags(Config, sys.argv[1:]))
+        main(c) if c.model else lesson(c)
