@@ -422,9 +422,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -
     return torch.cat(found)  # [T, H, Dh]
 
 
+FEW_QUERIES = 192  # measured; see `attend`
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """torch's attention of [B, L, H, Dh] queries over [B, S, K, Dh] keys; no mask: causal."""
-    shared = q.shape[2] != k.shape[2]  # query head h reads key/value head h // (H / K)
+    kind, shared = q.dtype, q.shape[2] != k.shape[2]  # query head h reads key head h // (H / K)
+
+    # On a CPU the kernel for gradients in 16 bits takes two to four times as long as that in fp32
+    # when there are few queries.
+    if q.requires_grad and q.device.type == "cpu" and q.shape[1] < FEW_QUERIES:
+        q, k, v, mask = (t if t is None else t.float() for t in (q, k, v, mask))
 
     # CUDA's kernels take a mask or shared heads: with both, all scores would be written out.
     if shared and mask is not None and q.device.type != "cpu":
@@ -432,7 +440,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         shared = False
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, tokens, Dh]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=shared)
-    return out.transpose(1, 2)  # [B, L, H, Dh]
+    return out.transpose(1, 2).to(kind)  # [B, L, H, Dh]
 
 
 @dataclass

@@ -146,6 +146,25 @@ def reference_varlen(q, k, v, query_ends, key_ends, *_, window_size=(-1, -1), en
                       for (a, b), (c, d) in zip(*ends, strict=True)])
 
 
+@pytest.mark.parametrize("L,S", [(7, 7), (7, 40), (250, 250)])
+def test_attention_in_16_bits_rounds_what_goes_in_and_what_comes_out(L, S):
+    """Few queries are computed in fp32: what is left of the error are the roundings to bf16."""
+    q, k, v = (random_heads(n, heads).to(torch.bfloat16)[None].detach().requires_grad_()
+               for n, heads in ((L, 4), (S, 2), (S, 2)))
+    mask = None
+    if L < S:
+        seen = M.visible(torch.arange(S - L, S), S, None)
+        mask = torch.zeros(L, S, dtype=torch.bfloat16).masked_fill(~seen, -torch.inf)
+    out = M.attend(q, k, v, mask)
+    exact = [x[0].detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = M.plain_attention(*exact)
+    found = torch.autograd.grad(out.sum(), (q, k, v))
+    limit = 3e-3 if L < M.FEW_QUERIES else 1e-2  # one rounding is 2^-9 at most, 2e-3
+    assert out.dtype == torch.bfloat16 and (out[0] - wanted).norm() < limit * wanted.norm()
+    for a, b in zip(found, torch.autograd.grad(wanted.sum(), exact), strict=True):
+        assert a.dtype == torch.bfloat16 and (a[0] - b).norm() < limit * b.norm()
+
+
 def use_varlen(monkeypatch):
     """Take CUDA's path on a CPU, with a plain reference in the place of CUDA's kernel."""
     monkeypatch.setattr(M, "varlen_fits", lambda config, device, dtype: True)
