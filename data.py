@@ -257,8 +257,9 @@ def as_messages(value, role: str) -> list[dict]:
 
         # Firefly's {human, assistant}, or a message
         if turn and turn.keys() <= ROLES.keys():
-            messages += [{"role": ROLES[name], "content": as_text(text)}
-                         for name, text in turn.items() if text is not None]
+            for name, text in turn.items():
+                if text is not None:
+                    messages.append({"role": ROLES[name], "content": as_text(text)})
         else:
             messages.append(read_message(turn))
     return messages
@@ -551,12 +552,13 @@ class ChatTemplate:
         """Raise InputError if the text of these messages leaves out something that they say."""
         parts = []
         for i, m in enumerate(messages):
-            content, thought = m.get("content") or "", m.get("reasoning_content") or ""
+            said = [m.get("content") or "", m.get("reasoning_content") or ""]
             if m["role"] == "assistant" and i < len(messages) - 1:
                 # The reasoning of past answers may go: many templates drop it on purpose.
-                content, thought = content.rpartition("</think>")[2], ""
-            names = [c.get("function", c).get("name") or "" for c in m.get("tool_calls") or []]
-            parts += [(part.strip(), m["role"]) for part in (content, thought, *names)]
+                said = [said[0].rpartition("</think>")[2]]
+            for call in m.get("tool_calls") or []:
+                said.append(call.get("function", call).get("name") or "")
+            parts += [(part.strip(), m["role"]) for part in said]
 
         # The longest first, each found once: a short one could be a part of others.
         for part, role in sorted(parts, key=lambda pair: -len(pair[0])):
@@ -872,8 +874,12 @@ class Example(NamedTuple):
 
 def cut(ids: np.ndarray, spans: tuple, start: int, end: int) -> tuple[np.ndarray, tuple]:
     """Tokens start..end-1 with their spans; the first one has lost what it was predicted from."""
-    moved = ((max(a, start + 1) - start, min(b, end) - start, w) for a, b, w in spans)
-    return ids[start:end], tuple((a, b, w) for a, b, w in moved if a < b)
+    kept = []
+    for first, last, weight in spans:
+        first, last = max(first, start + 1) - start, min(last, end) - start
+        if first < last:
+            kept.append((first, last, weight))
+    return ids[start:end], tuple(kept)
 
 
 def fit(ids: np.ndarray, spans: tuple, max_length: int) -> tuple[np.ndarray, tuple]:
@@ -933,9 +939,11 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
             starts = range(0, max(len(ids) - 1, 1), max_length - 1)
             parts, change = [cut(ids, spans, i, i + max_length) for i in starts], "raw texts split"
         counts[change] += len(ids) > max_length
-        found = [Example(*part, source, row.where) for part in parts if part[1] or keep_all]
-        counts["dropped: nothing to supervise"] += len(parts) - len(found)
-        examples += found
+        for part, kept in parts:
+            if kept or keep_all:
+                examples.append(Example(part, kept, source, row.where))
+            else:
+                counts["dropped: nothing to supervise"] += 1
     return examples
 
 
@@ -1196,15 +1204,17 @@ class Batch(NamedTuple):
 def collate(examples: list[Example], device="cpu") -> Batch:
     """Lay examples end to end."""
     # Spans count from the start of an example, the batch from the start of the first one.
-    targets, weights, start = [], [], 0
+    ids, lengths, targets, weights, start = [], [], [], [], 0
     for e in examples:
         for first, end, weight in e.spans:
             targets += range(start + first, start + end)
             weights += [weight] * (end - first)
+        ids.append(e.ids)
+        lengths.append(len(e.ids))
         start += len(e.ids)
 
-    ids = np.concatenate([e.ids for e in examples]).astype(np.int64)
-    return Batch(modeling.send(torch.from_numpy(ids), device), [len(e.ids) for e in examples],
+    ids = np.concatenate(ids).astype(np.int64)
+    return Batch(modeling.send(torch.from_numpy(ids), device), lengths,
                  modeling.send(torch.tensor(targets, dtype=torch.int64), device),
                  modeling.send(torch.tensor(weights, dtype=torch.float32), device))
 
@@ -1234,9 +1244,6 @@ class Show:
     seed: int = 0  # of the order
 
 
-LABELS = {None: "", True: ", liked", False: ", disliked"}
-
-
 def show(c: Show) -> None:
     """`data.py show`: some examples whole, then lengths, shares, and what is dropped and why."""
     check_mix(c, c.files)
@@ -1252,7 +1259,8 @@ def show(c: Show) -> None:
     for path in c.files:
         rows = (row for _, row in read_rows([path], c.skip_bad_rows, quiet=True) if row)
         for row in itertools.islice(rows, max(c.rows, c.tokens)):
-            sides = [", chosen", ", rejected"] if row.chosen else [LABELS[row.label]]
+            sides = {None: [""], True: [", liked"], False: [", disliked"]}[row.label]
+            sides = [", chosen", ", rejected"] if row.chosen else sides
             found = to_examples([row], 0, Counter(), tokenizer, *options)
             for side, e in zip(itertools.cycle(sides), found, strict=False):
                 print(f"--- {e.where}{side}: {len(e.ids)} tokens, {e.targets} supervised")
@@ -1268,7 +1276,6 @@ def show(c: Show) -> None:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
         pairs = [(e.source, e.targets) for e in examples if e.targets]
         mix_files(c, c.files, pairs, c.steps * c.batch_size)
-
 
 
 def marked(example: Example, tokenizer: ChatTokenizer, color: bool) -> str:
