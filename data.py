@@ -446,14 +446,10 @@ def named_template(name: str) -> str:
 @functools.lru_cache
 def compile_template(source: str) -> jinja2.Template:
     """A chat template as a program, with the settings, filters and functions of transformers."""
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["raise_exception"] = functools.partial(check, False)
 
     # {% generation %}, with which some templates mark what the assistant writes, is no tag of
     # Jinja, but it has one that filters all that stands in it.
@@ -642,7 +638,7 @@ class ChatTemplate:
         """A conversation up to the answer to come; options such as enable_thinking=False."""
         # A prompt loses nothing either: a system text left out would change every answer.
         shown, tools = self.prepare(messages, tools)
-        text = self.render(shown, tools, **{"add_generation_prompt": True, **options})
+        text = self.render(shown, tools, add_generation_prompt=True, **options)
         self.check_written(text, shown)
         return Plan(text)
 
@@ -1359,20 +1355,20 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             may_be_list = kind != "txt"
             for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf")  # some editors begin a file with this
+                # Some editors begin a file with a byte order mark.
+                line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
                 if not line.strip():
                     continue
 
                 # People call a list of rows .jsonl and lines of rows .json: the content decides.
-                if may_be_list and begins_list(line.strip()):
-                    wrong, rows = decode(line + file.read(), kind)
-                    if isinstance(rows, Exception):
-                        yield f"{path} line {number + wrong}", rows
-                        return
-                    for place, row in enumerate(rows, 1):
+                whole = may_be_list and begins_list(line.strip())
+                content = line + b"\n" + file.read() if whole else line
+                before, value = decode(content, kind)
+                if whole and isinstance(value, list):
+                    for place, row in enumerate(value, 1):
                         yield f"{path} row {place}", row
                 else:
-                    yield f"{path} line {number}", decode(line, kind)[1]
+                    yield f"{path} line {number + before}", value
                 may_be_list = False
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
@@ -1387,15 +1383,16 @@ def begins_list(line: bytes) -> bool:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return line.startswith(b"[")  # it goes on in the next line
-    talk = row and isinstance(row, list) and isinstance(row[0], dict)
-    return isinstance(row, list) and not (talk and row[0].keys() & {"role", "from"})
+    if row and isinstance(row, list) and isinstance(row[0], dict):
+        return not row[0].keys() & {"role", "from"}
+    return isinstance(row, list)
 
 
 def decode(content: bytes, kind: str) -> tuple[int, object]:
     """(0, the value of a line or of a file), or (lines before the one that is wrong, why)."""
     try:
         text = content.decode()
-        return 0, {"text": text.rstrip("\r\n")} if kind == "txt" else json.loads(text)
+        return 0, {"text": text} if kind == "txt" else json.loads(text)
     except UnicodeDecodeError as error:
         why = (f"byte {error.object[error.start]:#x} is not UTF-8: convert the file with iconv -f "
                "ENCODING -t UTF-8 (GB18030 for Chinese, WINDOWS-1252 for Western texts)")
@@ -1410,16 +1407,13 @@ def decode(content: bytes, kind: str) -> tuple[int, object]:
 
 def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
     """What argv says of the fields of dataclass `cls`; a field's comment is its help."""
-
-    def fail(message: str):
-        raise InputError(f"{message}; --help lists the flags")
-
     # A help text is the comment behind its field, read from the source: so a flag is described in
     # one place, where who reads the code meets it too, and the two cannot drift apart.
     source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])  # base classes first
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False)
-    parser.error = fail  # its own prints the usage over several lines
+    # Its own way to report an error prints the usage over several lines.
+    parser.error = lambda message: check(False, f"{message}; --help lists the flags")
     for f in fields(cls):
         kind, inner = {"type": f.type}, typing.get_args(f.type)
         if f.type is bool:
@@ -1430,12 +1424,13 @@ def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
             kind = {"type": inner[0], "nargs": "+"}
         flag = f.name if f.name == positional else f"--{f.name}"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=helps.get(f.name), **kind)
+
     # A wrong flag is most often a right one misspelt.
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.lstrip("-"), [f.name for f in fields(cls)], 1)
         kind = "unknown flag" if word.startswith("-") else "unexpected argument"
-        fail(f"{kind} {word}" + (f" (did you mean --{near[0]}?)" if near else ""))
+        parser.error(f"{kind} {word}" + (f" (did you mean --{near[0]}?)" if near else ""))
     return vars(known)
 
 
