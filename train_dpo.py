@@ -13,6 +13,7 @@ whatever the micro-batches and ranks. For single answers with a label there is l
 """
 
 import hashlib
+import itertools
 import sys
 import time
 from collections import Counter
@@ -72,16 +73,17 @@ class Preference(NamedTuple):
     answers: tuple  # of (ids, spans): the last token of the prompt, the response, its end of turn
     source: int = 0  # index of its file
     where: str = ""  # file and line
+    label: bool | None = None  # of a single answer: whether it was liked (labs/kto.py)
 
     @property
-    def lengths(self) -> list[int]:
+    def answer_tokens(self) -> list[int]:
         """Number of supervised tokens of each answer, its end of turn included."""
-        return [sum(end - first for first, end, _ in spans) for _, spans in self.answers]
+        return [data.Example(*answer).targets for answer in self.answers]
 
     @property
     def targets(self) -> int:
         """Number of supervised tokens."""
-        return sum(self.lengths)
+        return sum(self.answer_tokens)
 
     @property
     def tokens(self) -> int:
@@ -168,57 +170,51 @@ def objective(c: Config, policy: Tensor, reference: Tensor,
 # ==== read: log-probabilities of answers ==========================================================
 
 
-class Noise(NamedTuple):
-    """What the noise of a micro-batch depends on, in dropout and NEFTune."""
-
-    seed: int
-    visits: list[int]  # [B] how often each preference was seen before
-    indices: list[int]  # [B] its number among the training data
-    alpha: float  # NEFTune's
-
-
-def answer_logprobs(model, items: list[Preference], noise: Noise | None = None) -> Tensor:
+def answer_logprobs(model, items: list[Preference], draws: list[tuple] = (), seed: int = 0,
+                    neftune_alpha: float = 0.0) -> Tensor:
     """The sum of ln p, in nats, of the answers of each preference: [B, 2].
 
     One pass over prompts and answers end to end. A prompt stands there once; its answers continue
     its keys and values, through which gradients flow back into it. NEFTune's L is the length of
     prompt and answer; within the prompt, which has one noise for both answers, that of the longer
-    one.
+    one. In training the noise is drawn by the seed and by `draws`, of each preference its number
+    among the training data and how often it was seen before.
     """
-    examples, parents, full, visits, numbers = [], [], [], [], []
-    for i, p in enumerate(items):
+    examples, parents, full, counts = [], [], [], []
+    for p in items:
         parents += [None] + [len(examples)] * len(p.answers)
-        examples += [data.Example(p.prompt, ()), *(data.Example(*answer) for answer in p.answers)]
+        examples += [data.Example(p.prompt, ()), *itertools.starmap(data.Example, p.answers)]
+        counts += p.answer_tokens
         lengths = [len(p.prompt) + len(ids) for ids, _ in p.answers]
         full += [max(lengths), *lengths]
+    batch, noise = data.collate(examples, model.device), None
 
-        # For the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
-        if noise:
-            visits += [noise.visits[i]] * (1 + len(lengths))
-            numbers += range(3 * noise.indices[i], 3 * noise.indices[i] + 1 + len(lengths))
+    # For the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
+    if draws:
+        visits, numbers = [], []
+        for p, (index, visit) in zip(items, draws, strict=True):
+            visits += [visit] * (1 + len(p.answers))
+            numbers += range(3 * index, 3 * index + 1 + len(p.answers))
+        noise = modeling.noise_keys(seed, visits, numbers, batch.lengths, model.device)  # [T]
 
-    batch = data.collate(examples, model.device)
-    keys = modeling.noise_keys(noise.seed, visits, numbers, batch.lengths,
-                               model.device) if noise else None  # [T]
-    logp = model(batch.ids, batch.lengths, batch.targets, parents=parents, noise=keys,
-                 neftune_alpha=noise.alpha if noise else 0.0, full_lengths=full)  # [N]
+    logp = model(batch.ids, batch.lengths, batch.targets, parents=parents, noise=noise,
+                 neftune_alpha=neftune_alpha, full_lengths=full)  # [N]
 
     # N counts the supervised tokens of all answers: as many parts as there are answers.
-    parts = logp.split([n for p in items for n in p.lengths])
-    return torch.stack([part.sum() for part in parts]).view(len(items), -1)  # [B, 2]
+    sums = torch.stack([part.sum() for part in logp.split(counts)])
+    return sums.view(len(items), -1)  # [B, 2]
 
 
 @torch.no_grad()
 def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) -> Tensor:
     """`answer_logprobs` of all preferences [items, 2], without noise, on the CPU of every rank."""
-    out = torch.zeros(len(items), 2)
     if not items:
-        return out
+        return torch.zeros(0, 2)
 
     # Every rank fills in its own rows; the sum of the ranks' tables has all of them.
     model.eval()
-    sizes = [p.tokens for p in items]
-    for chunk, weight in train_sft.my_passes(sizes, c, hardware):
+    out = torch.zeros(len(items), len(items[0].answers))
+    for chunk, weight in train_sft.my_passes([p.tokens for p in items], c, hardware):
         with hardware.autocast():
             out[chunk] += weight * answer_logprobs(model, [items[i] for i in chunk]).cpu()
     model.train()
@@ -228,45 +224,43 @@ def all_logprobs(model, items: list[Preference], c: Config, hardware: Hardware) 
 # ==== read: one optimizer step ====================================================================
 
 
-def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c: Config,
+def backward_step(model, run: RunData, reference: Tensor, step: int, c: Config,
                   hardware: Hardware, scaler) -> dict:
     """Gradients of one optimizer step; returns its metrics.
 
-    loss = mean over the pairs of the global step. `wrapped` is the model as DDP wraps it,
-    `reference` [all pairs, 2] its log-probabilities before training.
+    loss = mean over the pairs of the global step. `reference` [all pairs, 2] are the model's
+    log-probabilities before training.
     """
-    indices, visits = zip(*run.step(step, c.batch_size), strict=True)
-    items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
-    length = torch.tensor([p.lengths for p in items]).float()  # [items, 2]
-
-    def losses(policy: Tensor, chunk: list[int]) -> Tensor:
-        """[B] from the log-probabilities [B, 2] of a micro-batch."""
-        known = [modeling.send(x[chunk], hardware.device) for x in (reference, length)]
-        return objective(c, policy, *known)[0]
-
-    noise = Noise(c.seed, visits, indices, c.neftune_alpha)
-    policy = backward_passes(wrapped, items, noise, losses, c, hardware, scaler)
+    draws = run.step(step, c.batch_size)
+    items, reference = [run.train[i] for i, _ in draws], reference[torch.tensor(draws)[:, 0]]
+    length = count_tokens(items)  # [items, 2]
+    policy = backward_passes(model, items, draws, objective, (reference, length), c, hardware,
+                             scaler)
     metrics = measure(c, policy, reference, length)
     return {**metrics, "tokens": sum(p.tokens for p in items), "target_tokens": int(length.sum())}
 
 
-def backward_passes(wrapped, items: list[Preference], noise: Noise, losses, c: Config,
-                    hardware: Hardware, scaler) -> Tensor:
+def count_tokens(items: list[Preference]) -> Tensor:
+    """Supervised tokens of each answer, [items, 2]."""
+    return torch.tensor([p.answer_tokens for p in items]).float()
+
+
+def backward_passes(model, items: list[Preference], draws: list[tuple], objective, tables: tuple,
+                    c: Config, hardware: Hardware, scaler) -> Tensor:
     """Forward and backward of a step's preferences, in micro-batches; returns their [items, 2].
 
-    losses(log-probabilities [B, 2] of a micro-batch, its place in the step) gives [B].
+    `objective` takes the log-probabilities of a micro-batch, and of each of `tables` its rows.
     """
     passes = train_sft.my_passes([p.tokens for p in items], c, hardware)
     policy = torch.zeros(len(items), len(items[0].answers))
     for k, (chunk, weight) in enumerate(passes, 1):
-        part = noise._replace(visits=[noise.visits[i] for i in chunk],
-                              indices=[noise.indices[i] for i in chunk])
-
         # Under DDP gradients travel once per step: with the last micro-batch.
-        wrapped.require_backward_grad_sync = k == len(passes)
+        model.require_backward_grad_sync = k == len(passes)
         with hardware.autocast():
-            logp = answer_logprobs(wrapped, [items[i] for i in chunk], part)  # [B, 2]
-        loss = weight * losses(logp, chunk).sum() / len(items)
+            logp = answer_logprobs(model, [items[i] for i in chunk], [draws[i] for i in chunk],
+                                   c.seed, c.neftune_alpha)  # [B, 2]
+        rows = [modeling.send(table[chunk], hardware.device) for table in tables]  # [B, 2] each
+        loss = weight * objective(c, logp, *rows)[0].sum() / len(items)
 
         # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
         scaler.scale(loss * hardware.world).backward()
@@ -282,13 +276,7 @@ def backward_passes(wrapped, items: list[Preference], noise: Noise, losses, c: C
 def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor) -> dict:
     """The metrics of all pairs of a step, as means, from [items, 2] each."""
     loss, rewards = objective(c, policy, reference, length)
-
-    # Both sides of the difference apart: a margin can grow while both fall.
-    out = {"loss": loss.mean().item()}
-    for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
-        out[f"{name}_chosen"] = values[:, 0].mean().item()
-        out[f"{name}_rejected"] = values[:, 1].mean().item()
-    out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
+    out = {"loss": loss.mean().item(), **mean_by_side(rewards.T, policy.T, length.T)}
     if c.nll_weight:
         out["nll"] = -(policy[:, 0] / length[:, 0]).mean().item()
 
@@ -296,13 +284,26 @@ def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor) -> dic
     return {**out, "reward_accuracy": right.double().mean().item()}
 
 
+def mean_by_side(rewards, policy, length) -> dict:
+    """Means of the chosen and of the rejected answers, each given as (chosen, rejected)."""
+    # Both sides of the difference apart: a margin can grow while both fall.
+    out = {}
+    for name, sides in (("reward", rewards), ("logp", policy), ("length", length)):
+        for side, values in zip(("chosen", "rejected"), sides, strict=True):
+            out[f"{name}_{side}"] = values.mean().item() if len(values) else None
+
+    # A margin needs both sides; a short step of labs/kto.py may have only one.
+    if None not in out.values():
+        out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
+    return out
+
+
 def validation(model, items: list[Preference], reference: Tensor, c: Config, hardware: Hardware):
     """Loss, reward accuracy and margin of held-out pairs, and `val_logp_accuracy`.
 
     That is the share of pairs whose chosen answer is likelier under the policy alone.
     """
-    policy = all_logprobs(model, items, c, hardware)  # [items, 2]
-    length = torch.tensor([p.lengths for p in items]).float()  # [items, 2]
+    policy, length = all_logprobs(model, items, c, hardware), count_tokens(items)  # [items, 2]
     metrics = measure(c, policy, reference, length)
     metrics["logp_accuracy"] = (policy[:, 0] > policy[:, 1]).double().mean().item()
 
@@ -334,8 +335,8 @@ def train(c: Config, tokenizer, run: RunData, references: list[Tensor], start_st
     """
 
     def measured_step(wrapped, run, step, c, hardware, scaler) -> tuple[float, dict]:
-        metrics = backward(model, wrapped, run, references[0], step, c, hardware, scaler)
-        if step == 1 and hardware.rank == 0 and isinstance(c, Config):  # not labs/kto.py's
+        metrics = backward(wrapped, run, references[0], step, c, hardware, scaler)
+        if step == 1 and hardware.rank == 0 and backward is backward_step:  # not labs/kto.py's
             check_first_loss(c, metrics)
 
         # The loop adds up the parts of the ranks, and every rank knows the whole already.
@@ -351,14 +352,11 @@ def check_first_loss(c: Config, record: dict) -> None:
 
     Then the reference is not where the policy started, or the policy is noisy.
     """
-    if c.loss == "simpo":  # has no reference
-        return
-
     # No answer has become likelier: every margin is 0.
     zero = torch.zeros(1, 2)
     expected = objective(c, zero, zero, torch.ones(1, 2))[0].item()
     found = record["loss"] - c.nll_weight * record.get("nll", 0.0)
-    if abs(found - expected) > 0.01 * expected:
+    if c.loss != "simpo" and abs(found - expected) > 0.01 * expected:  # SimPO has no reference
         name = f"ln 2 = {expected:.4f}" if c.loss == "sigmoid" else f"{expected:.4f}"
         print(f"warning: the first step's loss is {found:.4f}, not {name}: the reference is not "
               "what the policy started from (or dropout or noise is on)")
@@ -379,12 +377,11 @@ def reference_logprobs(c: Config, run: RunData, hardware: Hardware) -> tuple[lis
     path = Path(c.output_dir) / "reference" / f"{key[:16]}-{kind}.safetensors"
     if path.exists():
         with modeling.open_tensors(path) as file:
-            return [file.get_tensor(name) for name in groups], key
+            return [file.get_tensor("training"), file.get_tensor("validation")], key
 
-    began, values = time.perf_counter(), {}
-    model = train_sft.load_model(folder, c, hardware)
-    for name, items in groups.items():
-        values[name] = all_logprobs(model, items, c, hardware)
+    began, model = time.perf_counter(), train_sft.load_model(folder, c, hardware)
+    values = {"training": all_logprobs(model, run.train, c, hardware),
+              "validation": all_logprobs(model, run.validation, c, hardware)}
 
     # Every rank has looked for the file before it is there.
     hardware.barrier()
@@ -425,8 +422,7 @@ def load_preferences(files: list[str], tokenizer: ChatTokenizer, max_length: int
         for row in rows:
             check(row.chosen, f"{row.where}: expected chosen and rejected (labels are for "
                   "labs/kto.py, rows without preferences for train_sft.py)")
-        fitted = fit_answers(rows, source, counts, tokenizer, max_length, skip_bad_rows)
-        return [preference for _, preference in fitted]
+        return fit_answers(rows, source, counts, tokenizer, max_length, skip_bad_rows)
 
     return data.convert_files(files, convert, skip_bad_rows, quiet)
 
@@ -439,8 +435,8 @@ def why_no_pair(row: Row) -> str:
 
 
 def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTokenizer,
-                max_length: int, skip_bad_rows: bool | None = None) -> list[tuple[Row, Preference]]:
-    """(row, its prompt and answers in tokens) of every row that keeps something to learn.
+                max_length: int, skip_bad_rows: bool | None = None) -> list[Preference]:
+    """Prompt and answers in tokens of every row that keeps something to learn.
 
     The conversations of a row, two of a pair, are cut at the same points: as in `data.fit`, the
     beginning of the prompt goes where it is long, then the end of the answers.
@@ -457,41 +453,37 @@ def fit_answers(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
 
     for row, plans in rendered:
         # A template may write on after the end of a turn: an answer ends with its last target.
-        whole = []
-        for ids, spans in [next(encoded) for _ in plans]:
-            whole.append((ids[: spans[-1][1]] if spans else ids, spans))
+        whole, texts = [], []
+        for ids, spans in itertools.islice(encoded, len(plans)):
+            ids = ids[: spans[-1][1]] if spans else ids
+            whole.append((ids, spans))
+            texts.append(ids.tolist())
 
         # The prompt is what they share before anything is supervised.
-        shared = common_prefix([ids.tolist() for ids, _ in whole])
+        shared, longest = common_prefix(texts), max(map(len, texts))
         for ids, spans in whole:
             shared = min(shared, spans[0][0] if spans else len(ids))
 
         # What is too long loses the beginning of the prompt, but not more than half the window.
-        longest = max(len(ids) for ids, _ in whole)
         start = max(0, min(shared - max_length // 2, longest - max_length))
         prompt = whole[0][0][start : shared - 1]
         answers = [cut(ids, spans, shared - 1, start + max_length) for ids, spans in whole]
 
         # Cutting can take away all that there was to learn.
-        if why := why_lost(answers, longest > max_length):
+        truncated, why = longest > max_length, ""
+        if not all(spans for _, spans in answers):
+            why = "a response lost to truncation" if truncated else "nothing to supervise"
+        elif len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
+            why = "alike once truncated" if truncated else "chosen equals rejected"
+        if why:
             counts[f"dropped: {why}"] += 1
             continue
-        counts["truncated"] += longest > max_length
-        out.append((row, Preference(prompt, tuple(answers), source, row.where)))
+        counts["truncated"] += truncated
+        out.append(Preference(prompt, tuple(answers), source, row.where, row.label))
     return out
 
 
-def why_lost(answers: list[tuple], truncated: bool) -> str:
-    """Why tokenised answers teach nothing, or nothing."""
-    if not all(spans for _, spans in answers):
-        return "a response lost to truncation" if truncated else "nothing to supervise"
-    if len(answers) == 2 and np.array_equal(answers[0][0], answers[1][0]):
-        return "alike once truncated" if truncated else "chosen equals rejected"
-    return ""
-
-
 # ---- skip on a first reading: what happened ------------------------------------------------------
-
 
 MEANING = {
     "reward_margin": "should grow above 0: chosen answers gain on rejected ones",
@@ -518,14 +510,14 @@ def explain(records: list[dict]) -> None:
     n = max(1, len(records) // 10)
     print(f"means over the first and the last {n} of {len(records)} steps, and what they mean:")
     for key, meaning in MEANING.items():
-        a, b = (sum(r[key] for r in part) / n for part in (records[:n], records[-n:]))
+        values = [r[key] for r in records]
+        a, b = sum(values[:n]) / n, sum(values[-n:]) / n
         print(f"  {key} {a:.3f} -> {b:.3f}: {meaning}")
 
 
 def summary(c: Config, run: RunData, records: list[dict]) -> None:
     """What a person wants to know when a run ends."""
-    steps = [record for record in records if record["step"] > 0]
-    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
+    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in records if r["step"] > 0)
     print(f"{run.draws} preferences in {seconds:.0f} s, {run.draws / seconds:.1f} a second")
     explain(records)
 
@@ -588,9 +580,8 @@ def find_demo(c):
     return world
 
 
-def prepare(c, load, hardware: Hardware) -> tuple[ChatTokenizer, RunData, dict]:
-    """`train_sft.prepare` with the smaller learning rate of preferences."""
-    return train_sft.prepare(c, load, hardware, rate=5e-6)
+# Preferences want a smaller learning rate.
+prepare = partial(train_sft.prepare, rate=5e-6)
 
 
 def main() -> None:
@@ -611,7 +602,7 @@ def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, start_s
     """The second half of `main`, labs/kto.py's too: reference, policy, training, report, exit."""
     if getattr(c, "loss", "") == "simpo":
         # SimPO has no reference: with zeros in its place its margin is the policy's alone.
-        references = [torch.zeros(len(items), 2) for items in (run.train, run.validation)]
+        references = [torch.zeros(len(run.train), 2), torch.zeros(len(run.validation), 2)]
     else:
         references, key = reference_logprobs(c, run, hardware)
         facts["data_hashes"]["the reference"] = key
@@ -624,7 +615,7 @@ def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, start_s
 
     # The demo answers the held-out questions before and after; a sharded model if all ranks ask.
     if world and not start_step and (first or c.shard):
-        rows = [row for _, row in data.read_rows(c.val_data)]
+        _, rows = zip(*data.read_rows(c.val_data), strict=True)
         before = world.try_demo(model, tokenizer, rows)
     records, status = train(c, tokenizer, run, references, start_step, model, wrapped, hardware,
                             backward, validate)

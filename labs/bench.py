@@ -93,7 +93,7 @@ class Ours:
             loss, _ = train_sft.backward_step(self.model, run, *rest)
         else:
             zeros = torch.zeros(len(items), 2)  # in the reference's place
-            loss = train_dpo.backward_step(self.model, self.model, run, zeros, *rest)["loss"]
+            loss = train_dpo.backward_step(self.model, run, zeros, *rest)["loss"]
         train_sft.clip_and_step(self.model, self.optimizer, self.scaler, self.config, loss, run, 1)
         return loss
 
@@ -203,7 +203,8 @@ class Bare:
             if self.task == "sft":
                 loss = -logp.sum() / targets
             else:
-                sums = [part.sum() for part in logp.split([n for p in some for n in p.lengths])]
+                counts = [n for p in some for n in p.answer_tokens]
+                sums = [part.sum() for part in logp.split(counts)]
                 chosen, rejected = torch.stack(sums).view(-1, 2).T  # [B] each
                 loss = -F.logsigmoid(BETA * (chosen - rejected)).sum() / len(items)
             loss.backward()

@@ -22,9 +22,9 @@ item is one answer, and every step first needs z, from a pass without gradients.
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +33,7 @@ import train_dpo
 import train_sft
 from data import ChatTokenizer, Row
 from model import check
-from train_dpo import Noise, Preference, answer_logprobs
+from train_dpo import Preference
 from train_sft import Hardware, RunData
 
 # ==== read: config ================================================================================
@@ -62,32 +62,17 @@ class Config(train_sft.Config):
 # ==== read: the loss and its reference point ======================================================
 
 
-class Labelled(NamedTuple):
-    """A prompt, an answer and whether it was liked; then, as second answer, a mismatched one."""
-
-    prompt: np.ndarray  # [tokens] int32, without its last token
-    answers: tuple  # of (ids, spans), as in train_dpo.Preference
-    source: int
-    where: str
-    label: bool
-    lengths = Preference.lengths
-    targets = Preference.targets
-    tokens = Preference.tokens
-    key = Preference.key
-
-
-def kto_loss(ratio: Tensor, liked: Tensor, z: float | Tensor, beta: float,
-             desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Tensor:
-    """KTO (arXiv:2402.01306, eq. 8) of single answers [B], ratio = p - r of each, z as above.
+def kto_loss(c: Config, ratio: Tensor, liked: Tensor, z: float) -> Tensor:
+    """KTO (arXiv:2402.01306, eq. 8) of single answers [B, 1], ratio = p - r of each, z as above.
 
     A larger beta saturates earlier: closer to the reference.
     """
-    good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - z)))
-    bad = undesirable_weight * (1 - torch.sigmoid(beta * (z - ratio)))
+    good = c.desirable_weight * (1 - torch.sigmoid(c.beta * (ratio - z)))
+    bad = c.undesirable_weight * (1 - torch.sigmoid(c.beta * (z - ratio)))
     return torch.where(liked, good, bad)
 
 
-def add_mismatched(items: list[Labelled], max_length: int) -> list[Labelled]:
+def add_mismatched(items: list[Preference], max_length: int) -> list[Preference]:
     """Give every item, as a second answer, that of its neighbour with another prompt.
 
     Pairs come as a liked row followed by a disliked one. Looking only forward, every item would
@@ -96,12 +81,14 @@ def add_mismatched(items: list[Labelled], max_length: int) -> list[Labelled]:
     """
     out = []
     for i, item in enumerate(items):
-        # The next answer to another prompt, or the one before.
+        # From a liked one ahead, from a disliked one back, until the prompt is another.
         way = 1 if item.label else -1
-        neighbours = (items[(i + way * k) % len(items)] for k in range(1, len(items)))
-        other = next((p for p in neighbours if p.key != item.key), None)
-        check(other, f"{item.where}: KTO needs at least two prompts, among the training rows and "
-              "among the validation rows")
+        there = i + way
+        while items[there % len(items)].key == item.key and abs(there - i) < len(items):
+            there += way
+        other = items[there % len(items)]
+        check(other.key != item.key, f"{item.where}: KTO needs at least two prompts, among the "
+              "training rows and among the validation rows")
 
         # An answer begins with the last token of its prompt, now of its new one.
         ids, spans = other.answers[0]
@@ -112,74 +99,60 @@ def add_mismatched(items: list[Labelled], max_length: int) -> list[Labelled]:
     return out
 
 
-@torch.no_grad()
-def kl_point(model, items: list[Labelled], reference: Tensor, c: Config,
-             hardware: Hardware) -> float:
-    """z = max(0, mean of p - r over the mismatched answers of the global step), in nats."""
-    strangers = [p._replace(answers=p.answers[1:]) for p in items]
-    sizes, total = [p.tokens for p in strangers], 0.0
-    for chunk, weight in train_sft.my_passes(sizes, c, hardware):
-        with hardware.autocast():
-            policy = answer_logprobs(model, [strangers[i] for i in chunk])[:, 0].cpu()  # [B]
-        total += weight * (policy - reference[chunk, 1]).sum().item()
-
-    # One z for the whole step: it must not depend on how the step is cut and dealt.
-    return max(0.0, hardware.sum(total)[0] / len(items))
+def kl_point(policy: Tensor, reference: Tensor) -> float:
+    """z = max(0, mean of p - r), in nats, over all mismatched answers of the global step."""
+    return max(0.0, (policy - reference).double().mean().item())
 
 
 def objective(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked: Tensor,
               z: float) -> tuple[Tensor, Tensor]:
-    """(loss, rewards) [B] of answers, from their sums of log-probabilities and token counts [B]."""
-    ratio = policy - reference  # [B]
-    loss = kto_loss(ratio, liked, z, c.beta, c.desirable_weight, c.undesirable_weight)
-    nll = -policy / length * liked  # [B] nats per token of a liked answer
+    """(loss, rewards) of answers, from their sums of log-probabilities and token counts: [B, 1]."""
+    ratio = policy - reference  # [B, 1]
+    loss = kto_loss(c, ratio, liked, z)
+    nll = -policy / length * liked  # [B, 1] nats per token of a liked answer
     return loss + c.nll_weight * nll, c.beta * ratio.detach()
 
 
 # ==== read: the step, in the loop of train_dpo.py =================================================
 
 
-def backward_step(model, wrapped, run: RunData, reference: Tensor, step: int, c: Config,
+def backward_step(model, run: RunData, reference: Tensor, step: int, c: Config,
                   hardware: Hardware, scaler) -> dict:
     """Gradients of one optimizer step, the mean over its items; returns its metrics."""
-    indices, visits = zip(*run.step(step, c.batch_size), strict=True)
-    items, reference = [run.train[i] for i in indices], reference[list(indices)]  # [items, 2]
-    length, liked = lengths_and_likes(items)  # [items]
+    draws = run.step(step, c.batch_size)
+    items, reference = [run.train[i] for i, _ in draws], reference[torch.tensor(draws)[:, 0]]
 
-    # The mismatched answers do their work in z; only the own ones are trained.
-    z = kl_point(model, items, reference, c, hardware)
-    own = [p._replace(answers=p.answers[:1]) for p in items]
+    # The mismatched answers do their work in z: one of the whole step, however it is cut and dealt.
+    strangers = train_dpo.all_logprobs(model, only(1, items), c, hardware)  # [items, 1]
+    z = kl_point(strangers, reference[:, 1:])
 
-    def losses(policy: Tensor, chunk: list[int]) -> Tensor:
-        """[B] from the log-probabilities [B, 1] of a micro-batch."""
-        known = [x[chunk].to(hardware.device) for x in (reference[:, 0], length, liked)]
-        return objective(c, policy[:, 0], *known, z)[0]
-
-    noise = Noise(c.seed, visits, indices, c.neftune_alpha)
-    policy = train_dpo.backward_passes(wrapped, own, noise, losses, c, hardware, scaler)
-    metrics = measure(c, policy[:, 0], reference[:, 0], length, liked, z)
-    return {**metrics, "kl": z, "tokens": sum(p.tokens for p in items),
-            "target_tokens": int(length.sum())}
+    # Only the own answers are trained.
+    own = only(0, items)
+    tables = reference[:, :1], train_dpo.count_tokens(own), likes(items)  # [items, 1] each
+    policy = train_dpo.backward_passes(model, own, draws, partial(objective, z=z), tables, c,
+                                       hardware, scaler)
+    return {**measure(c, policy, *tables, z), "kl": z, "tokens": sum(p.tokens for p in items),
+            "target_tokens": sum(p.targets for p in own)}
 
 
-def lengths_and_likes(items: list[Labelled]) -> tuple[Tensor, Tensor]:
-    """(supervised tokens, whether it was liked) of every item's own answer: [items] each."""
-    return torch.tensor([p.lengths[0] for p in items]).float(), torch.tensor(
-        [p.label for p in items])
+def only(k: int, items: list[Preference]) -> list[Preference]:
+    """The items with their answer k alone: 0 the own, 1 the mismatched one."""
+    return [p._replace(answers=p.answers[k : k + 1]) for p in items]
+
+
+def likes(items: list[Preference]) -> Tensor:
+    """Whether each item's own answer was liked, [items, 1]."""
+    return torch.tensor([[p.label] for p in items])
 
 
 def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked: Tensor,
             z: float) -> dict:
     """The metrics of all items of a step, as means; None for a side that is empty."""
+    # Chosen are the liked ones, rejected the disliked ones.
     loss, rewards = objective(c, policy, reference, length, liked, z)
-    out = {"loss": loss.mean().item()}
-    for name, values in (("reward", rewards), ("logp", policy), ("length", length)):
-        for side, mask in (("chosen", liked), ("rejected", ~liked)):
-            out[f"{name}_{side}"] = values[mask].mean().item() if mask.any() else None
-
-    # A margin needs both sides; a short step may have only one.
-    if None not in out.values():
-        out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
+    out = {"loss": loss.mean().item(), **train_dpo.mean_by_side(
+        (rewards[liked], rewards[~liked]), (policy[liked], policy[~liked]),
+        (length[liked], length[~liked]))}
     if c.nll_weight:
         out["nll"] = -(policy / length * liked).mean().item()
 
@@ -189,11 +162,11 @@ def measure(c: Config, policy: Tensor, reference: Tensor, length: Tensor, liked:
     return {**out, "reward_accuracy": right.double().mean().item()}
 
 
-def validation(model, items: list[Labelled], reference: Tensor, c: Config, hardware: Hardware):
+def validation(model, items: list[Preference], reference: Tensor, c: Config, hardware: Hardware):
     """Loss, reward accuracy and margin of held-out answers, with their own reference point."""
     policy = train_dpo.all_logprobs(model, items, c, hardware)  # [items, 2]
-    z = max(0.0, (policy - reference)[:, 1].mean().item())
-    metrics = measure(c, policy[:, 0], reference[:, 0], *lengths_and_likes(items), z)
+    length, z = train_dpo.count_tokens(items)[:, :1], kl_point(policy[:, 1], reference[:, 1])
+    metrics = measure(c, policy[:, :1], reference[:, :1], length, likes(items), z)
     names = ("loss", "reward_accuracy", "reward_margin")
     return {f"val_{name}": metrics[name] for name in names if name in metrics}
 
@@ -205,7 +178,7 @@ def load_labelled(files: list[str], tokenizer: ChatTokenizer, max_length: int,
                   skip_bad_rows: bool | None = None, quiet: bool = True):
     """(labelled answers of some files, what was cut or dropped by reason); a pair makes two."""
 
-    def convert(rows: list[Row], source: int, counts: Counter) -> list[Labelled]:
+    def convert(rows: list[Row], source: int, counts: Counter) -> list[Preference]:
         for row in rows:
             answered = row.label is not None and row.messages[-1]["role"] == "assistant"
             check(row.chosen or answered, f"{row.where}: expected a label and an answer, or chosen "
@@ -213,17 +186,16 @@ def load_labelled(files: list[str], tokenizer: ChatTokenizer, max_length: int,
 
         # One item per answer: a pair shares its prompt.
         out = []
-        for row, p in train_dpo.fit_answers(rows, source, counts, tokenizer, max_length,
-                                            skip_bad_rows):
-            labels = [True, False] if row.chosen else [row.label]
+        for p in train_dpo.fit_answers(rows, source, counts, tokenizer, max_length, skip_bad_rows):
+            labels = [True, False] if len(p.answers) > 1 else [p.label]
             for answer, label in zip(p.answers, labels, strict=True):
-                out.append(Labelled(p.prompt, (answer,), source, row.where, label))
+                out.append(p._replace(answers=(answer,), label=label))
         return out
 
     return data.convert_files(files, convert, skip_bad_rows, quiet)
 
 
-def report_balance(c: Config, items: list[Labelled]) -> None:
+def report_balance(c: Config, items: list[Preference]) -> None:
     """Print how many answers are liked, and what KTO's authors advise on their weights."""
     liked = sum(p.label for p in items)
     disliked = len(items) - liked

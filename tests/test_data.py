@@ -177,7 +177,7 @@ def preferences(path, tokenizer, *rows, max_length=2048):
 def test_pair_is_one_prompt_and_two_answers_with_their_end_of_turn(tmp_path, letters):
     row = {"prompt": TURNS, "chosen": "yo", "rejected": "no"}
     (item,), counts = preferences(tmp_path, letters, row)
-    assert item.lengths == [3, 3] and not counts
+    assert item.answer_tokens == [3, 3] and not counts
     for (ids, spans), answer in zip(item.answers, (YO, NO), strict=True):
         whole = item.prompt.tolist() + ids.tolist()
         rendered, marks = render(letters, [*TURNS, answer])

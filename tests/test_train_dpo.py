@@ -206,8 +206,7 @@ def test_noise_of_a_preference_is_scaled_by_the_length_of_prompt_and_answer(work
     items = random_items(model.config.vocab_size, 3)
     monkeypatch.setattr(modeling, "neftune_noise", lambda keys, lengths, size, alpha, whole: (
         seen.append((keys, whole)) or torch.zeros(len(keys), size)))
-    noise = train_dpo.Noise(0, [0, 1, 0], [4, 4, 7], 5.0)
-    train_dpo.answer_logprobs(model, items, noise=noise)
+    train_dpo.answer_logprobs(model, items, [(4, 0), (4, 1), (7, 0)], neftune_alpha=5.0)
     lengths = [[len(p.prompt) + len(ids) for ids, _ in p.answers] for p in items]
     (keys, whole), = seen
     assert whole == sum(([max(pair), *pair] for pair in lengths), [])
@@ -452,9 +451,9 @@ def test_metrics_hold_what_the_readme_explains(work, reference):
     items, _ = train_dpo.load_preferences([str(work / "pairs.jsonl")], tokenizer, 2048)
     drawn = train_sft.RunData(items, [], data.Mixer([16], np.ones(1), 0), 24, 4).step(1, 6)
     first = [items[i] for i, _ in drawn]
-    wanted = np.mean([p.lengths[0] for p in first])
+    wanted = np.mean([p.answer_tokens[0] for p in first])
     assert reference[0][0]["length_chosen"] == pytest.approx(wanted, abs=1e-5)
-    assert reference[0][0]["target_tokens"] == sum(sum(p.lengths) for p in first)
+    assert reference[0][0]["target_tokens"] == sum(p.targets for p in first)
     assert reference[0][0]["tokens"] == sum(  # a prompt counts once
         len(p.prompt) + sum(len(ids) for ids, _ in p.answers) for p in first)
 
