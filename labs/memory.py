@@ -12,8 +12,7 @@ and N supervised ones in the largest forward pass; products of e bytes (bf16: 2)
 
 --checkpoint_activations (arXiv:1604.06174) keeps 4 D per token and layer, and computes the layer
 again. LoRA (arXiv:2106.09685) leaves P' near 0, weights in the 16 bits they are stored in. --shard
-(ZeRO-3, arXiv:1910.02054) divides the first three by the number of devices. Both trainers print
-their estimate before they load a model.
+(ZeRO-3, arXiv:1910.02054) divides the first three by the devices. Both trainers print it at first.
 
     python -m labs.memory                                    # sizes against ways, in GiB
     python -m labs.memory --model DIR --micro_tokens 4096    # one model, term by term
@@ -28,8 +27,7 @@ What you should see, at 4,096 tokens of which half are supervised, in GiB per de
 
 ("ckpt" is --checkpoint_activations, as in the last two columns and that of 8 devices.) Measured on
 one H200, in the order all, ckpt, lora, lora ckpt: the 1B model 28.3, 22.5, 9.7, 4.3 GiB; the 3B one
-68.4, 56.5, 20.0, 9.0; the 7B one 115.4, 34.4, 15.7 without the first. So the estimate is 0.91 to
-1.05 of what was measured.
+68.4, 56.5, 20.0, 9.0; the 7B one from ckpt on 115.4, 34.4, 15.7. Estimates are 0.91 to 1.05 of it.
 
 Peaks of a CPU process in MiB, the 50M model of labs/bench.py, three steps of 16 rows: fp32 at
 1,280 tokens 1,689, estimated 1,695; bf16 at 4,096 tokens 2,107, estimated 1,794; bf16 at 1,280 with
@@ -41,7 +39,7 @@ Exercise. 7B parameters, AdamW in fp32, one device. Where does 24 GB end? With L
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -106,8 +104,7 @@ def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     norm = (4 + e) * D + 4  # what it is of, what it gives, and 1 / rms(x)
     before = norm + e * (2 * H + 2 * K) * Dh + 4 * H
     after = norm + e * 4 * I + (0 if cuda else e * H * Dh)  # groups of examples are put together
-    if config.model_type == "qwen3":
-        before += 4 * (H + K) * Dh
+    before += 4 * (H + K) * Dh if config.model_type == "qwen3" else 0
 
     # An adapter keeps A x. With dropout it keeps what is left of each of seven inputs, in place of
     # the input, and a byte per number that says what is left.
@@ -127,21 +124,21 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
     trained, stored = (adapter, getattr(torch, kind).itemsize) if adapter else (total, 4)
     parts = work.world if getattr(c, "shard", False) else 1
 
-    # With its layers recomputed a token leaves 4 D in each, and all of it in one at a time.
+    # The last layer goes on with N tokens; a CPU keeps queries, and what they find, of these alone.
     before, after = kept_per_token(config, c, work)
-    kept = L * T * before + ((L - 1) * T + N) * after  # the last layer goes on with N tokens
-    if work.device.type == "cpu":  # and there has queries, and what they find, of these alone
-        H, Dh = config.num_attention_heads, config.head_dim
-        kept -= (T - N) * H * (2 * e * Dh + 4)
+    kept = L * T * before + ((L - 1) * T + N) * after
+    if work.device.type == "cpu":
+        kept -= (T - N) * config.num_attention_heads * (2 * e * config.head_dim + 4)
     kept -= T * 4 * D if adapter else 0  # nothing before the first adapter needs a gradient
     formula = f"T {L} layers x ({before} + {after} B)"
-    if c.checkpoint_activations:
-        kept = L * T * 4 * D + T * (before + after)
-        formula = f"T {L} layers x 4 D, T x one layer of {before + after} B"
 
     # Products read weights in their own type: a copy, or what was gathered from all devices.
     copies, why = e * matrices if e != stored else 0, f"{e} B x the layers' matrices"
+
+    # With its layers recomputed a token leaves 4 D in each, and all of it in one at a time.
     if c.checkpoint_activations:
+        kept = L * T * 4 * D + T * (before + after)
+        formula = f"T {L} layers x 4 D, T x one layer of {before + after} B"
         copies, why = copies / L, f"{why}, of one layer"
     if parts > 1:
         copies, why = e * (2 * matrices / L + heads), f"{e} B x two layers, embedding and head"
@@ -149,10 +146,11 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
     # Logits: a chunk and the next one, or all of them; few at a time in fp32, and their softmax.
     most, few = modeling.logit_sizes(work.device)
     chunks, few = min(e * N * V, 2 * most), min(N * V, few)
-    kernels = 2**28 if e == 2 else 2**26  # measured: oneDNN builds one per shape, in 16 bits larger
-    cpu = work.device.type != "cuda"
-    process = train_sft.peak_memory(work.device) * 2**30 + kernels if cpu else 0
     head = (0 if adapter else 4 * V * D) + (e * V * D if e != stored and parts == 1 else 0)
+
+    # Measured on a CPU: oneDNN builds a kernel per shape, in 16 bits larger ones.
+    cpu, kernels = work.device.type != "cuda", 2**28 if e == 2 else 2**26
+    process = train_sft.peak_memory(work.device) * 2**30 + kernels if cpu else 0
     return {
         "weights": ((stored * total + 4 * adapter) / parts, f"{stored} B x {total / 1e6:.1f}M"),
         "gradients": (4 * trained / parts, f"4 B x {trained / 1e6:.1f}M trained"),
@@ -171,17 +169,18 @@ def peak(found: dict[str, tuple[float, str]], passes: int) -> float:
     """
     work = sum(found[name][0] for name in ("copies", "activations", "logits", "head"))
     rest = sum(found[name][0] for name in ("weights", "moments", "process"))
-    grown = found["gradients"][0]
-    return rest + (max(grown, work) if passes == 1 else grown + work)
+    both = found["gradients"][0], work
+    return rest + (max(both) if passes == 1 else sum(both))
 
 
 # ---- skip on a first reading: a run, the table ---------------------------------------------------
 
 
-def largest_pass(c, run, hardware, steps: int = 64) -> Work:
-    """T, N and the number of passes, as the first steps deal them."""
+def report(c, run, hardware) -> None:
+    """Print the terms of a run, and what helps where a GPU is too small for them."""
+    # T, N and the number of passes, as the first 64 steps deal them.
     T = N = passes = 0
-    for step in range(1, min(steps, run.steps) + 1):
+    for step in range(1, min(64, run.steps) + 1):
         items = [run.train[index] for index, _ in run.step(step, c.batch_size)]
         sizes = [len(e.ids) if hasattr(e, "ids") else e.tokens for e in items]
         for mine in data.micro_batches(sizes, c.micro_tokens, hardware.world):
@@ -189,13 +188,8 @@ def largest_pass(c, run, hardware, steps: int = 64) -> Work:
             for chunk in mine:
                 T = max(T, sum(sizes[i] for i in chunk))
                 N = max(N, sum(items[i].targets for i in chunk))
-    return Work(T, N, passes, hardware.world, hardware.dtype, hardware.device)
-
-
-def report(c, run, hardware) -> None:
-    """Print the terms of a run, and what helps where a GPU is too small for them."""
-    work = largest_pass(c, run, hardware)
-    whole = print_terms(terms(modeling.load_config(c.model), c, work), work)
+    work = Work(T, N, passes, hardware.world, hardware.dtype, hardware.device)
+    whole = print_terms(c, work)
     if hardware.device.type == "cuda" and torch.cuda.is_available():
         room = torch.cuda.get_device_properties(hardware.device).total_memory
         if whole > room:
@@ -203,8 +197,9 @@ def report(c, run, hardware) -> None:
                   "--checkpoint_activations, --lora_rank 16, --shard")
 
 
-def print_terms(found: dict, work: Work) -> float:
+def print_terms(c, work: Work) -> float:
     """A line per term, the sum first, which is returned."""
+    found = terms(modeling.load_config(c.model), c, work)
     whole = peak(found, work.passes)
     print(f"memory per device, estimate: {whole / 2**30:.2f} GiB at the peak (T {work.tokens}, "
           f"N {work.targets}, {work.passes} passes per step)")
@@ -235,7 +230,7 @@ def main(c: Config) -> None:
     dtype = modeling.best_dtype(c.dtype, device)
     work = Work(c.micro_tokens, c.micro_tokens // 2, 2, c.devices, dtype, device)
     if c.model:
-        print_terms(terms(modeling.load_config(c.model), c, work), work)
+        print_terms(c, work)
         return
 
     rows = [("GiB per device", *WAYS)]
@@ -244,7 +239,7 @@ def main(c: Config) -> None:
         config = modeling.read_config({"model_type": "llama", "dtype": "bfloat16", **values})
         rows.append([name])
         for flags in WAYS.values():
-            way = Config(**{**vars(c), **flags})
+            way = replace(c, **flags)
             found = terms(config, way, work._replace(world=way.devices))
             rows[-1].append(f"{peak(found, work.passes) / 2**30:.0f}")
     data.print_table(rows)
