@@ -348,13 +348,13 @@ def learning_rate_at(step: int, steps: int, c: Config) -> float:
 def make_optimizer(model, c: Config) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) on fp32 weights; norms and biases are not decayed."""
     # Decay pulls towards 0, which is neutral for a matrix but switches a norm off.
-    trained = [p for _, p in trained_parameters(model)]
-    matrices = [p for p in trained if p.dim() >= 2]
-    vectors = [p for p in trained if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.adam_beta1, c.adam_beta2),
-                             eps=c.adam_epsilon, fused=model.device.type != "mps")
+    matrices = {"params": [], "weight_decay": c.weight_decay}
+    vectors = {"params": [], "weight_decay": 0.0}
+    for _, p in trained_parameters(model):
+        (matrices if p.dim() >= 2 else vectors)["params"].append(p)
+    return torch.optim.AdamW([matrices, vectors], lr=c.learning_rate,
+                             betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon,
+                             fused=model.device.type != "mps")
 
 
 # ==== read: ranks and precision ===================================================================
@@ -745,11 +745,10 @@ def find_start_step(c: Config) -> int:
     # What stands there may be a run of ours, or somebody's checkpoint.
     held = [path.name for name in ("config.json", "adapter_config.json", "tokenizer.json",
                                    "*.safetensors", "step-*") for path in folder.glob(name)]
-    what = f"a checkpoint ({held[0]})" if held else ""
-    if step:
-        run = folder / "run.json"
-        check(run.exists(), f"{folder} holds the state of a run, at step {step}, but no run.json; "
-              "choose another --output_dir, or add --overwrite to replace it")
+    what, run = f"a checkpoint ({held[0]})" if held else "", folder / "run.json"
+    if step and not run.exists():
+        what = f"the state of a run, at step {step}, but no run.json"
+    elif step:
         steps = modeling.read_json(run)["steps"]
         what = "a finished run" if step == steps else (
             f"a run that stopped at step {step} of {steps} (--resume goes on with it)")
@@ -859,12 +858,11 @@ class Log:
     def earlier(self, start_step: int) -> list[dict]:
         """The records up to `start_step`; later lines, and half a line of a crash, are dropped."""
         # What comes after the saved step is computed, and written, once more.
-        there = start_step and self.path.exists()  # who has lost it can go on all the same
-        lines = self.path.read_text(encoding="utf-8").splitlines() if there else []
         records = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+        if start_step and self.path.exists():  # who has lost it can go on all the same
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    records.append(json.loads(line))
         records = [record for record in records if record["step"] <= start_step]
         modeling.write_lines(self.path, (json.dumps(record) + "\n" for record in records))
         return records
