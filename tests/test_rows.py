@@ -338,7 +338,9 @@ def test_text_file_is_raw_text_a_line_without_empty_lines(name, tmp_path):
 PACKED = gzip.compress(LINES.encode() * 100)
 BAD_FILES = {
     "bad line.jsonl": (b'{"text": "a"}\n\n{oops}\n', "line 3: not JSON"),
+    "cut line.jsonl": (b'{"text": "a"}\n{"text":\n\n{"text": "b"}', "line 2: not JSON"),
     "bad list.json": (b'[{"text": "a"},\n{oops}]', "line 2: not JSON"),
+    "bad list below blank lines.json": (b'\n\n[\n{"text": "a"},\n{oops}]', "line 5: not JSON"),
     "bad list.jsonl": (b'[\n{"text": "a"},\n{oops}]', "line 3: not JSON"),
     "text.json": (b'"abc"', "object"),
     "table.csv": (b"a,b", ".jsonl"),
