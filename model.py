@@ -69,8 +69,8 @@ class ModelConfig:
     head_dim: int
     rope: dict  # rope_type, rope_theta and what the type needs
     windows: list  # per layer: keys a query sees, itself included; None: all
+    max_position_embeddings: int
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k, v and o; qwen2 has it on q, k, v whatever this says
     mlp_bias: bool = False
@@ -933,54 +933,53 @@ def attend_varlen(q, k, v, layout, window) -> Tensor:
 def rope_frequencies(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, float]:
     """Angle per position of each pair of dimensions (RoFormer, arXiv:2104.09864, eq. 15), scaled.
 
-    f_i = theta^(-2i/Dh); with factor s and pretraining length L0
-      linear   f / s
-      dynamic  theta <- theta * (s L/L0 - (s-1))^(Dh/(Dh-2)), L = max(length of the example, L0)
-      llama3   by wavelength w = 2 pi/f: f/s if w > L0/low, f if w < L0/high, a blend between
-      yarn     (arXiv:2309.00071, eq. 19-23) f/s and f blended over i; cos, sin times 0.1 ln s + 1
+    f_i = theta^(-2i/Dh) becomes (1 - k_i) f_i / s + k_i f_i; with factor s, pretraining length L0
+      linear   k = 0
+      dynamic  k = 1, theta <- theta * (s L/L0 - (s-1))^(Dh/(Dh-2)), L = max(length, L0)
+      llama3   k rises from 0 to 1 while the turns within L0, L0 f / 2 pi, rise from low to high
+      yarn     k falls from 1 to 0 while i rises, see `yarn`; cos and sin grow, too
 
     `lengths` [B] are the examples' whole lengths in tokens. Returns frequencies [B or 1, Dh/2] and
     the factor for cos and sin. For dynamic, transformers takes the longest length of the padded
     batch; we take each example's own, so that its neighbours do not change it.
     """
     rope, d = config.rope, config.head_dim
-    kind, s = rope["rope_type"], rope.get("factor")
+    kind, s = rope["rope_type"], rope.get("factor") or 1.0
     L0 = rope["original_max_position_embeddings"]
 
     # In fp32, the type in which transformers computes the frequencies.
-    theta = torch.full((1, 1), float(rope["rope_theta"]), device=lengths.device)
+    theta = torch.full((1, 1), float(rope["rope_theta"]))
     if kind == "dynamic":
         L = lengths.clamp(min=L0).float()[:, None]  # [B, 1]
         theta = theta * (s * L / L0 - (s - 1)) ** (d / (d - 2))
-    f = 1.0 / theta ** (torch.arange(0, d, 2, device=lengths.device).float() / d)  # [B or 1, Dh/2]
+    f = 1.0 / theta ** (torch.arange(0, d, 2).float() / d)  # [B or 1, Dh/2]
 
-    if kind == "linear":
-        f = f / s
+    # Slow pairs are stretched; fast ones, which tell neighbours apart, are kept.
+    kept, factor = float(kind != "linear"), 1.0
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        blend = ((L0 * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        f = (1 - blend) * f / s + blend * f
-    return yarn(rope, f) if kind == "yarn" else (f, 1.0)
+        kept = ((L0 * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # [1, Dh/2]
+    if kind == "yarn":
+        kept, factor = yarn(rope, d)
+    return (1 - kept) * f / s + kept * f, factor
 
 
-def yarn(rope: dict, f: Tensor) -> tuple[Tensor, float]:
-    """Stretch slow turns, keep fast ones: frequencies [1, Dh/2], and the factor for cos and sin."""
-    d, s, L0 = 2 * f.shape[1], rope["factor"], rope["original_max_position_embeddings"]
-
-    def dimension(turns: float) -> float:  # the i that turns so often within the pretraining length
-        return d * math.log(L0 / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
-
-    # From f at i <= low to f / s at i >= high.
-    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+def yarn(rope: dict, d: int) -> tuple[Tensor, float]:
+    """YaRN (arXiv:2309.00071, eq. 19-23): k [Dh/2] for Dh = d, and the factor for cos and sin."""
+    # From the pair that turns 32 times within the pretraining length to the one that turns once.
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    L0, base = rope["original_max_position_embeddings"], 2 * math.log(rope["rope_theta"])
+    low, high = (d * math.log(L0 / (n * 2 * math.pi)) / base for n in turns)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d - 1)
-    ramp = ((torch.arange(d // 2, device=f.device) - low) / max(high - low, 0.001)).clamp(0, 1)
+    kept = 1 - ((torch.arange(d // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
 
     # DeepSeek's config.json names two scales, whose quotient it is then.
-    grow, over, under = 0.1 * math.log(max(s, 1)), rope.get("mscale"), rope.get("mscale_all_dim")
+    grow = 0.1 * math.log(max(rope["factor"], 1))
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
     factor = (grow * over + 1) / (grow * under + 1) if over and under else grow + 1
-    return f / s * ramp + f * (1 - ramp), rope.get("attention_factor") or factor
+    return kept, rope.get("attention_factor") or factor
 
 
 def stretch(config: ModelConfig, context: int, kind: str, factor: float) -> ModelConfig:
@@ -1043,8 +1042,7 @@ def read_config(source: dict) -> ModelConfig:
     check(act == "silu", f"hidden_act {act} is not supported, only silu")
 
     # What is missing means what it means in transformers.
-    values = {"max_position_embeddings": ModelConfig.max_position_embeddings, **FAMILIES[family]}
-    values |= {**source, "source": source}
+    values = {"max_position_embeddings": 2048, **FAMILIES[family], **source, "source": source}
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         values[name] = int(source[name])  # a KeyError names what is missing
     heads = int(source["num_attention_heads"])
