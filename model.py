@@ -315,14 +315,13 @@ class Llama(nn.Module):
             kept.append(kv)
         return self.model.norm(x), Prefix(kept, list(lengths)) if keep_kv else None
 
-    def forward(self, ids, lengths, targets, prefix=None, noise=None, neftune_alpha=0.0,
-                full_lengths=None, parents=None) -> Tensor:
+    def forward(self, ids, lengths, targets, prefix=None, **given) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
+        What else is `given` goes to `hidden`: noise, parents.
         """
-        states, _ = self.hidden(ids, lengths, prefix, False, noise, neftune_alpha, full_lengths,
-                                wanted=targets - 1, parents=parents)  # [N, D]
+        states, _ = self.hidden(ids, lengths, prefix, wanted=targets - 1, **given)  # [N, D]
         return token_logprobs(states, self.head, ids[targets])
 
     def next_logits(self, states: Tensor) -> Tensor:
@@ -606,7 +605,11 @@ def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float,
 
 
 def dropout(x: Tensor, p: float, noise: Tensor | None, site: int) -> Tensor:
-    """Zero each element with probability p, scale the rest by 1/(1-p); no `noise`: evaluation."""
+    """Zero each element with probability p, scale the rest by 1/(1-p); no `noise`: evaluation.
+
+    `site` is the number of the place in a layer where this happens, so that every place draws its
+    own: 0 after attention, 1 after the MLP, from 2 on before the adapter of each projection.
+    """
     if p == 0.0 or noise is None:
         return x
     kept = uniform(combine(noise, site + 1), x.shape[-1]) >= p  # [T, D]
@@ -732,25 +735,20 @@ class Cache:
     rows = None  # every row continues itself
 
     def __init__(self, prefix: Prefix):
-        self.lengths = [prefix.lengths[row] - 1 for row in prefix.rows]  # [B]
-        self.layers = []
+        # Texts that were encoded once part here: every row gets room of its own.
+        self.layers, self.lengths = [], [prefix.lengths[row] for row in prefix.rows]  # [B]
         for pair in prefix.layers:
-            # Texts that were encoded once part here: every row gets room of its own.
             padded = [nn.utils.rnn.pad_sequence(t.split(prefix.lengths), True) for t in pair]
             self.layers.append([t[prefix.rows] for t in padded])  # [B, longest, K, Dh]
-        self.grow(CACHE_BLOCK - max(prefix.lengths) % CACHE_BLOCK)
-        self.advance()
+        self.advance(0)
 
-    def advance(self) -> None:
-        """Count one more token in every row, and make room for the next."""
-        self.lengths = [length + 1 for length in self.lengths]
-        if max(self.lengths) == self.layers[0][0].shape[1]:
-            self.grow(CACHE_BLOCK)
-
-    def grow(self, tokens: int) -> None:
-        """Make room behind the last token of every row."""
-        behind = (0, 0, 0, 0, 0, tokens)  # of [B, room, K, Dh]
-        self.layers = [[F.pad(t, behind) for t in pair] for pair in self.layers]
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in every row; where the longest has no room left, add a block."""
+        self.lengths = [length + tokens for length in self.lengths]
+        room = self.layers[0][0].shape[1]
+        if max(self.lengths) == room:
+            behind = (0, 0, 0, 0, 0, CACHE_BLOCK - room % CACHE_BLOCK)  # of [B, room, K, Dh]
+            self.layers = [[F.pad(t, behind) for t in pair] for pair in self.layers]
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these."""
@@ -855,7 +853,7 @@ def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, 
                 states, cache = read_prompts(model, [texts[i] for i in alive])
             else:
                 states, _ = model.hidden(token, [1] * len(token), cache)  # [B, D]
-                cache.advance()
+                cache.advance(1)
         logits = model.next_logits(states)  # [B, V]
         token = next_token(logits, seen, how, [samples[i] for i in alive], step)  # [B]
         seen.scatter_(1, token[:, None], True)
