@@ -1127,16 +1127,14 @@ def best_dtype(name: str, device: torch.device) -> torch.dtype:
     """fp32, bf16 or fp16; auto is fp32, on CUDA bf16, fp16 before Ampere (a T4 emulates bf16)."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    name = "fp32" if name == "auto" else name
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 def read_json(path: Path) -> dict:
     """The object of a JSON file, or an InputError that names it."""
+    path = checkpoint_file(path.parent, path.name)
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; is that a Hugging Face checkpoint?") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     check(isinstance(value, dict), f"{path}: expected an object, found {type(value).__name__}")
@@ -1155,18 +1153,15 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
     # What people give in place of a checkpoint's folder, and what helps.
     cached = max((p.parent for p in folder.glob("snapshots/*/config.json")), default=None)
+    check(not cached, f"{folder} is a cache of the hub; its checkpoint is {cached}")
+    check(folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)), f"no folder "
+          f"{folder}; a model of the hub comes with `hf download {folder} --local-dir DIR`")
+    check(name != "tokenizer.json" or not (folder / "tokenizer.model").exists(),
+          f"{folder} has only tokenizer.model; AutoTokenizer.from_pretrained(DIR)."
+          "save_pretrained(DIR) of transformers writes tokenizer.json")
     inner = min((p.parent for p in folder.glob(f"*/{name}")), default=None)
-    hub_id = not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder))
-    old = name == "tokenizer.json" and (folder / "tokenizer.model").exists()
-    for found, message in (
-            (cached, f"{folder} is a cache of the hub; its checkpoint is {cached}"),
-            (hub_id, f"no folder {folder}; a model of the hub comes with `hf download {folder} "
-             "--local-dir DIR`"),
-            (old, f"{folder} has only tokenizer.model; AutoTokenizer.from_pretrained(DIR)."
-             "save_pretrained(DIR) of transformers writes tokenizer.json"),
-            (inner, f"{path} is missing; give {inner}"),
-            (True, f"{path} is missing; is that a Hugging Face checkpoint?")):
-        check(not found, message)
+    fix = f"give {inner}" if inner else "is that a Hugging Face checkpoint?"
+    raise InputError(f"{path} is missing; {fix}")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -1176,7 +1171,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     if not (base / names[0]).exists():
         check((base / INDEX).exists(), f"no {names[0]} or {INDEX} in {base} (weights in .bin files "
               "must be converted to safetensors first)")
-        listed = read_json(checkpoint_file(base, INDEX)).get("weight_map")
+        listed = read_json(base / INDEX).get("weight_map")
         check(isinstance(listed, dict), f"{base / INDEX} has no weight_map")
         names = sorted(set(listed.values()))
     paths = [checkpoint_file(base, name) for name in names]
@@ -1185,7 +1180,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint folder; InputError if it is missing or not supported."""
-    path = checkpoint_file(read_adapter(folder)[0], "config.json")
+    path = read_adapter(folder)[0] / "config.json"
     source = read_json(path)
     kind = (source.get("quantization_config") or {}).get("quant_method")
     check(not kind, f"{path}: the weights are quantised ({kind}); take the checkpoint in 16 bits")
@@ -1231,7 +1226,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = torch.float32, device="
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 tensor = file.get_tensor(name)  # mapped: read where it is looked at
                 if new_token and name in (EMBEDDING, HEAD):
-                    tensor = add_row(tensor, *new_token)
+                    token, like = new_token
+                    tensor = torch.cat((tensor[:token], tensor[[like]], tensor[token + 1 :]))
                 place(model, missing, name, tensor, kind, device, path)
 
     # A new adapter is stored nowhere yet.
@@ -1290,11 +1286,6 @@ def place(model: Llama, missing: dict, name: str, tensor: Tensor, dtype, device,
     owner, _, leaf = name.rpartition(".")
     value = nn.Parameter(share(tensor, empty, device, dtype), requires_grad=lora or not frozen)
     setattr(model.get_submodule(owner), leaf, value)
-
-
-def add_row(matrix: Tensor, token: int, like: int) -> Tensor:
-    """The matrix [V, D] with row `like` copied to row `token`, maybe a new last one."""
-    return torch.cat((matrix[:token], matrix[like : like + 1], matrix[token + 1 :]))
 
 
 # A sharded weight is a DTensor of torch: every rank holds some of its rows, the same number but for
@@ -1378,22 +1369,13 @@ def write_json(path: Path, value: dict) -> None:
     write_lines(path, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
 
 
-def own_files(folder: Path) -> set[str]:
-    """The names of all files of weights that the folder's own checkpoint or adapter may have."""
-    names = {"model.safetensors", INDEX, ADAPTER, ADAPTER_WEIGHTS}
-    if (folder / INDEX).exists():
-        listed = read_json(folder / INDEX).get("weight_map", {}).values()
-        names |= {name for name in listed if Path(name).name == name}
-    return names
-
-
 def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], meta: dict, write: bool,
-                  dtype: torch.dtype | None = None, read=None) -> dict[str, str]:
+                  dtype: torch.dtype | None = None, merge=()) -> dict[str, str]:
     """Write tensors in files of at most SHARD_BYTES; returns the name of each one's file.
 
-    read(name) gives another tensor of the same size to write in place of the one that is listed.
-    A sharded tensor is made whole when its turn comes: with it one file at most is in memory. So
-    every rank must call this, and one of them with `write`.
+    `merge` has the projections of those that get their adapter merged. That, and making a sharded
+    tensor whole, waits until its turn comes: one file at most is in memory. Every rank must call
+    this, one of them with `write`, since each has its own rows.
     """
     # A new file begins where the next tensor has no room in the last one.
     files, room = [], 0
@@ -1410,7 +1392,8 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], meta: dic
         number = f"-{i:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         file, held = f"{stem}{number}.safetensors", {}
         for name in names:
-            tensor = whole(read(name) if read else tensors[name]).detach()
+            tensor = merge[name].merged() if name in merge else tensors[name]
+            tensor = whole(tensor).detach()
             if write:
                 held[name] = tensor.to("cpu", dtype).contiguous()
         if write:
@@ -1425,25 +1408,32 @@ def save(model: Llama, folder: str | Path, dtype: torch.dtype = torch.float32,
 
     Of a sharded model all ranks call this, and one has `write`.
     """
-    folder, old = Path(folder), own_files(Path(folder))
-    merged = {f"{name}.weight": module for name, module in adapted(model).items()}
     weights = {name: p for name, p in model.named_parameters() if LORA not in name}
-
-    def read(name: str) -> Tensor:
-        return merged[name].merged() if name in merged else weights[name]
-
-    where = write_tensors(folder, "model", weights, {"format": "pt"}, write, dtype, read)
-    if not write:
-        return
+    where = write_tensors(Path(folder), "model", weights, {"format": "pt"}, write, dtype,
+                          adapted(model))
+    config = {**model.config.source, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config.pop("dtype", None)  # the same key in newer files
+    texts = {"config.json": config}
     if len(set(where.values())) > 1:
         total = sum(p.numel() for p in weights.values()) * dtype.itemsize
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        old.remove(INDEX)
-    for stale in old - set(where.values()):
-        (folder / stale).unlink(missing_ok=True)
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": where}
+    if write:
+        finish(Path(folder), set(where.values()), texts)
 
-    config = {k: v for k, v in model.config.source.items() if k not in ("torch_dtype", "dtype")}
-    write_json(folder / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
+
+def finish(folder: Path, weights: set[str], texts: dict[str, dict]) -> None:
+    """Write the JSON files `texts` beside files of weights; of another checkpoint nothing is left.
+
+    A folder must never hold a checkpoint and an adapter, or shards of two checkpoints.
+    """
+    known = {"config.json", "model.safetensors", INDEX, ADAPTER, ADAPTER_WEIGHTS}
+    if (folder / INDEX).exists():
+        shards = read_json(folder / INDEX).get("weight_map", {}).values()
+        known |= {name for name in shards if Path(name).name == name}
+    for name, value in texts.items():
+        write_json(folder / name, value)
+    for stale in known - weights - set(texts):
+        (folder / stale).unlink(missing_ok=True)
 
 
 # ---- skip on a first reading: adapters -----------------------------------------------------------
@@ -1493,18 +1483,17 @@ def add_adapter(model: Llama, adapter: dict) -> None:
 
 
 def adapted(model: Llama) -> dict[str, Projection]:
-    """The projections that have an adapter, by name."""
-    return {name: m for name, m in model.named_modules() if getattr(m, "lora_A", None)}
+    """The projections that have an adapter, by the name of their weight."""
+    return {f"{n}.weight": m for n, m in model.named_modules() if getattr(m, "lora_A", None)}
 
 
-def new_weights(missing: dict, seed: int) -> list[tuple[str, Tensor]]:
+def new_weights(missing: dict, seed: int) -> Iterator[tuple[str, Tensor]]:
     """How adapters begin, by name: A uniform in +-1 / sqrt(in), as PEFT draws it, and B 0."""
-    generator, out = torch.Generator().manual_seed(seed), []
-    for name, p in missing.items():
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in list(missing.items()):
         if LORA in name:
             bound = p.shape[1] ** -0.5 if "lora_A" in name else 0.0  # A [r, in], B [out, r]
-            out.append((name, torch.empty(p.shape).uniform_(-bound, bound, generator=generator)))
-    return out
+            yield name, torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
 
 
 def merge_adapter(model: Llama, dtype: torch.dtype) -> None:
@@ -1525,6 +1514,4 @@ def save_adapter(model: Llama, folder: Path, write: bool = True) -> None:
     if not write:
         return
     write_atomic(folder / ADAPTER_WEIGHTS, partial(save_file, tensors, metadata={"format": "pt"}))
-    write_json(folder / ADAPTER, model.adapter)
-    for stale in own_files(folder) - {ADAPTER, ADAPTER_WEIGHTS} | {"config.json"}:
-        (folder / stale).unlink(missing_ok=True)
+    finish(folder, {ADAPTER_WEIGHTS}, {ADAPTER: model.adapter})
