@@ -247,7 +247,7 @@ class Block(nn.Module):
         q, k, v = self.before(x, layout.cos, layout.sin, noise)
         if layout.asking is not None:
             q = q.index_select(0, layout.asking)  # [some of T, H, Dh]
-        attended = attention(q, k, v, past, layout, self.window)  # [T or fewer, H, Dh]
+        attended = layout.attention(q, k, v, past, layout, self.window)  # [T or fewer, H, Dh]
 
         # From here on tokens are on their own: those that nobody asks for may go.
         if layout.wanted is not None:
@@ -391,15 +391,14 @@ def visible(position: Tensor, S: int, window: int | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -> Tensor:
     """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
 
-    `past` are stored keys and values that stand before them, or None. There is one call per group
-    of equally long neighbours: nothing is padded, so no work is wasted.
+    `past` is this layer's part of the `Prefix` that they continue, (keys, values) [stored, K, Dh]
+    of its texts end to end; None without one. There is one call per group of equally long
+    neighbours: nothing is padded, so no work is wasted.
+
+    This way works everywhere. Generation and CUDA have their own, which a `Layout` chooses.
     """
-    if isinstance(layout.prefix, Cache):
-        return attend_cached(q, k, v, past, layout, window)
     if past is not None:
         k, v = torch.cat((past[0], k)), torch.cat((past[1], v))  # [stored + T, K, Dh] each
-    if layout.varlen:
-        return attend_varlen(q, k, v, layout, window)
 
     # Cut the queries into calls, and what they may see into pieces, of which a call sees two.
     q = q.split([b * L for b, L, _, _ in layout.calls])
@@ -468,7 +467,7 @@ class Layout:
     def __init__(self, config: ModelConfig, lengths: list[int], prefix: "Prefix | Cache | None",
                  parents: list | None, device: torch.device, dtype: torch.dtype):
         B, T = len(lengths), sum(lengths)
-        self.prefix, self.masks, self.lengths = prefix, {}, lengths
+        self.masks, self.lengths = {}, lengths
         self.wanted = self.asking = self.answers = None  # of the last layer: see `narrowed`
 
         # What each example continues: a stored text, an example of these, or nothing.
@@ -490,10 +489,13 @@ class Layout:
         turns = factor * torch.stack((angles.cos(), angles.sin()))  # [2, T, Dh/2]
         self.cos, self.sin = send(turns[:, :, None], device)  # [T, 1, Dh/2] each
 
-        self.varlen = varlen_fits(config, device, dtype)
+        # How attention is computed: as above wherever there is nothing faster.
+        self.attention = attention
         if isinstance(prefix, Cache):
+            self.attention = attend_cached
             self.place = send(torch.stack((torch.arange(B), start)), device)  # [2, B] row, column
-        elif self.varlen:
+        elif varlen_fits(config, device, dtype):
+            self.attention = attend_varlen
             plan_varlen(self, torch.stack((count, start + count)), stored, rows, device)
         else:
             self.plan_calls(lengths)
@@ -529,7 +531,7 @@ class Layout:
         """
         last = copy.copy(self)
         last.wanted = last.answers = wanted
-        if self.varlen or isinstance(self.prefix, Cache) or wanted.device.type != "cpu":
+        if self.attention is not attention or wanted.device.type != "cpu":
             return last  # a kernel that needs no help, or a device that would have to be asked
         ends = torch.tensor(self.lengths).cumsum(0)  # [B]
         example = torch.searchsorted(ends, wanted, right=True)  # [N]
@@ -915,8 +917,10 @@ def plan_varlen(layout: Layout, counts: Tensor, stored: list, rows: list, device
         layout.order = send(torch.cat(order), device)  # [sum of S]
 
 
-def attend_varlen(q, k, v, layout, window) -> Tensor:
+def attend_varlen(q, k, v, past, layout, window) -> Tensor:
     """All examples in one call; the kernel's mask is causal, aligned at the last tokens."""
+    if past is not None:
+        k, v = torch.cat((past[0], k)), torch.cat((past[1], v))  # [stored + T, K, Dh] each
     if layout.order is not None:
         k, v = k.index_select(0, layout.order), v.index_select(0, layout.order)  # [sum of S, K, Dh]
     flags = {"window_size": (-1 if window is None else window - 1, 0)}

@@ -189,7 +189,7 @@ def test_attention_equals_plain_attention_of_every_example(monkeypatch, path, wi
     config = M.read_config({**SETTINGS, "head_dim": 16})
     layout = M.Layout(config, lengths, prefix, parents, q.device, q.dtype)
     assert path == "varlen" or len(layout.calls) == calls
-    out = M.attention(q, k, v, past, layout, window)
+    out = layout.attention(q, k, v, past, layout, window)
 
     plain, leaves = [], [q, k, v, *(past or [])]
     for row, q_, *own in zip(rows, *(t.split(lengths) for t in (q, k, v)), strict=True):
@@ -1233,7 +1233,7 @@ def test_cudas_kernel_for_flat_tokens_takes_what_we_give_it(monkeypatch, window)
     q, k, v, past_k, past_v = (
         torch.empty(n, heads, 16, device="meta", dtype=torch.bfloat16, requires_grad=True)
         for n, heads in ((8, 4), (8, 2), (8, 2), (9, 2), (9, 2)))
-    out = M.attention(q, k, v, (past_k, past_v), layout, window)
+    out = layout.attention(q, k, v, (past_k, past_v), layout, window)
     out.sum().backward()
     assert out.shape == q.shape and past_v.grad.shape == past_v.shape
 
@@ -1250,11 +1250,11 @@ def test_cudas_kernel_for_flat_tokens_equals_plain_attention_and_its_gradients(c
     if continued == "earlier examples":
         parents = [None, 0, 0, None]
     layout = M.Layout(config, lengths, stored, parents, torch.device("cuda"), torch.bfloat16)
-    assert layout.varlen
+    assert layout.attention is M.attend_varlen
     torch.manual_seed(0)
     leaves = [torch.randn(n, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
               for n, heads in ((151, 8), (151, 2), (151, 2), (29, 2), (29, 2))][:5 if stored else 3]
-    out = M.attention(*leaves[:3], leaves[3:] or None, layout, window)
+    out = layout.attention(*leaves[:3], leaves[3:] or None, layout, window)
     weights = torch.randn_like(out)
     found = [out, *torch.autograd.grad((out * weights).sum(), leaves)]
 
