@@ -391,9 +391,9 @@ def visible(position: Tensor, S: int, window: int | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -> Tensor:
     """`plain_attention` of every example: queries [T, H, Dh], keys and values [T, K, Dh].
 
-    `past` is this layer's part of the `Prefix` that they continue, (keys, values) [stored, K, Dh]
-    of its texts end to end; None without one. There is one call per group of equally long
-    neighbours: nothing is padded, so no work is wasted.
+    `past` is this layer's part of the `Prefix` that the examples continue: keys and values of its
+    texts, end to end, [stored, K, Dh] each; None without a prefix. There is one call per group of
+    equally long neighbours: nothing is padded, so no work is wasted.
 
     This way works everywhere. Generation and CUDA have their own, which a `Layout` chooses.
     """
@@ -666,13 +666,10 @@ def logit_chunks(states: Tensor, weight: Tensor, targets: Tensor, residuals: boo
             log_softmax = part.float().log_softmax(-1)  # [few, V]
             logp.append(log_softmax.gather(1, target)[:, 0])
             if residuals:
-                part.copy_(subtract_onehot(log_softmax.exp_(), target))
+                # The residuals, in the memory of the softmax.
+                minus = log_softmax.new_full(target.shape, -1.0)  # [few, 1]
+                part.copy_(log_softmax.exp_().scatter_add_(1, target, minus))
         yield rows, torch.cat(logp), logits
-
-
-def subtract_onehot(softmax: Tensor, target: Tensor) -> Tensor:
-    """r = softmax - onehot(target) [n, V] of targets [n, 1], in the memory of the softmax."""
-    return softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1.0))
 
 
 class TokenLogprobs(torch.autograd.Function):
