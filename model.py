@@ -1371,8 +1371,8 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], meta: dict, write: bool,
-                  dtype: torch.dtype | None = None, merge=()) -> dict[str, str]:
-    """Write tensors in files of at most SHARD_BYTES; returns the name of each one's file.
+                  dtype: torch.dtype | None = None, merge=(), limit=None) -> dict[str, str]:
+    """Write tensors in files of at most `limit` (SHARD_BYTES); returns the name of each one's file.
 
     `merge` has the projections of those that get their adapter merged. That, and making a sharded
     tensor whole, waits until its turn comes: one file at most is in memory. Every rank must call
@@ -1384,7 +1384,7 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor], meta: dic
         size = tensor.numel() * (dtype or tensor.dtype).itemsize
         if size > room:
             files.append([])
-            room = SHARD_BYTES
+            room = limit or SHARD_BYTES
         files[-1].append(name)
         room -= size
 
@@ -1508,11 +1508,8 @@ def merge_adapter(model: Llama, dtype: torch.dtype) -> None:
 
 def save_adapter(model: Llama, folder: Path, write: bool = True) -> None:
     """The adapter alone, in fp32, as PEFT loads it; of another checkpoint there nothing is left."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        if LORA in name:
-            tensors[WRAPPER + name] = whole(p.detach()).cpu().contiguous()
-    if not write:
-        return
-    write_atomic(folder / ADAPTER_WEIGHTS, partial(save_file, tensors, metadata={"format": "pt"}))
-    finish(folder, {ADAPTER_WEIGHTS}, {ADAPTER: model.adapter})
+    # In one file, however large: PEFT looks for no other.
+    tensors = {WRAPPER + name: p for name, p in model.named_parameters() if LORA in name}
+    write_tensors(folder, "adapter_model", tensors, {"format": "pt"}, write, limit=math.inf)
+    if write:
+        finish(folder, {ADAPTER_WEIGHTS}, {ADAPTER: model.adapter})
