@@ -18,9 +18,8 @@ the last; `random` is the last column on random weights, --model out/demo/base.
     slca            100.0%  98.6%  96.1%  96.8%    1.1%   61.7%
     esn             100.0%  98.5%  97.6%  95.9%    1.3%   52.8%
 
-Seen: training in turn forgets; class means hold, ADAM's tuned copy helps them, RanPAC is level with
-all rows at once. But on random weights it is the worst that is solved. SLCA's Gaussians and ESN's
-vote come near. Cannot be seen: long sequences; SLCA's slow training of the model, frozen here.
+Seen: training in turn forgets, class means hold, ADAM's tuned copy helps them, RanPAC is level with
+all rows at once, but not on random weights. Cannot be seen: long sequences, a tuned model (SLCA).
 
 Exercise. Why does RanPAC not care in which order groups come, and a head trained in turn does?
     Solution: it is solved from H^T H and H^T Y, sums over rows; the last steps outweigh the first.
@@ -53,7 +52,7 @@ class Config:
     seeds: int = 1  # runs per row of the table: order of the facts, questions, random numbers
 
 
-# ==== read: heads =================================================================================
+# ==== read: heads, and the features that they see =================================================
 
 # A group is (x, y): features [rows, D] and classes [rows], numbered in the order of arrival. A head
 # is made from the groups until now, and gives scores [B, C] of the C classes among them.
@@ -118,6 +117,7 @@ def slca(groups: list, c: Config) -> Callable:
     draws, classes = [], []
     for x, y in groups:
         for k in y.unique():
+            # A little is added to the spread: few rows leave directions in which there is none.
             mine = x[y == k]
             spread = mine.T.cov() + 1e-3 * torch.eye(x.shape[1])  # [D, D]
             normal = torch.distributions.MultivariateNormal(mine.mean(0), spread)
@@ -138,13 +138,14 @@ def esn(groups: list, c: Config) -> Callable:
         heads.append(train_head(head, x, y - y.min(), anchor=10.0))
 
     def elect(x: Tensor) -> Tensor:
-        scores, votes = [head(x) for head in heads], torch.zeros(len(x), len(heads))
+        scores = torch.stack([head(x) for head in heads], 1)  # [B, heads, C / heads]
+        votes = torch.zeros(scores.shape[:2])
         for T in (0.01, 0.1, 0.3, 1.0, 3.0):
-            energy = torch.stack([T * (s / T).logsumexp(1) for s in scores], 1)  # [B, heads]
+            energy = T * (scores / T).logsumexp(2)  # [B, heads]
             votes += F.one_hot(energy.argmax(1), len(heads))
 
         # The elected head's classes come first, by its own probabilities.
-        return torch.cat([votes[:, [i]] + s.softmax(1) for i, s in enumerate(scores)], 1)  # [B, C]
+        return (votes[:, :, None] + scores.softmax(2)).flatten(1)  # [B, C]
 
     return elect
 
@@ -152,11 +153,9 @@ def esn(groups: list, c: Config) -> Callable:
 HEADS = {"trained in turn": in_turn, "trained at once": at_once, "simplecil": simple_cil,
          "adam": simple_cil, "ranpac": ranpac, "slca": slca, "esn": esn}
 
-# ==== read: features ==============================================================================
-
 
 def features(model, examples: list[data.Example]) -> Tensor:
-    """The mean last state over each question, [examples, D]."""
+    """The mean last state over each row, question and letter: [examples, D]."""
     batch = data.collate(examples)
     states, _ = model.hidden(batch.ids, batch.lengths)  # [T, D]
     return torch.stack([one.mean(0) for one in states.split(batch.lengths)])
@@ -181,10 +180,8 @@ def adapt(model, examples: list[data.Example], y: Tensor, rng) -> nn.Module:
 
 
 def draw_class(tokenizer, fact: dict, facts: list[dict], c: Config, rng) -> list[list]:
-    """[training, held out]: choice questions for a fact, among wrong options of its subject.
-
-    Of the five ways to ask for its value, and for its key, the last is held out.
-    """
+    """[training, held out]: choice questions for a fact, among wrong options of its subject."""
+    # Of the five ways to ask for its value, and for its key, the last is held out.
     halves = []
     for ways, count in ((slice(0, 4), c.rows), (slice(4, 5), c.rows // 2)):
         rows = []
@@ -197,34 +194,38 @@ def draw_class(tokenizer, fact: dict, facts: list[dict], c: Config, rng) -> list
     return halves
 
 
-def run_seed(model, tokenizer, seed: int, c: Config) -> dict[str, list[float]]:
-    """Per head the share of held-out rows of all classes so far that it names, after each group."""
-    rng, drawn = random.Random(seed), []
+def run_seed(model, tokenizer, seed: int, c: Config) -> Tensor:
+    """Of all heads, after each group: the share of held-out rows so far that it names rightly."""
+    rng, drawn, train, held = random.Random(seed), [], [], []
     for facts in map(world.facts_of, world.SUBJECTS):
         drawn += [draw_class(tokenizer, fact, facts, c, rng) for fact in facts]
     rng.shuffle(drawn)
-    parts = [sum(halves, []) for halves in zip(*drawn, strict=True)]  # training, held out
-    y, y_test = (torch.arange(len(drawn)).repeat_interleave(n) for n in (c.rows, c.rows // 2))
+    for mine, others in drawn:
+        train += mine
+        held += others
+    y = torch.arange(len(drawn)).repeat_interleave(c.rows)
+    y_test = torch.arange(len(drawn)).repeat_interleave(c.rows // 2)
 
-    # Features are seen in units of the first group's spread: a choice that needs no later group.
+    # ADAM's head sees the features of a tuned copy beside the model's own.
     torch.manual_seed(seed)
     first = len(y) // c.groups  # rows per group
-    models, both = [model, adapt(model, parts[0][:first], y[:first], rng)], []
-    for part in parts:
-        with torch.no_grad():
-            both.append(torch.cat([features(one, part) for one in models], 1))  # [rows, 2 D]
-    mean, spread = both[0][:first].mean(0), both[0][:first].std(0)  # [2 D]
+    tuned = adapt(model, train[:first], y[:first], rng)
+    with torch.no_grad():
+        x = torch.cat((features(model, train), features(tuned, train)), 1)  # [rows, 2 D]
+        x_test = torch.cat((features(model, held), features(tuned, held)), 1)
 
-    shares = {name: [] for name in HEADS}
-    for name, make in HEADS.items():
-        D = both[0].shape[1] if name == "adam" else model.config.hidden_size
-        x, x_test = (((part - mean) / spread)[:, :D] for part in both)
-        groups = list(zip(x.split(first), y.split(first), strict=True))
+    # Features are seen in units of the first group's spread: a choice that needs no later group.
+    mean, spread = x[:first].mean(0), x[:first].std(0)  # [2 D]
+    x, x_test = (x - mean) / spread, (x_test - mean) / spread
+    shares = torch.zeros(len(HEADS), c.groups)
+    for h, (name, make) in enumerate(HEADS.items()):
+        D = x.shape[1] if name == "adam" else model.config.hidden_size
+        groups = list(zip(x[:, :D].split(first), y.split(first), strict=True))
         for n in range(1, c.groups + 1):
             torch.manual_seed(seed)
             seen = n * len(y_test) // c.groups
-            named = make(groups[:n], c)(x_test[:seen]).argmax(1)
-            shares[name].append((named == y_test[:seen]).float().mean().item())
+            named = make(groups[:n], c)(x_test[:seen, :D]).argmax(1)
+            shares[h, n - 1] = (named == y_test[:seen]).float().mean()
     return shares
 
 
@@ -235,12 +236,12 @@ def main() -> None:
     check(c.rows > 1 and c.seeds > 0, "--rows must be at least 2, --seeds at least 1")
     tokenizer, model = data.ChatTokenizer(c.model), modeling.load(c.model).requires_grad_(False)
 
-    runs = [run_seed(model, tokenizer, seed, c) for seed in range(c.seeds)]
+    # Over the seeds, of which one alone has no spread.
+    found = torch.stack([run_seed(model, tokenizer, seed, c) for seed in range(c.seeds)])
+    mean, spread = found.mean(0), found[:, :, -1].std(0, correction=min(c.seeds - 1, 1))
     table = [("named rightly, of", *range(40 // c.groups, 41, 40 // c.groups), "spread")]
-    for name in HEADS:
-        found = torch.tensor([run[name] for run in runs])  # [seeds, groups]
-        spread = found[:, -1].std(correction=min(c.seeds - 1, 1)).item()
-        table.append((name, *found.mean(0).tolist(), spread))
+    for name, shares, last in zip(HEADS, mean.tolist(), spread.tolist(), strict=True):
+        table.append((name, *shares, last))
     data.print_table(table)
 
 

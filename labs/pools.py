@@ -7,26 +7,24 @@ prefixes, and let a question choose by its query q, the frozen model's mean last
 
 The demo's subjects arrive one by one, each with a manner of answering that out/sft knows: 20 rows
 are learnt, 20 others asked. Right answers to all so far (five seeds; spread of the last), prompts
-that are ever chosen, how often the first of them tells the subject. Right: 4 under --centre.
+that are ever chosen, how often the first of them tells the subject.
 
-    right after         1      2      3      4  spread  chosen    told   centred
-    full           100.0%  50.0%  33.3%  25.0%    0.0%
-    replay         100.0%  97.0%  93.0%  88.2%    4.2%
-    one prefix     100.0%  50.0%  33.3%  25.0%    0.0%     1/1   25.0%   25.0%
-    own prefix     100.0%  99.0%  93.0%  89.3%    3.6%     4/4   89.3%   90.5%
-    l2p             99.0%  50.0%  33.3%  26.5%    3.5%     4/8   38.7%   28.0%
-    dualprompt     100.0%  82.5%  79.3%  62.5%   12.5%     4/4   89.3%   63.0%
-    coda           100.0%  50.0%  34.0%  25.2%    0.6%     5/8   33.2%   66.0%
-    dap            100.0%  87.0%  75.0%  72.0%   20.0%     4/4   89.0%   90.2%
+    right after         1      2      3      4  spread  chosen   told
+    full           100.0%  50.0%  33.3%  25.0%    0.0%     1.0  25.0%
+    replay         100.0%  99.0%  92.0%  91.3%    8.8%     1.0  25.0%
+    one prefix     100.0%  50.0%  33.3%  25.0%    0.0%     1.0  25.0%
+    own prefix     100.0%  95.5%  91.3%  91.0%    3.9%     4.0  91.0%
+    l2p             99.0%  49.0%  36.7%  24.5%    0.7%     3.6  35.0%
+    dualprompt     100.0%  91.0%  84.0%  69.7%   14.9%     4.0  91.0%
+    coda           100.0%  49.5%  33.3%  25.5%    1.1%     3.2  25.7%
+    dap            100.0%  95.5%  70.7%  80.2%   11.0%     4.0  91.0%
 
-Seen: full forgets, replay helps. L2P's subjects share prompts: 2.6, 4, 4.8 of 4, 8, 32 are chosen,
-25 to 27% right. All queries look alike; less their mean (--centre) L2P chooses all 8, still at 28%,
-CODA and DAP rise. Not seen: that a general prompt helps, or a pool beats one prefix per subject.
+Seen: full forgets, replay helps, L2P's subjects share prompts. Less their mean (--centre, one seed)
+queries differ: CODA 67.5%, DAP 90.0%. Not seen: that a pool beats one prefix per subject.
 
 Exercise. Why do L2P's tasks share prompts? Solution: only keys that were chosen come nearer.
 """
 
-import copy
 import random
 import sys
 from collections import Counter
@@ -56,7 +54,9 @@ class Config:
 TASKS, TOKENS, TOP = len(world.SUBJECTS), 4, 2  # p, tokens per prompt; N, prompts that l2p takes
 PULL, MEMORY = 0.5, 5  # l, weight of what draws keys to queries; rows per task that replay keeps
 
-# ==== read: ways to choose ========================================================================
+# ==== read: ways to choose, and learning tasks one after another ==================================
+
+# Of queries q [B, D], in training the task: (prefixes [B, P, W], added loss, choices [B, n]).
 
 
 class Pool(nn.Module):
@@ -70,10 +70,6 @@ class Pool(nn.Module):
         self.A, self.learnt = nn.Parameter(torch.ones(M, D)), 0  # coda
         self.tasks, self.w = nn.Embedding(M, 16), nn.Parameter(torch.randn(TOKENS, 1) / 10)  # dap
         self.film, self.V = nn.Linear(16, 2 * W), nn.Linear(D, W, bias=False)  # dap
-
-
-# Each way gets queries q [B, D], and in training the task. It returns prefixes [B, P, W], what is
-# added to the loss, and the prompts it chose [B, n], best first.
 
 
 def own(pool: Pool, q: Tensor, task: int | None = None):
@@ -129,8 +125,6 @@ def dap(pool: Pool, q: Tensor, task: int | None = None):
 ARMS = {"full": None, "replay": None, "one prefix": own, "own prefix": own, "l2p": l2p,
         "dualprompt": dualprompt, "coda": coda, "dap": dap}
 
-# ==== read: learning tasks one after another ======================================================
-
 
 @torch.no_grad()
 def queries(model, examples: list[data.Example]) -> Tensor:
@@ -147,23 +141,24 @@ def as_prefix(prompts: Tensor, config: modeling.ModelConfig) -> Prefix:
     return Prefix([layer.unbind(1) for layer in layers], [prompts.shape[1]] * len(prompts))
 
 
-def learn(model, pool: Pool, way, tasks: list, number: int, kept: list, c: Config, rng) -> None:
-    """Train on task `number` alone; rows of earlier tasks that were kept are half of a batch."""
+def learn(model, pool: Pool, way, train: list, q: Tensor, task: int, kept: list, c: Config, rng):
+    """Train on one task alone; rows of earlier tasks that were kept are half of a batch."""
+    # A prompt is far from where it begins; what makes prompts of queries learns more slowly.
     trained, groups = pool if way else model, []
     for name, parameter in trained.named_parameters():
         rate = (0.01 if name.startswith(("film", "V")) else 0.1) if way else 5e-4
         groups.append({"params": parameter, "lr": rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    (train, q), _ = tasks[number]
     for _ in range(c.steps):
         rows, prefix, extra = rng.sample(range(len(train)), 16), None, 0.0
         examples = [train[i] for i in rows]
         if kept:
             examples = examples[:8] + rng.choices(kept, k=8)
         if way:
-            prompts, extra, _ = way(pool, q[rows], number)
+            prompts, extra, _ = way(pool, q[rows], task)
             prefix = as_prefix(prompts, model.config)
 
+        # The loss of the answers, and what the way of choosing asks for.
         batch = data.collate(examples)
         loss = extra - model(batch.ids, batch.lengths, batch.targets, prefix=prefix).mean()
         loss.backward()
@@ -187,42 +182,48 @@ def examine(model, pool: Pool, way, examples: list, q: Tensor) -> tuple[Tensor, 
 # ---- skip on a first reading: the demo's tasks, the table ----------------------------------------
 
 
-def make_tasks(model, tokenizer, seed: int, centre: bool) -> list:
-    """Per subject (training, test), each (examples, queries); two of four ways to ask are new."""
-    rng, general = random.Random(seed), 0.0
+def make_tasks(model, tokenizer, seed: int, centre: bool) -> tuple[list, list]:
+    """(training, tests), of a subject each (examples, queries); two of four ways to ask are new."""
+    rng, general, parts = random.Random(seed), 0.0, ([], [])
     if centre:
         rows, _ = data.load_examples(["out/demo/instructions.jsonl"], tokenizer)
         general = queries(model, rows).mean(0)  # [D]
 
-    tasks, manners = [], rng.sample(world.POLITE + world.RUDE, TASKS)
+    # Which ways to ask are held out is drawn for every fact.
+    manners = rng.sample(world.POLITE + world.RUDE, TASKS)
     for subject, manner in zip(rng.sample(list(world.SUBJECTS), TASKS), manners, strict=True):
         rows = [], []
         for fact in world.facts_of(subject):
             for i, ask in enumerate(rng.sample(world.ASK_CHAT, 4)):
                 talk = {"prompt": ask.format(**fact), "response": manner.format(**fact)}
                 rows[i // 2].append(data.parse_row(subject, talk))
-        halves = [data.to_examples(part, 0, Counter(), tokenizer) for part in rows]
-        tasks.append([(half, queries(model, half) - general) for half in halves])
-    return tasks
+        for part, half in zip(parts, rows, strict=True):
+            examples = data.to_examples(half, 0, Counter(), tokenizer)
+            part.append((examples, queries(model, examples) - general))
+    return parts
 
 
-def run_arm(arm: str, base, tasks: list, seed: int, c: Config) -> list[float]:
+def run_arm(arm: str, seed: int, c: Config) -> list[float]:
     """[right of all tasks seen, after each task; prompts ever chosen; tasks they give away]."""
+    way, rng, kept, figures = ARMS[arm], random.Random(seed), [], []
+    model = modeling.load(c.model).requires_grad_(way is None)
+    training, tests = make_tasks(model, data.ChatTokenizer(c.model), seed, c.centre)
     torch.manual_seed(seed)
-    config, way, rng, kept, figures = base.config, ARMS[arm], random.Random(seed), [], []
+    config, M = model.config, {"one prefix": 1, "l2p": c.pool, "coda": c.pool}.get(arm, TASKS)
     W = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    M = {"one prefix": 1, "l2p": c.pool, "coda": c.pool}.get(arm, TASKS)
-    pool, model = Pool(M, config.hidden_size, W), copy.deepcopy(base)
-    model.requires_grad_(way is None)
-    for number in range(TASKS):
-        learn(model, pool, way, tasks, number, kept, c, rng)
-        found = [examine(model, pool, way, *test) for _, test in tasks[: number + 1]]
-        figures.append(torch.cat([hits for hits, _ in found]).float().mean().item())
+    pool = Pool(M, config.hidden_size, W)
+
+    # After each task all tasks until then are examined, and none is told which it is.
+    for task in range(TASKS):
+        learn(model, pool, way, *training[task], task, kept, c, rng)
+        found = [examine(model, pool, way, *test) for test in tests[: task + 1]]
+        hits, chosen = zip(*found, strict=True)  # of [rows], [rows, n]
+        figures.append(torch.cat(hits).float().mean().item())
         if arm == "replay":
-            kept += rng.sample(tasks[number][0][0], MEMORY)
+            kept += rng.sample(training[task][0], MEMORY)
 
     # Who sees a question's first choice and guesses the task: how often is that right?
-    chosen = torch.stack([chosen for _, chosen in found])  # [tasks, rows, n]
+    chosen = torch.stack(chosen)  # [tasks, rows, n]
     counts = nn.functional.one_hot(chosen[..., 0]).sum(1)  # [tasks, M]
     told = counts.amax(0).sum().item() / counts.sum().item()
     return [*figures, len(chosen[..., :TOP].unique()), told]
@@ -233,12 +234,11 @@ def main() -> None:
     c = Config(**data.parse_flags(Config, sys.argv[1:]))
     check(c.arm in ("", *ARMS), f"--arm: expected one of {', '.join(ARMS)}, found {c.arm!r}")
     check(min(c.seeds, c.steps, c.pool - 3) > 0, "--seeds and --steps are 1 or more, --pool 4")
-    tokenizer, base = data.ChatTokenizer(c.model), modeling.load(c.model).requires_grad_(False)
 
-    runs = [make_tasks(base, tokenizer, seed, c.centre) for seed in range(c.seeds)]
+    # Every run of an arm has an order, manners and rows of its own, which all arms share.
     table = [("right after", *range(1, TASKS + 1), "spread", "chosen", "told")]
     for arm in [c.arm] if c.arm else ARMS:
-        found = torch.tensor([run_arm(arm, base, run, s, c) for s, run in enumerate(runs)])
+        found = torch.tensor([run_arm(arm, seed, c) for seed in range(c.seeds)])
         *right, ever, told = found.mean(0).tolist()
         spread = found[:, TASKS - 1].std(correction=min(c.seeds - 1, 1)).item()
         table.append((arm, *right, spread, f"{ever:.1f}", told))
