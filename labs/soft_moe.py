@@ -8,12 +8,10 @@ tokens' directions x^ = x / |x| and the slots' phi^ = scale phi / |phi|:
     slots  = softmax over the tokens(logits)^T x^        what each slot reads
     y      = softmax over the slots(logits) expert(slots)    what each token takes
 
-Steel-LLM (arXiv:2502.06635) puts this in place of Qwen2's MLP, with experts of two gated halves.
-(The paper normalises for the logits only; the authors' code lets the slots read the x^, and so does
-this file, whose numbers agree with that code's to 1e-6 of their size.) But a slot reads *all*
-tokens. In training an answer stands in the text whose loss is measured, so a token can read what
-comes next; an answer still to be written cannot be read. And kept keys and values are wrong: as a
-text grows, the states of its old tokens change. So here a prefix keeps its tokens, to be read anew.
+Steel-LLM (arXiv:2502.06635) puts this in place of Qwen2's MLP; its slots read the x^, the paper's
+the x (our numbers agree with its code to 1e-6 of their size). But a slot reads *all* tokens: in
+training also the answer whose loss is measured, in use none such. Kept keys and values are wrong
+too: as a text grows, its old tokens' states change. So here a prefix keeps its tokens, read anew.
 
     python -m labs.soft_moe                               # the lesson, on the demo; or eval.py's
     python -m labs.soft_moe exam --model steel-llm --data ceval --protocol steel     # commands,
@@ -35,8 +33,8 @@ Exercise. Which sum would make the layer causal, and what would it cost?
     Solution: slots of the tokens up to t for token t; each expert then runs once per token.
 """
 
+import operator
 import sys
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -108,7 +106,7 @@ class SoftLlama(Llama):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        kind = [config.source.get(name) for name in ("FFN_type", "mlp_type")]
+        kind = [config.source.get("FFN_type"), config.source.get("mlp_type")]
         check(kind == ["softmoe_v3", "senet"], f"FFN_type and mlp_type of config.json are {kind}, "
               "not softmoe_v3 and senet; eval.py and train_sft.py take ordinary checkpoints")
         self.exact = True
@@ -124,8 +122,8 @@ class SoftLlama(Llama):
         elif parents:
             before = [ids[:0] if row is None else own[row] for row in parents]
         if before is not None:
-            texts = [torch.cat(pair) for pair in zip(before, own, strict=True)]
-            whole, sizes = torch.cat(texts), [len(text) for text in texts]
+            texts = list(map(torch.cat, zip(before, own, strict=True)))
+            whole, sizes = torch.cat(texts), list(map(len, texts))
             prefix, noise = None, None  # the noise is of the new tokens alone
         for layer in self.model.layers:
             layer.mlp.lengths = sizes
@@ -179,9 +177,9 @@ def honest_loss(model: Llama, examples: list[data.Example]) -> float:
     for e in examples:
         for first, end, _ in e.spans:
             # The example up to each of its supervised tokens: texts of their own.
-            texts = [e.ids[:t].tolist() for t in range(first, end)]
-            ids, lengths = torch.tensor(list(chain(*texts))), list(map(len, texts))
-            states, _ = model.hidden(ids, lengths, wanted=torch.tensor(lengths).cumsum(0) - 1)
+            texts = data.collate([data.Example(e.ids[:t], ()) for t in range(first, end)])
+            last = torch.tensor(texts.lengths).cumsum(0) - 1
+            states, _ = model.hidden(texts.ids, texts.lengths, wanted=last)
             logp = model.next_logits(states).log_softmax(-1)  # [tokens of the span, V]
             total -= logp[range(end - first), e.ids[first:end].tolist()].sum().item()
             count += end - first
@@ -210,10 +208,9 @@ def lesson(seed: int = 0, steps: int = 200) -> None:
         modeling.Llama = SoftLlama if scale else Llama
         folder = Path(f"out/soft_moe/{scale:g}")
         make_base(folder / "base", scale, seed)
-        sys.argv[1:] = ["--model", str(folder / "base"), "--data", ROWS, "--output_dir",
-                        str(folder), "--overwrite", "--steps", str(steps), "--batch_size", "32",
-                        "--learning_rate", "2e-3", "--warmup", "50", "--adam_beta2", "0.98",
-                        "--log_every", "100", "--seed", str(seed)]
+        sys.argv[1:] = (f"--model {folder}/base --data {ROWS} --output_dir {folder} --overwrite "
+                        f"--steps {steps} --batch_size 32 --learning_rate 2e-3 --warmup 50 "
+                        f"--adam_beta2 0.98 --log_every 100 --seed {seed}").split()
         try:
             train_sft.main()
         except SystemExit as end:  # a run ends by leaving; only a stopped one ends all
@@ -223,29 +220,29 @@ def lesson(seed: int = 0, steps: int = 200) -> None:
         # The validation loss as a trainer reports it, then what it would be in use.
         model, tokenizer = modeling.load(folder), data.ChatTokenizer(folder)
         examples = data.load_examples([VALIDATION], tokenizer)[0][:100]
-        found = [logp for _, logp in evaluation.example_logprobs(model, examples, 8192)]
-        row = [name, f"{-torch.cat(found).mean():.4f}", f"{honest_loss(model, examples):.4f}"]
+        logps = dict(evaluation.example_logprobs(model, examples, 8192))
+        trained, honest = -torch.cat(list(logps.values())).mean(), honest_loss(model, examples)
+
         # Greedy answers to the same questions, with prefixes read again and as keys and values.
         prompts, answers = [e.ids[: e.spans[0][0]].tolist() for e in examples], []
         for model.exact in (True, False):
             answers.append(modeling.generate(model, prompts, 24, stop_ids=tokenizer.stop_ids))
-        changed = sum(one != other for one, other in zip(*answers, strict=True))
-        table.append((*row, changed / len(prompts)))
+        changed = sum(map(operator.ne, *answers)) / len(prompts)
+        table.append((name, f"{trained:.4f}", f"{honest:.4f}", changed))
     data.print_table(table)
 
 
 def main() -> None:
     """The lesson, or eval.py's commands and train_sft.py for checkpoints with this layer."""
     if len(sys.argv) == 1:
-        lesson()
-        return
+        return lesson()
+
     # The core builds its model by this name: whatever it loads from now on has Steel-LLM's layer.
     modeling.Llama = SoftLlama
-    if sys.argv[1] == "train":
-        del sys.argv[1]
-        train_sft.main()
-    else:
-        data.run_command(evaluation.COMMANDS, __doc__)
+    if sys.argv[1] != "train":
+        return data.run_command(evaluation.COMMANDS, __doc__)
+    del sys.argv[1]
+    train_sft.main()
 
 
 if __name__ == "__main__":
