@@ -1,5 +1,6 @@
 """labs/bench.py and bench_gpu.py: their commands run, on a toy model."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import command
@@ -16,10 +17,13 @@ def test_ours_and_the_bare_loop_compute_the_same_and_are_compared(task):
 
 
 def test_a_branch_sees_its_trunk_and_itself():
-    ids, positions, spans, starts = bench.lay_out([[[1, 2], [3], [4, 5]], [[6]]])
-    assert ids == [1, 2, 3, 4, 5, 6] and starts == [0, 2, 3, 5]
-    assert positions == [0, 1, 2, 2, 3, 0]
+    trunk, short, long, alone = (np.array(ids) for ids in ([1, 2], [3], [4, 5], [6]))
+    asked_twice, nothing = ((1, 3, 1.0),), ()
+    ids, positions, spans, asked = bench.lay_out(
+        [[(trunk, nothing), (short, nothing), (long, asked_twice)], [(alone, nothing)]])
+    assert ids == [1, 2, 3, 4, 5, 6] and positions == [0, 1, 2, 2, 3, 0]
     assert spans == [(None, slice(0, 3)), (slice(0, 2), slice(3, 5)), (None, slice(5, 6))]
+    assert asked == [3, 4]  # what follows 4, and what would come after the branch
 
 
 def test_flops_of_a_token_are_six_per_weight_and_those_of_causal_attention():
