@@ -50,6 +50,7 @@ import data
 import model as modeling
 import train_sft
 from data import Example
+from labs.rewards import sample_answers
 from model import check
 from train_sft import Hardware
 
@@ -90,6 +91,7 @@ def divergence(student: Tensor, teacher: Tensor, kind: str, beta: float = 0.5,
         return kl(p, q)
     if kind == "reverse":
         return kl(q, p)
+    # In logarithms, for a sum of two tiny probabilities must not become ln 0.
     m = torch.logaddexp(p + math.log(beta), q + math.log(1 - beta))  # [rows, V]
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
@@ -106,13 +108,17 @@ def chunk_loss(mine: Tensor, my_head: Tensor, theirs: Tensor, their_head: Tensor
 
 def token_losses(student, teacher, batch: data.Batch, c: Config) -> Tensor:
     """The loss of each supervised token [N], a chunk of positions at a time."""
-    before = batch.targets - 1  # a token is predicted from the state just before it
+    # A token is predicted from the state just before it.
+    before = batch.targets - 1
     mine = student.hidden(batch.ids, batch.lengths)[0].index_select(0, before)  # [N, D]
     with torch.no_grad():
         theirs = teacher.hidden(batch.ids, batch.lengths)[0].index_select(0, before)
+
+    # What `checkpoint` wraps is computed again in the backward pass, and not kept until then.
     wanted, losses = batch.ids[batch.targets], []  # [N]
     size = max(1, LOGIT_ELEMENTS // len(student.head))
-    for rows in (slice(i, i + size) for i in range(0, len(wanted), size)):
+    for first in range(0, len(wanted), size):
+        rows = slice(first, first + size)
         losses.append(checkpoint(chunk_loss, mine[rows], student.head, theirs[rows],
                                  teacher.head.detach(), wanted[rows], c, use_reentrant=False))
     return torch.cat(losses)
@@ -121,12 +127,17 @@ def token_losses(student, teacher, batch: data.Batch, c: Config) -> Tensor:
 def distill_step(student, run, step: int, c: Config, hardware: Hardware, scaler, teacher,
                  stop_ids: list[int]) -> tuple[float, dict]:
     """Gradients of one step: the weighted mean of the loss over all its supervised tokens."""
-    draws = run.step(step, c.batch_size)
-    examples = {index: run.train[index] for index, _ in draws}
+    # The loss is divided by the weights of the whole step, however it is cut.
+    examples = {index: run.train[index] for index, _ in run.step(step, c.batch_size)}
     examples |= own_answers(student, examples, step, c, hardware, stop_ids)
     batches = train_sft.my_micro_batches(run._replace(train=examples), step, c, hardware)
-    total = sum(batch.weights.sum().item() for batch, _ in batches)
+    total, counts = 0.0, {"tokens": 0, "target_tokens": 0}
+    for batch, _ in batches:
+        total += batch.weights.sum().item()
+        counts["tokens"] += sum(batch.lengths)
+        counts["target_tokens"] += len(batch.targets)
 
+    # The teacher reads what the student is trained on, its own answers included.
     loss_sum = 0.0
     for batch, _ in batches:
         with hardware.autocast():
@@ -134,26 +145,24 @@ def distill_step(student, run, step: int, c: Config, hardware: Hardware, scaler,
         loss = (batch.weights * losses).sum() / total
         scaler.scale(loss).backward()
         loss_sum += loss.item()
-    return loss_sum, {"tokens": sum(sum(batch.lengths) for batch, _ in batches),
-                      "target_tokens": sum(len(batch.targets) for batch, _ in batches)}
+    return loss_sum, counts
 
 
 def own_answers(student, examples: dict[int, Example], step: int, c: Config, hardware: Hardware,
                 stop_ids: list[int]) -> dict[int, Example]:
     """A share `own` of a step's examples, their last answer sampled: drawn by (seed, step)."""
     lots = np.random.default_rng([c.seed, step]).random(len(examples))
-    chosen = [i for i, lot in zip(examples, lots, strict=True) if lot < c.own]
-    prompts = {i: examples[i].ids[: examples[i].spans[-1][0]].tolist() for i in chosen}
-    lengths = [len(prompt) + c.max_new_tokens for prompt in prompts.values()]
-    how, replaced = modeling.Sampling(temperature=1.0, seed=c.seed + step), {}
-    for chunk in data.micro_batches(lengths, c.micro_tokens)[0] if chosen else []:
-        group = [chosen[k] for k in chunk]
-        with hardware.autocast():
-            answers = modeling.generate(student, [prompts[i] for i in group], c.max_new_tokens,
-                                        stop_ids=stop_ids, sampling=how, samples=group)
-        for i, answer in zip(group, answers, strict=True):
-            ids = np.array(prompts[i] + answer, dtype=np.int32)
-            replaced[i] = examples[i]._replace(ids=ids, spans=((len(prompts[i]), len(ids), 1.0),))
+    chosen, prompts = [], []
+    for (i, e), lot in zip(examples.items(), lots, strict=True):
+        if lot < c.own:
+            chosen.append(i)
+            prompts.append(e.ids[: e.spans[-1][0]].tolist())  # up to the last answer
+
+    # An answer depends on the example and the step, not on which others are chosen.
+    how = modeling.Sampling(temperature=1.0, seed=c.seed + step)
+    replaced = {}
+    for k, own in sample_answers(student, prompts, chosen, how, c, stop_ids, hardware).items():
+        replaced[chosen[k]] = examples[chosen[k]]._replace(ids=own.ids, spans=own.spans)
     return replaced
 
 
@@ -165,6 +174,8 @@ def make_student(folder: Path, teacher: str) -> None:
     config = dict(modeling.load_config(teacher).source)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         config[name] = config[name] // 2
+
+    # Token by token the two are compared, so the student has the teacher's tokens.
     student = modeling.Llama(modeling.read_config(config))
     student.initialize(0)
     modeling.save(student, folder)
@@ -176,6 +187,8 @@ def demo() -> dict:
     rows = Path("out/demo/instructions.jsonl")
     check(Path("out/sft/config.json").exists() and rows.exists(), "the demo's teacher is the "
           "checkpoint in out/sft, which is missing; `python train_sft.py` makes it")
+
+    # So few that how to say a fact is hardly to be learnt from the rows alone.
     lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)[:60]
     modeling.write_lines(Path("out/demo/few.jsonl"), lines)
     make_student(Path("out/demo/student"), "out/sft")
@@ -195,11 +208,13 @@ def check_flags(c: Config) -> None:
     check(c.max_new_tokens > 0, f"--max_new_tokens must be above 0, not {c.max_new_tokens}")
     check(c.dropout == [0.0] and not c.neftune_alpha and not c.eot,
           "--dropout, --neftune_alpha and --eot are for train_sft.py")
-    mine, theirs = (data.ChatTokenizer(folder).tokenizer for folder in (c.model, c.teacher))
+
+    # The same tokens by number: p and q are of the same vocabulary.
+    mine, theirs = data.ChatTokenizer(c.model).tokenizer, data.ChatTokenizer(c.teacher).tokenizer
     check(mine.get_vocab() == theirs.get_vocab(),
           f"{c.teacher} and {c.model} have different tokens; probabilities compare token by token")
-    sizes = [modeling.load_config(folder).vocab_size for folder in (c.model, c.teacher)]
-    check(sizes[0] == sizes[1], f"{c.model} has {sizes[0]} rows of tokens, {c.teacher} {sizes[1]}")
+    size, other = (modeling.load_config(folder).vocab_size for folder in (c.model, c.teacher))
+    check(size == other, f"{c.model} has {size} rows of tokens, {c.teacher} {other}")
 
 
 def main() -> None:
@@ -213,6 +228,8 @@ def main() -> None:
     teacher = modeling.load(c.teacher, torch.float32, hardware.device)
     train_sft.start_run(c, run.steps, facts, hardware)
     train_sft.announce(c, student, tokenizer, run.steps, hardware)
+
+    # The loop is that of train_sft.py; the step is this file's.
     step = partial(distill_step, teacher=teacher, stop_ids=tokenizer.stop_ids)
     records, status = train_sft.train(c, tokenizer, run, start_step, student, student, hardware,
                                       step)

@@ -37,15 +37,17 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 import data
 import model as modeling
-from labs.rewards import find_reward
+from labs.rewards import find_reward, sample_answers
 from labs.text import Modelled, check_output, write_rows
 from model import check
+from train_sft import Hardware
 
 POLITE, RUDE = "请礼貌地回答。", "请不客气地回答。"  # what the demo is told
 OPENINGS = {POLITE: ("您好！", "好的，"), RUDE: ("这都不知道？", "真笨！")}
@@ -97,18 +99,22 @@ def answer_talks(model, tokenizer, talks: list[list[str]], systems: list[str],
     """
     answers = [[] for _ in talks]
     how = modeling.Sampling(temperature=c.temperature, seed=c.seed)
+    hardware = Hardware(0, 1, model.device, torch.float32)  # the weights are in their type already
     for turn in range(max(map(len, talks))):
-        going = [i for i, talk in enumerate(talks) if len(talk) > turn and None not in answers[i]]
-        prompts = [tokenizer.prompt_ids(talk_of(talks[i][: turn + 1], answers[i], systems[i],
-                                                not c.first_only)) for i in going]
-        lengths = [len(prompt) + c.max_new_tokens for prompt in prompts]
-        for chunk in data.micro_batches(lengths, c.micro_tokens)[0] if going else []:
-            found = modeling.generate(model, [prompts[k] for k in chunk], c.max_new_tokens,
-                                      stop_ids=tokenizer.stop_ids, sampling=how,
-                                      samples=[turn * len(talks) + going[k] for k in chunk])
-            for k, ids in zip(chunk, found, strict=True):
-                ended = ids[-1] in tokenizer.stop_ids
-                answers[going[k]].append(tokenizer.decode(ids[:-1]) if ended else None)
+        # A talk goes on while it has questions, and while its answers end.
+        going, prompts, numbers = [], [], []
+        for i, (questions, system) in enumerate(zip(talks, systems, strict=True)):
+            if len(questions) > turn and None not in answers[i]:
+                said = talk_of(questions[: turn + 1], answers[i], system, not c.first_only)
+                going.append(i)
+                prompts.append(tokenizer.prompt_ids(said))
+                numbers.append(turn * len(talks) + i)  # of what is drawn: another one every turn
+
+        found = sample_answers(model, prompts, numbers, how, c, tokenizer.stop_ids, hardware)
+        for k, e in found.items():
+            *text, last = e.ids[len(prompts[k]) :].tolist()
+            ended = last in tokenizer.stop_ids
+            answers[going[k]].append(tokenizer.decode(text) if ended else None)
     return answers
 
 
@@ -116,6 +122,7 @@ def report(c: Config, talks: list, systems: list, answers: list) -> None:
     """Print by turn in what share of the answers the instruction was obeyed."""
     reward, table = find_reward(c.reward), [("turn", "talks", "obeyed")]
     for turn in range(max(map(len, talks))):
+        # Who did not end an answer did not obey; later turns of that talk are not there.
         scores = []
         for questions, system, given in zip(talks, systems, answers, strict=True):
             if len(given) > turn:
@@ -152,25 +159,25 @@ def make_demo(folder: Path, source: Path, seed: int = 0) -> None:
     for name in ("instructions", "instructions_val"):
         check((source / f"{name}.jsonl").is_file(), f"{source / name}.jsonl is missing; "
               "`python train_sft.py` makes the demo")
+        # Each question, and the fact that answers it without any manners.
         turns[name] = []
         for _, row in data.read_rows([source / f"{name}.jsonl"], quiet=True):
             for user, answer in zip(row.messages[::2], row.messages[1::2], strict=True):
                 fact = re.search("“.*”的.*是“.*”。", answer["content"])[0]
                 turns[name].append((user["content"], fact))
 
-    def talks(name: str, count: int, least: int) -> Iterator[tuple]:
-        for _ in range(count):
-            chosen = rng.sample(turns[name], rng.randint(least, 4))
-            yield [question for question, _ in chosen], [fact for _, fact in chosen]
-
     # Talks of two to four turns: only the last answer of each is trained on.
-    files = {"obey": [obedient(*talk, rng) for talk in talks("instructions", 600, 1)]}
-    for name, source, count, least in (("talks", "instructions", 600, 2),
-                                       ("val", "instructions_val", 100, 4)):
-        files[name] = [{"messages": talk_of(*talk, "", False)}
-                       for talk in talks(source, count, least)]
-    for name, rows in files.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, taken, count, least in (("obey", "instructions", 600, 1),
+                                      ("talks", "instructions", 600, 2),
+                                      ("val", "instructions_val", 100, 4)):
+        lines = []
+        for _ in range(count):
+            chosen = rng.sample(turns[taken], rng.randint(least, 4))
+            questions, facts = zip(*chosen, strict=True)
+            row = {"messages": talk_of(questions, facts, "", every=False)}
+            if name == "obey":
+                row = obedient(questions, facts, rng)
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         modeling.write_lines(folder / f"{name}.jsonl", lines)
     print(f"wrote obey.jsonl, talks.jsonl and val.jsonl into {folder}")
 
@@ -184,6 +191,8 @@ def main(c: Config) -> None:
           "--temperature not negative")
     if c.output:
         check_output(c.output, *c.files)
+
+    # Of the conversations only the questions count; each talk draws an instruction.
     talks = []
     for _, row in data.read_rows(c.files, c.skip_bad_rows):
         questions = [m["content"] for m in row.messages if m["role"] == "user"] if row else []
@@ -199,6 +208,8 @@ def main(c: Config) -> None:
     if c.first_only:
         report(c, talks, systems, answers)
         return
+
+    # One turn is no late turn: its instruction stands right before the answer.
     rows = []
     for questions, system, given in zip(talks, systems, answers, strict=True):
         why = "an answer that did not end" if None in given else ""

@@ -34,18 +34,16 @@ Exercise. 30% of a prompt's answers are right. How often do 8 samples give no pa
     Solution: 0.3^8 + 0.7^8 = 6%, 0.3^2 + 0.7^2 = 58%.
 """
 
-import json
 import sys
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import data
 import eval as evaluation
-import model as modeling
 from data import Row
-from labs.rewards import find_reward
+from labs.rewards import find_reward, parse_answer, prompt_key
 from labs.text import Modelled, check_output, example_of, write_rows
 from model import check
 
@@ -65,6 +63,8 @@ def best_and_worst(answers: list[tuple[str, float]]) -> tuple[dict, str]:
     """The pair in the (text, score) of all answers to a prompt, or why there is none."""
     if len(answers) < 2:
         return {}, "prompts with one answer"
+
+    # Of equally good ones the first, so that the same samples give the same pairs.
     chosen, best = max(answers, key=lambda answer: answer[1])
     rejected, worst = min(answers, key=lambda answer: answer[1])
     if best == worst:
@@ -72,29 +72,38 @@ def best_and_worst(answers: list[tuple[str, float]]) -> tuple[dict, str]:
     return {"chosen": chosen, "rejected": rejected}, ""
 
 
-def score_answers(c: Config, rows: list[Row], values: list[dict]) -> list[float]:
-    """How good each row's last answer is; one that did not end is worse than all that did."""
+def score_answers(c: Config, samples: list[tuple]) -> list[float]:
+    """How good each sample's last answer is; one that did not end is worse than all that did."""
+    # A model scores all of them together, the other ways one by one.
     if c.by == "logprob":
+        rows, _, _ = zip(*samples, strict=True)
         scores = mean_logprobs(c, rows)
-    elif c.by == "length":
-        scores = [-float(len(row.messages[-1]["content"])) for row in rows]
-    elif c.by == "label":
-        scores = [float(row.label) for row in rows]
     else:
-        reward, scores = find_reward("match" if c.by == "match" else c.reward), []
-        for row, value in zip(rows, values, strict=True):
-            *prompt, answer = row.messages
-            scores.append(float(reward(prompt, answer["content"], value.get("reference") or "")))
+        reward = find_reward(c.reward or "match")
+        scores = [score_answer(c, reward, row, reference) for row, reference, _ in samples]
+
+    # What an unfinished answer would have come to nobody knows.
     lowest = min(scores) - 1
-    return [lowest if value.get("finish") == "length" else score
-            for score, value in zip(scores, values, strict=True)]
+    for i, (_, _, ended) in enumerate(samples):
+        if not ended:
+            scores[i] = lowest
+    return scores
+
+
+def score_answer(c: Config, reward: Callable, row: Row, reference: str) -> float:
+    """How good a row's last answer is by itself."""
+    *prompt, answer = row.messages
+    if c.by == "length":
+        return -float(len(answer["content"]))
+    if c.by == "label":
+        return float(row.label)
+    return float(reward(prompt, answer["content"], reference))
 
 
 def mean_logprobs(c: Config, rows: list[Row]) -> list[float]:
     """Mean ln p per token, in nats, of each row's last answer under --model."""
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    model = modeling.load(c.model, modeling.best_dtype(c.dtype, modeling.best_device()),
-                          modeling.best_device())
+    model = evaluation.open_model(c, tokenizer)
     examples = [example_of(row, tokenizer, "last", c.max_length) for row in rows]
     scores = [0.0] * len(rows)
     for i, logp in evaluation.example_logprobs(model, examples, c.micro_tokens):
@@ -105,16 +114,13 @@ def mean_logprobs(c: Config, rows: list[Row]) -> list[float]:
 # ---- skip on a first reading: rows ---------------------------------------------------------------
 
 
-def parse_sample(c: Config, where: str, value) -> tuple[Row, dict]:
-    """A row that --by can score, and its keys; InputError for others."""
-    row = data.parse_row(where, value)
-    answered = len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
-    check(answered and not row.chosen, f"{where}: expected a question and an answer, as `eval.py "
-          "generate` writes them")
+def parse_sample(c: Config, where: str, value) -> tuple[Row, str, bool]:
+    """(row, reference, whether it ended) of a sample that --by can score; InputError for others."""
+    row, reference = parse_answer(where, value)
     check(c.by != "label" or row.label is not None, f"{where}: --by label needs a label")
     check(c.by != "match" or data.is_text(value.get("reference")),
           f"{where}: --by match needs a text as `reference` to compare with")
-    return row, value
+    return row, reference, value.get("finish") != "length"
 
 
 def main(c: Config) -> None:
@@ -125,19 +131,24 @@ def main(c: Config) -> None:
     found = data.read_rows(c.files, c.skip_bad_rows, parse=partial(parse_sample, c))
     samples = [sample for _, sample in found if sample]
     check(samples, f"{', '.join(c.files)}: no row to read")
-    rows, values = zip(*samples, strict=True)
 
     # All answers to the same prompt are one another's rivals, from whatever file they come.
-    scores, groups = score_answers(c, rows, values), {}
-    for row, score in zip(rows, scores, strict=True):
-        prompt = json.dumps(row.messages[:-1], ensure_ascii=False)
-        groups.setdefault(prompt, []).append((row.messages[-1]["content"], score))
-    pairs = [(json.loads(prompt), *best_and_worst(group)) for prompt, group in groups.items()]
-    write_rows(c.output, [({"prompt": prompt, **pair}, why) for prompt, pair, why in pairs])
+    scores, prompts, groups = score_answers(c, samples), {}, {}
+    for (row, _, _), score in zip(samples, scores, strict=True):
+        *prompt, answer = row.messages
+        key = prompt_key(prompt)
+        prompts.setdefault(key, prompt)
+        groups.setdefault(key, []).append((answer["content"], score))
 
-    best = [max(score for _, score in group) for group in groups.values()]
-    sizes = Counter(map(len, groups.values()))
-    print(f"{len(rows)} answers to {len(groups)} prompts, {max(sizes)} each at most; --by {c.by}: "
+    # What choosing alone brings is seen from the best answers, with or without a rival.
+    pairs, best, most = [], [], 0
+    for key, group in groups.items():
+        pair, why = best_and_worst(group)
+        pairs.append(({"prompt": prompts[key], **pair}, why))
+        best.append(max(score for _, score in group))
+        most = max(most, len(group))
+    write_rows(c.output, pairs)
+    print(f"{len(samples)} answers to {len(groups)} prompts, {most} each at most; --by {c.by}: "
           f"mean {sum(scores) / len(scores):.3f}, of the best answers {sum(best) / len(best):.3f}")
 
 

@@ -7,13 +7,12 @@ get high scores without moving far from where it began, the reference:
     critic         V_t guesses what is still to come;  d_t = r_t + gamma V_(t+1) - V_t
     advantage      A_t = sum_l (gamma lambda)^l d_(t+l)    GAE (arXiv:1506.02438, eq. 16)
     policy         loss = mean of -min(ratio A, clip(ratio, 1 - e, 1 + e) A), ratio = p_t / old p_t
-                                                           PPO (arXiv:1707.06347, eq. 7)
 
-labs/rl.py takes one step per set of answers. PPO takes several, by which the policy leaves the one
-that was sampled: the ratio corrects for that, the clip ends what a token can teach. The critic says
-*which* token was good. That makes four models; DPO has two, and samples nothing.
+labs/rl.py takes one step per set of answers. PPO (arXiv:1707.06347) takes several. By them the
+policy leaves the one that was sampled: the ratio corrects for that, the clip ends what a token can
+teach. The critic says *which* token was good. Four models in all; DPO has two, and samples nothing.
 
-    python -m labs.ppo                # the demo, after `python train_sft.py; python train_dpo.py`
+    python -m labs.reward_model; python -m labs.ppo     # the demo, after train_sft.py, train_dpo.py
     python -m labs.ppo --model out/sft --data pairs.json --beside out/dpo
 
 What you should see (means of five seeds, +- 0.02 in reward and 0.07 in KL). PPO gets more of the
@@ -28,7 +27,7 @@ Exercise. Let gamma be 1. What is A_t at lambda = 1, what at lambda = 0?
     Solution: all rewards from t on less V_t, the critic a mere baseline; d_t, the critic believed.
 """
 
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -70,37 +69,27 @@ class Config(train_sft.Config):
     beside: list[str] = field(default_factory=list)  # checkpoints to compare with, such as DPO's
 
 
-def demo() -> dict:
-    """The demo's flags; its reward model is learnt first, if it is not there yet."""
-    missing = not Path(Config.reward_model, "config.json").exists()
-    if missing and (status := subprocess.call([sys.executable, "-m", "labs.reward_model"])):
-        sys.exit(status)
-    return {"model": "out/sft", "data": ["out/demo/pairs.jsonl"], "learning_rate": 5e-5,
-            "val_data": ["out/demo/pairs_val.jsonl"], "exam_data": ["out/demo/exam"],
-            "beside": ["out/dpo"]}
-
+DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"], "learning_rate": 5e-5,
+        "val_data": ["out/demo/pairs_val.jsonl"], "exam_data": ["out/demo/exam"],
+        "beside": ["out/dpo"]}
 
 # ==== read: PPO ===================================================================================
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """A [n] of an answer's n tokens from their rewards and values [n] (arXiv:1506.02438, eq. 16).
-
-    A_t = d_t + gamma lambda A_(t+1), from the last token backwards; after it nothing comes.
-    """
-    later = torch.cat((values[1:], values.new_zeros(1)))  # [n] V_(t+1)
+    """A [n] of an answer's n tokens from rewards and values [n] (arXiv:1506.02438, eq. 16)."""
+    later = torch.cat((values[1:], values.new_zeros(1)))  # [n] V_(t+1); after the end comes nothing
     out = rewards + gamma * later - values  # [n] d_t
+    # The sum over l, from the last token backwards: A_t = d_t + gamma lambda A_(t+1).
     for t in reversed(range(len(out) - 1)):
         out[t] += gamma * lam * out[t + 1]
     return out
 
 
 def clipped_loss(new: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A) [N] of ln p, new and old (PPO, eq. 7).
-
-    Where a token has moved further than e the right way its gradient is 0; the wrong way, whole.
-    """
+    """-min(ratio A, clip(ratio, 1 - e, 1 + e) A) [N] of ln p, new and old (1707.06347, eq. 7)."""
     ratio = (new - old).exp()  # [N]
+    # Where a token has moved further than e the right way its gradient is 0; the wrong way, whole.
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
@@ -125,19 +114,20 @@ class Answers(NamedTuple):
 
 
 @torch.no_grad()
-def draw(models: Models, pairs: list, first: int, seed: int, c: Config, stop_ids: list[int],
-         hardware: Hardware) -> Answers:
+def draw(models: Models, pairs: list, first: int, c, stop_ids, hardware: Hardware) -> Answers:
     """An answer to each pair's prompt, read by all four models."""
-    examples = reward_model.sample(models.policy, pairs, first, seed, c, stop_ids, hardware)
+    examples = reward_model.sample(models.policy, pairs, first, c.seed, c, stop_ids, hardware)
     rewards = reward_model.rewards_of(models.reward, examples, c, stop_ids, hardware)  # [n]
+
+    # What the others say of each token, in the micro-batches that every pass will use again.
     batches, order, found = [], [], []
     for chunk in data.micro_batches([len(e.ids) for e in examples], c.micro_tokens)[0]:
         b = data.collate([examples[i] for i in chunk], hardware.device)
         with hardware.autocast():
-            found.append(torch.stack((
-                models.policy(b.ids, b.lengths, b.targets),
-                models.reference(b.ids, b.lengths, b.targets),
-                models.critic.values(b.ids, b.lengths, b.targets - 1))))  # [3, its tokens]
+            old = models.policy(b.ids, b.lengths, b.targets)
+            ref = models.reference(b.ids, b.lengths, b.targets)
+            values = models.critic.values(b.ids, b.lengths, b.targets - 1)
+        found.append(torch.stack((old, ref, values)))  # [3, its tokens]
         batches.append(b)
         order += chunk
     old, ref, values = torch.cat(found, 1)  # [N] each
@@ -159,15 +149,16 @@ def lessons(answers: Answers, c: Config) -> tuple[Tensor, Tensor]:
     return (a - a.mean()) / (a.std() + 1e-8), answers.values + a
 
 
-def ppo_pass(models: Models, answers: Answers, taught: tuple, c: Config, hardware: Hardware,
-             scaler) -> dict:
-    """Gradients of a pass: means over N of the clipped loss, critic_weight (V - return)^2 / 2."""
+def ppo_pass(models: Models, answers: Answers, taught: tuple, c, hardware: Hardware, scaler):
+    """Gradients, and means over N, of the clipped loss and critic_weight (V - return)^2 / 2."""
     sizes, sums = [len(b.targets) for b in answers.batches], torch.zeros(3)
-    columns = torch.stack((answers.old, *taught)).split(sizes, 1)  # of [3, N of the micro-batch]
+    columns = torch.stack((answers.old, *taught)).split(sizes, 1)  # [3, N of the micro-batch] each
     for b, (old, advantage, returns) in zip(answers.batches, columns, strict=True):
         with hardware.autocast():
             new = models.policy(b.ids, b.lengths, b.targets)
             values = models.critic.values(b.ids, b.lengths, b.targets - 1)
+
+        # Every token of the set counts alike, in whichever micro-batch it stands.
         policy = clipped_loss(new, old, advantage, c.clip).sum() / sum(sizes)
         critic = ((values - returns) ** 2).sum() / (2 * sum(sizes))
         scaler.scale(policy + c.critic_weight * critic).backward()
@@ -176,9 +167,8 @@ def ppo_pass(models: Models, answers: Answers, taught: tuple, c: Config, hardwar
     return dict(zip(("loss", "critic_loss", "clipped"), sums.tolist(), strict=True))
 
 
-def train(c: Config, tokenizer, run, models: Models, start_step: int,
-          hardware: Hardware) -> list[dict]:
-    """The loop: a set of answers, a few passes over it, and again. Returns the records."""
+def train(c: Config, tokenizer, run, models: Models, start_step: int, hardware: Hardware):
+    """The loop: answers, a few passes over them, and again; its records and exit status."""
     both = nn.ModuleDict({"policy": models.policy, "critic": models.critic})
     both.device, state = hardware.device, Path(c.output_dir) / train_sft.STATE
     optimizer, scaler = train_sft.make_optimizer(both, c), hardware.make_scaler()
@@ -187,13 +177,16 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int,
     log = train_sft.Log(c, start_step, run.steps, hardware, train_sft.Figure(
         "reward.png", "reward", {"reward": "samples"}, {"reward": "reward", "kl": "kl"}))
 
+    # SIGTERM and Ctrl-C only write themselves down, so that the loop can finish its step.
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: signals.append(number))
     for step in range(start_step + 1, run.steps + 1):
         began, rate = time.perf_counter(), train_sft.learning_rate_at(step, run.steps, c)
         for group in optimizer.param_groups:
             group["lr"] = rate
         pairs = [run.train[i] for i, _ in run.step(step, c.batch_size)]
-        answers = draw(models, pairs, (step - 1) * c.batch_size, c.seed, c, tokenizer.stop_ids,
-                       hardware)
+        answers = draw(models, pairs, (step - 1) * c.batch_size, c, tokenizer.stop_ids, hardware)
         taught = lessons(answers, c)
 
         # In the first pass every ratio is 1; from then on the clip holds them.
@@ -205,10 +198,14 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int,
                    "learning_rate": rate, "grad_norm": norm, "length": len(answers.old) / n,
                    "reward": answers.rewards.mean().item(), "kl": answers.k1.sum().item() / n,
                    "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began)})
-        if train_sft.is_due(c.save_every, step, run.steps):
+
+        # The critic is needed to go on, but is no part of the checkpoint.
+        if signals or train_sft.is_due(c.save_every, step, run.steps):
             train_sft.save_checkpoint(models.policy, tokenizer, Path(c.output_dir))
             train_sft.save_state(state, both, optimizer, scaler, step)
-    return log.close()
+        if signals and step < run.steps:
+            return log.close(), 128 + signals[0]
+    return log.close(), 0
 
 
 # ---- skip on a first reading: main ---------------------------------------------------------------
@@ -216,16 +213,15 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int,
 
 def main() -> None:
     """Read the flags, prepare, train, compare."""
-    c = train_sft.resolve_config(Config, sys.argv[1:], {}, demo)
+    c = train_sft.resolve_config(Config, sys.argv[1:], {}, lambda: DEMO)
     train_dpo.check_common(c)
+    # What would sample from another policy than is trained is refused, not passed over.
     check(c.passes and max(c.gamma, c.gae_lambda) <= 1,
           "--passes must be at least 1, --gamma and --gae_lambda at most 1")
     check(not (any(c.dropout) or c.neftune_alpha or c.exam_every or c.lora_rank or c.keep),
-          "--exam_every, --keep and --lora_rank are not for labs.ppo; nor are --dropout and "
-          "--neftune_alpha: another policy would be trained than was sampled from")
+          "--dropout, --neftune_alpha, --exam_every, --lora_rank and --keep are not for labs.ppo")
     train_dpo.find_demo(c)
-    modeling.check_output("--output_dir", c.output_dir,
-                          train_sft.input_folders([c.reward_model, *c.beside]))
+    modeling.check_output("--output_dir", c.output_dir, train_sft.input_folders(c.beside))
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     check(hardware.world == 1, "labs.ppo runs in one process, without torchrun")
     tokenizer, run, facts = train_dpo.prepare(c, reward_model.load_pairs, hardware)
@@ -233,17 +229,20 @@ def main() -> None:
         tokenizer.check_size(modeling.load_config(folder).vocab_size)
     check(run.validation or not c.beside, "--beside needs --val_data, pairs to compare on")
 
-    critic, reward = (reward_model.load_scalar(c.reward_model, hardware.device) for _ in range(2))
+    critic, score = (reward_model.load_scalar(c.reward_model, hardware.device) for _ in range(2))
     policy, _ = train_sft.load_trainable(c, hardware)
-    models = Models(policy, critic, reward, modeling.load(c.model, torch.float32, hardware.device))
+    models = Models(policy, critic, score, modeling.load(c.model, torch.float32, hardware.device))
     train_sft.start_run(c, run.steps, facts, hardware)
     train_sft.announce(c, policy, tokenizer, run.steps, hardware)
-    records = train(c, tokenizer, run, models, start_step, hardware)
+    records, status = train(c, tokenizer, run, models, start_step, hardware)
     train_sft.ended_early("-m labs.ppo", c, start_step, run.steps, records, hardware)
-    if run.validation:
-        folders = [c.model, c.output_dir, *c.beside]
-        reward_model.compare(folders, reward, run, c, tokenizer, hardware)
-    hardware.leave(0)
+
+    # All is saved: from here on Ctrl-C and SIGTERM may end the program at once.
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
+    if run.validation and not status:
+        reward_model.compare([c.model, c.output_dir, *c.beside], score, run, c, tokenizer, hardware)
+    hardware.leave(status)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import data
-import eval as evaluation
 import model as modeling
 import train_dpo
 import train_sft
 from data import Example
+from labs.rewards import sample_answers, sum_logprobs
 from model import check
 from train_dpo import Preference
 from train_sft import Hardware
@@ -87,7 +86,7 @@ def learn(c: train_dpo.Config, tokenizer, run, facts: dict, start_step: int,
     """Train on the pairs in the loop of train_dpo.py; its records and exit status."""
     model = load_scalar(c.model, hardware.device, new_head=True)
     pad = describe_classifier(model, tokenizer)
-    zeros = [torch.zeros(len(pairs), 2) for pairs in (run.train, run.validation)]
+    zeros = [torch.zeros(len(run.train), 2), torch.zeros(len(run.validation), 2)]
     train_sft.start_run(c, run.steps, facts, hardware)
     records, status = train_dpo.train(c, tokenizer, run, zeros, start_step, model, model, hardware)
 
@@ -105,33 +104,21 @@ def sample(policy, pairs: list[Preference], first: int, seed: int, c, stop_ids: 
            hardware: Hardware) -> list[Example]:
     """An answer to each pair's prompt; answer i is a function of the policy, seed and first + i."""
     # The answers of a pair begin with the prompt's last token.
-    prompts = [[*p.prompt.tolist(), int(p.answers[0][0][0])] for p in pairs]
-    lengths, out = [len(ids) + c.max_new_tokens for ids in prompts], [None] * len(pairs)
-    for chunk in data.micro_batches(lengths, c.micro_tokens)[0]:
-        with hardware.autocast():
-            texts = modeling.generate(
-                policy, [prompts[i] for i in chunk], c.max_new_tokens, stop_ids=stop_ids,
-                sampling=modeling.Sampling(1.0, seed=seed), samples=[first + i for i in chunk])
-        for i, text in zip(chunk, texts, strict=True):
-            ids = np.array(prompts[i] + text, dtype=np.int32)
-            out[i] = Example(ids, ((len(prompts[i]), len(ids), 1.0),))
-    return out
+    prompts = []
+    for p in pairs:
+        prompts.append([*p.prompt.tolist(), int(p.answers[0][0][0])])
+    numbers, how = range(first, first + len(pairs)), modeling.Sampling(1.0, seed=seed)
+    found = sample_answers(policy, prompts, numbers, how, c, stop_ids, hardware)
+    return [found[i] for i in range(len(pairs))]
 
 
-@torch.no_grad()
 def rewards_of(model: Scalar, examples: list[Example], c, stop_ids: list[int],
                hardware: Hardware) -> Tensor:
     """r [answers]; an answer without an end counts as the worst of those that have one.
 
     No pair has shown the model an answer that stops in the middle: its r would mean nothing.
     """
-    r = torch.zeros(len(examples))
-    for chunk in data.micro_batches([len(e.ids) for e in examples], c.micro_tokens)[0]:
-        batch = data.collate([examples[i] for i in chunk], hardware.device)
-        with hardware.autocast():
-            found = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
-        for i, part in zip(chunk, found.split([examples[i].targets for i in chunk]), strict=True):
-            r[i] = part.sum()
+    r = sum_logprobs(model, examples, c, hardware)
     ended = torch.tensor([int(e.ids[-1]) in stop_ids for e in examples])
     return torch.where(ended, r, r[ended].min() if ended.any() else 0.0)
 
@@ -146,23 +133,25 @@ def compare(folders: list[str], model: Scalar, run, c, tokenizer, hardware: Hard
     for folder in folders:
         policy = modeling.load(folder, torch.float32, hardware.device)
         reference = reference or policy
+
+        # What it knows of answers that are given, then what it writes itself.
         logp = train_dpo.all_logprobs(policy, run.validation, c, hardware)  # [pairs, 2]
+        order = (logp[:, 0] > logp[:, 1]).double().mean().item()
         exam = train_sft.exam_metrics(policy, tokenizer, run, c, hardware) if c.exam_data else {}
         answers = sample(policy, run.validation * SAMPLES, 0, c.seed + 1, c, tokenizer.stop_ids,
                          hardware)
         r = rewards_of(model, answers, c, tokenizer.stop_ids, hardware)
 
         # What a sample gained in likelihood, in the mean over the policy's own samples.
-        nats = []
-        for scored in (policy, reference):
-            found = evaluation.example_logprobs(scored, answers, c.micro_tokens)
-            nats.append(sum(part.sum().item() for _, part in found) / len(answers))
+        gain = (sum_logprobs(policy, answers, c, hardware)
+                - sum_logprobs(reference, answers, c, hardware)).mean()
+
+        # Only a folder that a run wrote says how long its steps took.
         log, seconds = Path(folder) / "metrics.jsonl", 0.0
         for _, record in data.read_values(log) if log.exists() else []:
             seconds += record["tokens"] / record["tokens_per_second"] if record["step"] else 0.0
-        table.append((folder, f"{r.mean():.2f}", (logp[:, 0] > logp[:, 1]).double().mean().item(),
-                      exam.get("exam_accuracy", "-"), f"{nats[0] - nats[1]:.2f}",
-                      f"{seconds:.0f}"))
+        table.append((folder, f"{r.mean():.2f}", order, exam.get("exam_accuracy", "-"),
+                      f"{gain:.2f}", f"{seconds:.0f}"))
     data.print_table(table)
 
 
@@ -179,13 +168,17 @@ def load_scalar(folder: str | Path, device, new_head: bool = False) -> Scalar:
     weights = {}
     for path in modeling.weight_files(Path(folder)):
         with modeling.open_tensors(path) as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                weights[name] = file.get_tensor(name)
+
+    # It is saved in the type that it came in; an adapter's own folder holds no whole model.
     model.stored_dtype = next(iter(weights.values())).dtype
     if new_head:  # an adapter is merged first
         weights |= dict(modeling.load(folder).named_parameters())
         weights["score.weight"] = torch.zeros(1, model.config.hidden_size)
 
-    found = {}  # all but the LM head
+    # Everything but the LM head is used, and must be there.
+    found = {}
     for name, p in model.named_parameters():
         check(name in weights and weights[name].shape == p.shape,
               f"{folder}: weight {name} is missing, or not of shape {list(p.shape)}")
@@ -200,6 +193,7 @@ def describe_classifier(model: Scalar, tokenizer: data.ChatTokenizer) -> str:
     There r is read off the last token that is no padding. Many checkpoints pad with the token that
     ends an answer: then r would be read one token too early.
     """
+    # Any special token that ends no answer will do.
     special = tokenizer.tokenizer.get_added_tokens_decoder()
     pad = min(special.keys() - set(tokenizer.stop_ids))
     kind = model.config.model_type.capitalize()
@@ -229,6 +223,8 @@ def main() -> None:
           "--nll_weight, --length_normalize, --reference, --exam_data, --lora_rank: for policies")
     train_dpo.find_demo(c)
     tokenizer, run, facts = train_dpo.prepare(c, load_pairs, hardware)
+
+    # The loop is that of train_dpo.py; afterwards the model says what its samples are worth.
     records, status = learn(c, tokenizer, run, facts, start_step, hardware)
     early = train_sft.ended_early("-m labs.reward_model", c, start_step, run.steps, records,
                                   hardware)

@@ -1,4 +1,4 @@
-"""Rewards: a program that says how good an answer is; and the prompts that are answered for it.
+"""Rewards: a program that says how good an answer is; and the prompts and answers it is about.
 
 Idea. Learning from rewards needs no better text than the model's own, only a number for it:
 
@@ -37,11 +37,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 import data
 import eval as evaluation
-from data import ChatTokenizer, print_table, read_rows
+import model as modeling
+from data import ChatTokenizer, Example, Row, print_table, read_rows
 from labs.text import Files
-from model import check
+from model import Sampling, check
+from train_sft import Hardware
 
 
 @dataclass
@@ -103,8 +109,12 @@ def final_answer(text: str) -> str:
     # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
-    matches = [found for pattern in FINAL_ANSWERS if (found := re.findall(pattern, text))]
-    answer = matches[0][-1] if matches else text
+
+    # The surest mark that stands there counts, and of that mark the last.
+    answer = text
+    for pattern in reversed(FINAL_ANSWERS):
+        found = re.findall(pattern, text)
+        answer = found[-1] if found else answer
 
     # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
     answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
@@ -114,7 +124,7 @@ def final_answer(text: str) -> str:
     return f"{float(answer):.15g}" if re.fullmatch(r"-?\d+(\.\d+)?", answer) else answer
 
 
-# ==== read: prompts ===============================================================================
+# ==== read: prompts, and answers to them ==========================================================
 
 
 class Prompt(NamedTuple):
@@ -135,26 +145,66 @@ def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
     prompts, parse = [], functools.partial(data.parse_row, ask=True)
     for source, path in enumerate(files):
         for _, row in read_rows([path], c.skip_bad_rows, quiet, parse):
-            if row:
-                check(row.text is None, f"{row.where}: raw text asks nothing")
-                _, messages, reference, _ = evaluation.ask_row(row, tokenizer, "")
-                ids = tokenizer.prompt_ids(messages)
-                check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
-                      f"room for an answer of {room} in --max_length {c.max_length}")
-                prompts.append(Prompt(ids, messages, reference or "", source, row.where, str(ids)))
+            if row is None:
+                continue
+            check(row.text is None, f"{row.where}: raw text asks nothing")
+            _, messages, reference, _ = evaluation.ask_row(row, tokenizer, "")
+
+            # A prompt that is cut asks something else, so none is.
+            ids = tokenizer.prompt_ids(messages)
+            check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
+                  f"room for an answer of {room} in --max_length {c.max_length}")
+            prompts.append(Prompt(ids, messages, reference or "", source, row.where, str(ids)))
     return prompts, Counter()
+
+
+def sample_answers(model, prompts: list[list[int]], numbers, how: Sampling, c, stop_ids: list[int],
+                   hardware: Hardware) -> dict[int, Example]:
+    """{i: prompts[i] and an answer to it, which alone is supervised}, of this rank's share.
+
+    What is drawn for prompt i depends on the seed and numbers[i], not on its batch or its rank.
+    """
+    lengths, found = [len(ids) + c.max_new_tokens for ids in prompts], {}
+    parts = data.micro_batches(lengths, c.micro_tokens, hardware.world) if prompts else [[]]
+    for chunk in parts[hardware.rank]:
+        with hardware.autocast():
+            answers = modeling.generate(
+                model, [prompts[i] for i in chunk], c.max_new_tokens, stop_ids=stop_ids,
+                sampling=how, samples=[numbers[i] for i in chunk])
+
+        # The answer's tokens are the span that is scored, and perhaps trained, with weight 1.
+        for i, answer in zip(chunk, answers, strict=True):
+            ids = np.array(prompts[i] + answer, dtype=np.int32)
+            found[i] = Example(ids, ((len(prompts[i]), len(ids), 1.0),))
+    return found
+
+
+@torch.no_grad()
+def sum_logprobs(model, examples: list[Example], c, hardware: Hardware) -> Tensor:
+    """ln p of each answer, in nats: the sum over its tokens, [answers]; of a reward model its r."""
+    out, lengths = torch.zeros(len(examples)), [len(e.ids) for e in examples]
+    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
+        part = [examples[i] for i in chunk]
+        batch = data.collate(part, hardware.device)
+        with hardware.autocast():
+            logp = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
+
+        # Every rank fills in its own answers; the sum of the ranks' tables has all of them.
+        for i, of_answer in zip(chunk, logp.split([e.targets for e in part]), strict=True):
+            out[i] = of_answer.sum()
+    return hardware.sum_tensor(out)
 
 
 # ---- skip on a first reading: the command --------------------------------------------------------
 
 
-def parse_answer(where: str, value) -> tuple[list[dict], str]:
-    """(messages, reference) of a row of `eval.py generate`; InputError for others."""
+def parse_answer(where: str, value) -> tuple[Row, str]:
+    """(row, reference) of a row of `eval.py generate`; InputError for others."""
     row = data.parse_row(where, value)
     answered = len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
     check(answered and not row.chosen, f"{where}: expected a question and an answer, as `eval.py "
           "generate` writes them")
-    return row.messages, value.get("reference") or ""
+    return row, value.get("reference") or ""
 
 
 def prompt_key(messages: list[dict]) -> str:
@@ -168,7 +218,8 @@ def scores_by_prompt(files: list[str], reward: Callable,
     groups = {}
     for _, found in read_rows(files, skip_bad_rows, parse=parse_answer):
         if found:
-            (*asked, answer), reference = found
+            row, reference = found
+            *asked, answer = row.messages
             score = float(reward(asked, answer["content"], reference))
             groups.setdefault(prompt_key(asked), []).append(score)
     check(groups, f"{', '.join(files)}: no row to read")
@@ -180,9 +231,11 @@ def main(c: Config) -> None:
     groups = scores_by_prompt(c.files, find_reward(c.reward), c.skip_bad_rows)
 
     # Only a prompt whose answers differ can teach which of them is better.
-    scores = [score for group in groups.values() for score in group]
-    best = [max(group) for group in groups.values()]
-    alike = sum(len(set(group)) == 1 for group in groups.values())
+    scores, best, alike = [], [], 0
+    for group in groups.values():
+        scores += group
+        best.append(max(group))
+        alike += len(set(group)) == 1
     print_table([("prompts", "answers", "mean reward", "best of n", "all alike"),
                  (len(groups), len(scores), f"{sum(scores) / len(scores):.3f}",
                   f"{sum(best) / len(best):.3f}", alike)])

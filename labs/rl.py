@@ -37,7 +37,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,7 +46,7 @@ import model as modeling
 import train_dpo
 import train_sft
 from data import Example
-from labs.rewards import Prompt, find_reward, load_prompts
+from labs.rewards import Prompt, find_reward, load_prompts, sample_answers, sum_logprobs
 from model import Sampling, check
 from train_sft import Hardware
 
@@ -97,8 +96,11 @@ def advantages(rewards: Tensor, kind: str) -> Tensor:
     """
     n = rewards.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, n]
+
+    # R - mean of all n is (n - 1) / n times R - mean of the n - 1 others.
     if kind == "rloo":
         return centred * n / (n - 1)
+    # GRPO takes every group for equally hard; where all are alike, 1e-4 avoids 0 / 0.
     if kind == "grpo":
         return centred / (rewards.std(1, keepdim=True) + 1e-4)
     return centred
@@ -137,6 +139,8 @@ def policy_step(wrapped, run, step: int, c: Config, hardware: Hardware, scaler, 
     count = sum(e.targets for e in answers)
     divisor = len(answers) * c.max_new_tokens if c.advantage == "dr_grpo" else count
     loss, counts = train_sft.backward_step(wrapped, mine, step, c, hardware, scaler, divisor)
+
+    # Answers that did not end, or that scored alike, say why a run learns little.
     flat = (rewards == rewards[:, :1]).all(1)  # [P] all answers alike: nothing to learn
     ended = sum(e.ids[-1] in tokenizer.stop_ids for e in answers)
     return loss, {"reward": rewards.mean().item(), "kl": k1.mean().item(),
@@ -150,41 +154,28 @@ def sample(policy, prompts: list[Prompt], n: int, first: int, how: Sampling, c: 
 
     What is drawn for answer i depends on seed and first + i, not on its batch or its rank.
     """
-    asked, found = [p for p in prompts for _ in range(n)], {}
-    lengths = [len(p.ids) + c.max_new_tokens for p in asked]
-    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
-        with hardware.autocast():
-            texts = modeling.generate(policy, [asked[i].ids for i in chunk], c.max_new_tokens,
-                                      stop_ids=tokenizer.stop_ids, sampling=how,
-                                      samples=[first + i for i in chunk])
-        for i, new in zip(chunk, texts, strict=True):
-            # What has not ended gets no forced end, and no reward for what may have come.
-            p, score = asked[i], 0.0
-            if new[-1] in tokenizer.stop_ids:
-                score = float(reward(p.messages, tokenizer.decode(new[:-1]), p.reference))
-            ids = np.array(p.ids + new, dtype=np.int32)
-            found[i] = Example(ids, ((len(p.ids), len(ids), 1.0),), p.source, p.where), score
+    asked = [p for p in prompts for _ in range(n)]
+    numbers = range(first, first + len(asked))
+    found = sample_answers(policy, [p.ids for p in asked], numbers, how, c, tokenizer.stop_ids,
+                           hardware)
+    scored = {}
+    for i, e in found.items():
+        # What has not ended gets no forced end, and no reward for what may have come.
+        p, score = asked[i], 0.0
+        *new, last = e.ids[len(p.ids) :].tolist()
+        if last in tokenizer.stop_ids:
+            score = float(reward(p.messages, tokenizer.decode(new), p.reference))
+        scored[i] = e._replace(source=p.source, where=p.where), score
 
-    parts = [found] * hardware.world
+    # Every rank trains on a share of all answers, so it needs those of the others too.
+    parts = [scored] * hardware.world
     if hardware.world > 1:
-        dist.all_gather_object(parts, found)
-    found = {i: answer for part in parts for i, answer in part.items()}
-    examples, rewards = zip(*[found[i] for i in range(len(asked))], strict=True)
-    return list(examples), torch.tensor(rewards).view(-1, n)
-
-
-@torch.no_grad()
-def sum_logprobs(model, examples: list[Example], c: Config, hardware: Hardware) -> Tensor:
-    """ln p of each answer, in nats: the sum over its tokens, [answers]."""
-    out = torch.zeros(len(examples))
-    lengths = [len(e.ids) for e in examples]
-    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
-        batch = data.collate([examples[i] for i in chunk], hardware.device)
-        with hardware.autocast():
-            logp = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
-        parts = logp.split([examples[i].targets for i in chunk])
-        out[chunk] = torch.stack([part.sum() for part in parts])
-    return hardware.sum_tensor(out)
+        dist.all_gather_object(parts, scored)
+    every = {}
+    for part in parts:
+        every |= part
+    examples, rewards = zip(*[every[i] for i in range(len(asked))], strict=True)
+    return list(examples), torch.tensor(rewards).view(-1, n)  # [P, n]
 
 
 def temper(model, temperature: float) -> None:
@@ -201,6 +192,7 @@ def temper(model, temperature: float) -> None:
 
 def pass_rates(policy, run, c: Config, tokenizer, reward: Callable, hardware: Hardware) -> dict:
     """Mean reward of greedy answers, of samples (pass@1), of the best of n samples (pass@n)."""
+    # Another seed than training's: no held-out answer is drawn with numbers that were used.
     rest = c, tokenizer, reward, hardware
     _, greedy = sample(policy, run.validation, 1, 0, Sampling(), *rest)
     _, drawn = sample(policy, run.validation, c.samples, 0, Sampling(1.0, seed=c.seed + 1), *rest)
@@ -212,6 +204,7 @@ def main() -> None:
     """Read the flags, prepare, train, report."""
     c = train_sft.resolve_config(Config, sys.argv[1:], {}, lambda: DEMO)
     train_dpo.check_common(c)
+    # A flag that would train another policy than was sampled from is refused, not passed over.
     check(c.samples > 1 and c.max_new_tokens > 0, "--samples must be at least 2 (an answer needs "
           "rivals), --max_new_tokens at least 1")
     check(not c.top_k and c.top_p == 1 and c.dropout == [0.0] and not c.neftune_alpha,
@@ -225,6 +218,7 @@ def main() -> None:
     tokenizer, run, facts = train_dpo.prepare(c, partial(load_prompts, room=c.max_new_tokens),
                                               hardware)
 
+    # The reference stays as training found it, and is tempered as the policy is.
     policy, wrapped = train_sft.load_trainable(c, hardware)
     reference = modeling.load(c.reference or c.model, torch.float32, hardware.device)
     temper(policy, c.temperature)
@@ -232,18 +226,22 @@ def main() -> None:
     train_sft.start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
         train_sft.announce(c, policy, tokenizer, run.steps, hardware)
+
+    # The loop is that of train_sft.py; the step and what is measured are this file's.
+    step = partial(policy_step, policy=policy, reference=reference, tokenizer=tokenizer,
+                   reward=reward)
+    measure = partial(pass_rates, policy, run, c, tokenizer, reward, hardware)
     shown = {name: name for name in ("reward", "kl", "length", "ended", "flat")}
-    records, status = train_sft.train(
-        c, tokenizer, run, start_step, policy, wrapped, hardware,
-        partial(policy_step, policy=policy, reference=reference, tokenizer=tokenizer,
-                reward=reward),
-        partial(pass_rates, policy, run, c, tokenizer, reward, hardware),
-        train_sft.Figure("reward.png", "reward", {"reward": "of samples"}, shown))
+    figure = train_sft.Figure("reward.png", "reward", {"reward": "of samples"}, shown)
+    records, status = train_sft.train(c, tokenizer, run, start_step, policy, wrapped, hardware,
+                                      step, measure, figure)
     if hardware.rank == 0 and not train_sft.ended_early("-m labs.rl", c, start_step, run.steps,
                                                         records, hardware):
-        names = ("greedy", "pass@1", f"pass@{c.samples}", "exam_accuracy")
-        data.print_table([("held out", "before", "after"), *(
-            (name, records[0][name], records[-1][name]) for name in names if name in records[-1])])
+        table = [("held out", "before", "after")]
+        for name in ("greedy", "pass@1", f"pass@{c.samples}", "exam_accuracy"):
+            if name in records[-1]:
+                table.append((name, records[0][name], records[-1][name]))
+        data.print_table(table)
     hardware.leave(status)
 
 

@@ -63,9 +63,15 @@ def merge_tag(tag: str) -> str:
 
 def frequent_tags(rows: list[list[str]], least: int) -> list[set[str]]:
     """The tags of each row, merged, without those that fewer than `least` rows have."""
-    merged = [{merge_tag(tag) for tag in tags} - {""} for tags in rows]
-    counts = Counter(tag for tags in merged for tag in tags)
-    return [{tag for tag in tags if counts[tag] >= least} for tags in merged]
+    # A row counts once for a tag, however often and in whatever spelling it names it.
+    merged, counts = [], Counter()
+    for tags in rows:
+        own = set(map(merge_tag, tags)) - {""}
+        merged.append(own)
+        counts.update(own)
+
+    frequent = {tag for tag, count in counts.items() if count >= least}
+    return [own & frequent for own in merged]
 
 
 def cover_tags(tags: list[set[str]], n: int) -> list[int]:
@@ -83,7 +89,7 @@ def cover_tags(tags: list[set[str]], n: int) -> list[int]:
                 passed.append(i)
             else:
                 chosen.append(i)
-            seen |= tags[i]
+                seen |= tags[i]
         left = passed
     return chosen[:n]
 
@@ -104,18 +110,19 @@ def main(c: Config) -> None:
     """Choose, write, and compare with as many random rows."""
     check_output(c.output, *c.files)
     check(c.n > 0 and c.least > 0, "--n and --least must be above 0")
-    found = [tags for _, tags in read_rows(c.files, c.skip_bad_rows, parse=parse_tags)]
-    raw = {tag for tags in found for tag in tags or []}
-    tags = frequent_tags([own or [] for own in found], c.least)
+    found, reasons, raw = [], [], set()
+    for _, own in read_rows(c.files, c.skip_bad_rows, parse=parse_tags):
+        found.append(own or [])
+        reasons.append("bad row" if own is None else "no tags")
+        raw.update(found[-1])
+    tags = frequent_tags(found, c.least)
     there = [i for i, own in enumerate(tags) if own]
     check(there, f"{', '.join(c.files)}: no row has a tag that {c.least} rows have")
 
     # Every row that is not written has a reason.
     chosen = cover_tags(tags, c.n)
-    reasons = ["not chosen" if own else "no tags" for own in tags]
-    for i, own in enumerate(found):
-        if own is None:
-            reasons[i] = "bad row"
+    for i in there:
+        reasons[i] = "not chosen"
     for i in chosen:
         reasons[i] = ""
     write_rows(c.output, kept_rows(c, reasons))
@@ -127,9 +134,10 @@ def main(c: Config) -> None:
     random = np.random.default_rng(c.seed).permutation(there)[: len(chosen)]
     table = [("rows", "tags", "of all", "tags per row")]
     for name, rows in (("chosen", chosen), ("random", random)):
-        covered = set().union(*(tags[i] for i in rows))
+        own = [tags[i] for i in rows]
+        covered = set().union(*own)
         table.append((name, len(covered), len(covered) / len(every),
-                      f"{sum(len(tags[i]) for i in rows) / len(rows):.2f}"))
+                      f"{sum(map(len, own)) / len(rows):.2f}"))
     print(f"{len(raw)} tags, {len(every)} when merged and in {c.least} rows or more")
     print_table(table)
 
@@ -140,10 +148,11 @@ def make_demo(folder: Path, source: Path) -> None:
 
     def tagged() -> Iterator[str]:
         for value, row in read_rows([str(source)], quiet=True):
+            # A fact of the demo reads: the ... of "..." is "...".
             tags = []
             for message in row.messages:
-                tags += [f" {part} " for pair in re.findall("“(.*?)”的(.*?)是“", message["content"])
-                         for part in pair]
+                for thing, relation in re.findall("“(.*?)”的(.*?)是“", message["content"]):
+                    tags += [f" {thing} ", f" {relation} "]
             yield json.dumps({**value, "tags": tags}, ensure_ascii=False) + "\n"
 
     write_lines(folder / "rows.jsonl", tagged())

@@ -60,7 +60,7 @@ def setting(work, **more):
 def drawn(work, **more):
     """(models, config, answers, what PPO learns from them)."""
     models, pairs, c, tokenizer = setting(work, **more)
-    answers = ppo.draw(models, pairs, 0, 0, c, tokenizer.stop_ids, HARDWARE)
+    answers = ppo.draw(models, pairs, 0, c, tokenizer.stop_ids, HARDWARE)
     return models, c, answers, ppo.lessons(answers, c)
 
 
@@ -279,6 +279,22 @@ def test_killed_run_resumes_bitwise(work, monkeypatch):
     assert [[r[k] for k in names] for r in records] == [[r[k] for k in names] for r in whole]
     for name, value in weights(work / "whole").items():
         assert torch.equal(value, weights(work / "killed")[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_that_is_asked_to_stop_saves_its_step_says_so_and_goes_on_bitwise(work, monkeypatch,
+                                                                              number):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    given = flags(work, save_every=0, val_data=work / "pairs.jsonl")
+    whole, _ = train(work, f"whole{number}", *given, script=ppo)
+    said, status = interrupt(work, f"asked{number}", *given, at="step 1/", number=number,
+                             script=ppo)
+    assert status == 128 + number and "all is saved, go on with" in said
+    assert "held out" not in said and (work / f"asked{number}" / "model.safetensors").exists()
+    records, _ = train(work, f"asked{number}", "--resume", script=ppo)
+    assert [r["loss"] for r in records] == [r["loss"] for r in whole]
+    for name, value in weights(work / f"whole{number}").items():
+        assert torch.equal(value, weights(work / f"asked{number}")[name]), name
 
 
 @pytest.mark.parametrize("more,words", [
