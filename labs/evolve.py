@@ -34,7 +34,6 @@ Exercise. Two questions of n words differ in one. From which n on are they too a
     Solution: 2 (n - 1) / 2n >= 0.7 where n >= 10/3: from four words on.
 """
 
-import json
 import random
 import re
 import sys
@@ -46,7 +45,7 @@ from typing import Literal
 import data
 from labs import world
 from labs.text import NGRAM, Files, check_output, ngrams, rouge_l, words_of, write_rows
-from model import check, write_lines
+from model import check
 
 
 @dataclass
@@ -68,11 +67,10 @@ class Config(Files):
 NEW = {"zh": "下面是一些任务：\n{tasks}\n请照样子再写两个内容不同的新任务，每行一个，标上序号。",
        "en": "Here are some tasks:\n{tasks}\nWrite two more that ask for something else, numbered, "
              "one a line."}
-HARDER = {
-    "zh": ("加上一个限制条件", "问得更深入一层", "把笼统的说法换成具体的", "使它要多想几步才能回答",
-           "加上需要用到的数据"),
-    "en": ("add a constraint", "ask one level deeper", "replace general words by concrete ones",
-           "make it need more steps of thought", "add data that it must use")}
+HARDER = {"zh": ("加上一个限制条件", "问得更深入一层", "把笼统的说法换成具体的",
+                 "使它要多想几步才能回答", "加上需要用到的数据"),
+          "en": ("add a constraint", "ask one level deeper", "replace general words by concrete "
+                 "ones", "make it need more steps of thought", "add data that it must use")}
 ABOUT_ONE = {
     "deepen": {"zh": "请把这个问题变难一些，办法是{harder}。只写变难以后的问题。\n{question}",
                "en": "Make this question harder: {harder}. Write only the harder question.\n"
@@ -97,6 +95,8 @@ def requests(c: Config, questions: list[str]) -> Iterator[str]:
             lines = [f"{i}. {question}" for i, question in enumerate(shown, 1)]
             yield NEW[c.language].format(tasks="\n".join(lines))
         return
+
+    # The other ways ask about one question at a time.
     for question in questions:
         harder = rng.choice(HARDER[c.language])
         yield ABOUT_ONE[c.way][c.language].format(harder=harder, question=question)
@@ -129,6 +129,7 @@ def flaw(said: tuple | None) -> str:
 
 def why_dropped(draft: str, request: set[int], kept: list[list[str]], max_rouge: float) -> str:
     """Why a draft is not kept, or nothing; `request` are the 5-grams of the request's own words."""
+    # From cheap to dear: the last test looks at everything that was kept.
     words = words_of(draft)
     if not LEAST_WORDS <= len(words) <= MOST_WORDS:
         return f"under {LEAST_WORDS} or over {MOST_WORDS} words"
@@ -148,6 +149,7 @@ def keep_drafts(c: Config, questions: list[str], said: list[tuple]) -> Iterator[
         if len(words) >= NGRAM:
             own |= set(ngrams(words).tolist())
 
+    # Drafts are compared with the questions, and with the drafts before them.
     kept = [words_of(question) for question in questions]
     for answer, ended, _ in said:
         for draft in drafts_of(answer):
@@ -160,11 +162,12 @@ def keep_drafts(c: Config, questions: list[str], said: list[tuple]) -> Iterator[
 def join_principles(c: Config, rows: list[tuple], said: list[tuple]) -> Iterator[tuple[dict, str]]:
     """Step-back's second request: the principle, then the question, and the row's own answer."""
     for principle, ended, index in said:
+        check(index < len(rows), f"{c.answers} answers request {index} of {len(rows)}: give the "
+              "files that the requests were written of")
         question, answer = rows[index]
         text = JOINED[c.language].format(principle=principle.strip(), question=question)
-        messages = [{"role": "user", "content": text}]
-        if answer:
-            messages.append({"role": "assistant", "content": answer})
+        own = [{"role": "assistant", "content": answer}] if answer else []
+        messages = [{"role": "user", "content": text}, *own]
         yield {"messages": messages}, flaw((principle, ended))
 
 
@@ -200,21 +203,18 @@ def main(c: Config) -> None:
         write_rows(c.output, ((value, flaw(said)) for value, said in found))
         return
 
-    found = data.read_rows(c.files, c.skip_bad_rows, parse=parse_question)
-    rows = [row for _, row in found if row]
+    rows = [row for _, row in data.read_rows(c.files, c.skip_bad_rows, parse=parse_question) if row]
     check(rows, f"{', '.join(c.files)}: no row to read")
-    questions = [question for question, _ in rows]
+    questions, _ = zip(*rows, strict=True)
     if not c.answers:
         write_rows(c.output, (({"messages": [{"role": "user", "content": text}]}, "")
                               for text in requests(c, questions)))
         return
 
+    # A number in each answer says which request it is of.
     found = data.read_rows([c.answers], c.skip_bad_rows, parse=parse_answer)
-    said = [one for _, one in found if one]
+    said = [answer for _, answer in found if answer]
     if c.way == "step_back":
-        most = max((index for _, _, index in said), default=0)
-        check(most < len(rows), f"{c.answers} answers request {most} of {len(rows)}: give the "
-              "files that the requests were written of")
         write_rows(c.output, join_principles(c, rows, said))
     else:
         write_rows(c.output, keep_drafts(c, questions, said))
@@ -223,23 +223,23 @@ def main(c: Config) -> None:
 def make_demo(folder: Path) -> None:
     """teach.jsonl shows the demo's model what a request wants; seeds.jsonl are twelve questions."""
     rng, c = random.Random(0), Config([], shown=4, n=1)
-    facts = [fact for handle in world.SUBJECTS for fact in world.facts_of(handle)]
-    asked = [(form.format(**fact), world.FACT.format(**fact)) for form in world.ASK_CHAT
-             for fact in facts]
+    asked, teach = [], []
+    for form in world.ASK_CHAT:
+        for handle in world.SUBJECTS:
+            for fact in world.facts_of(handle):
+                asked.append((form.format(**fact), world.FACT.format(**fact)))
 
-    lines = []
+    # An answer is two more questions of the kind, or the fact that one of them is about.
     for way in ("new", "step_back"):
         for seed in range(600):
             *shown, one, two = rng.sample(asked, 6)
-            questions = [question for question, _ in (shown if way == "new" else shown[:1])]
+            questions, _ = zip(*(shown if way == "new" else shown[:1]), strict=True)
             request, = requests(replace(c, way=way, seed=seed), questions)
             answer = f"1. {one[0]}\n2. {two[0]}" if way == "new" else shown[0][1]
-            lines.append({"instruction": request, "output": answer})
-    seeds = [{"instruction": question, "output": fact} for question, fact in rng.sample(asked, 12)]
-    for name, rows in (("teach", lines), ("seeds", seeds)):
-        write_lines(folder / f"{name}.jsonl",
-                    (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"wrote teach.jsonl and seeds.jsonl into {folder}")
+            teach.append(({"instruction": request, "output": answer}, ""))
+    seeds = [({"instruction": ask, "output": fact}, "") for ask, fact in rng.sample(asked, 12)]
+    write_rows(folder / "teach.jsonl", teach)
+    write_rows(folder / "seeds.jsonl", seeds)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Config(Files):
 
 ELIDED = "略"  # "omitted": what solutions write that were not copied whole
 
+
 def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
     """[(a question as a conversation, why it is dropped)] in one of Steel-LLM's formats."""
     q = parse_choices(where, value)
@@ -70,6 +71,7 @@ def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
         asked = f"以下是一道{q['q_type'] or '单选题'}:\n{choice}请先给出解释再给出答案。\n"
         answer = re.sub("(?s)故选.*", "", why) + f"答案为{q['answer']}"
 
+    # Ours, to see what the explanations add.
     if style == "answer_only":
         answer = f"{q['answer']}。" if q["answer"] else ""
 
@@ -81,8 +83,9 @@ def exam_row(style: str, where: str, value) -> list[tuple[dict, str]]:
 
 # ---- skip on a first reading: reading questions --------------------------------------------------
 
+# Wanjuan's names: C-Eval's
 KEYS = {"q_main": "question", "std_ans": "answer", "answer_detail": "explanation",
-        **{f"option_{letter}": letter for letter in "abcde"}}  # Wanjuan's names: C-Eval's
+        "option_a": "a", "option_b": "b", "option_c": "c", "option_d": "d", "option_e": "e"}
 PARTS = ("question", "answer", "explanation", "q_type", *"abcde")
 
 
@@ -97,7 +100,10 @@ def parse_choices(where: str, value) -> dict:
 
     # "A, C" and "ac" are the answers A and C.
     q["answer"] = re.sub(r"[\s,，、]", "", str(q["answer"])).upper()
-    options = {letter: q[letter.lower()] for letter in "ABCDE" if q[letter.lower()]}
+    options = {}
+    for letter in "ABCDE":
+        if q[letter.lower()]:
+            options[letter] = q[letter.lower()]
     check(good and len(options) > 1 and set(q["answer"]) <= set(options),
           f"{where}: expected a question, options, an answer among them, found {value!r:.80}")
     return {**q, "options": options}

@@ -160,6 +160,7 @@ def parse_both(where: str, value) -> tuple[dict, Row]:
 
 def judge(c: Config, tokenizer: ChatTokenizer | None, known: dict, item: tuple) -> tuple:
     """(reason, hash, signature for --duplicates near) of a row, in one of many processes."""
+    # What looks at one row alone can be done on all cores at once.
     if item[1] is None:
         return "bad row", 0, None
     (value, row), signature = item[1], None
@@ -241,8 +242,7 @@ def main(c: Config) -> None:
     if c.duplicates != "keep":
         drop_duplicates(c, judged, reasons)
     texts.drop_alike(c, reasons)
-    change = without_system if c.no_system else None
-    texts.write_rows(c.output, texts.kept_rows(c, reasons, change))
+    texts.write_rows(c.output, texts.kept_rows(c, reasons, without_system if c.no_system else None))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ Exercise. If all talks had four turns, at which turns would the trained model ob
     to 63%): only the last answer is trained on. So the demo's talks have two to four turns.
 """
 
-import json
 import random
 import re
 import sys
@@ -170,16 +169,15 @@ def make_demo(folder: Path, source: Path, seed: int = 0) -> None:
     for name, taken, count, least in (("obey", "instructions", 600, 1),
                                       ("talks", "instructions", 600, 2),
                                       ("val", "instructions_val", 100, 4)):
-        lines = []
+        rows = []
         for _ in range(count):
             chosen = rng.sample(turns[taken], rng.randint(least, 4))
             questions, facts = zip(*chosen, strict=True)
             row = {"messages": talk_of(questions, facts, "", every=False)}
             if name == "obey":
                 row = obedient(questions, facts, rng)
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        modeling.write_lines(folder / f"{name}.jsonl", lines)
-    print(f"wrote obey.jsonl, talks.jsonl and val.jsonl into {folder}")
+            rows.append((row, ""))
+        write_rows(folder / f"{name}.jsonl", rows)
 
 
 def main(c: Config) -> None:

@@ -45,7 +45,10 @@ def fill(names: dict[str, str], where: str, value):
     if isinstance(value, list):
         return [fill(names, where, item) for item in value]
     if isinstance(value, dict):
-        return {key: fill(names, where, item) for key, item in value.items()}
+        filled = {}
+        for key, part in value.items():
+            filled[key] = fill(names, where, part)
+        return filled
     if not isinstance(value, str):
         return value
 

@@ -40,6 +40,7 @@ Exercise. A question of 30 words has its 16th changed. How much of it is covered
 """
 
 import functools
+import itertools
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -96,8 +97,13 @@ def find_questions(questions: list[tuple], index: dict, near: float, row: Row) -
     """
     # How many 5-grams of each question are here; short questions are shorter n-grams.
     words, hits = words_of("\n".join(texts_of(row))), []
-    grams = {gram for n in range(1, NGRAM + 1) for gram in ngrams(words, n).tolist()}
-    shared = Counter(k for gram in grams for k in index.get(gram, ()))
+    grams, shared = set(), Counter()
+    for n in range(1, NGRAM + 1):
+        grams.update(ngrams(words, n).tolist())
+    for gram in grams:
+        shared.update(index.get(gram, ()))
+
+    # Few are left to be compared word by word.
     for k, count in shared.items():
         where, question, asked, options, _ = questions[k]
         if count * NGRAM < near * len(asked):  # an n-gram covers NGRAM words at most
@@ -144,8 +150,8 @@ def print_hits(questions: list[tuple], kinds: dict[str, str], rows: int) -> None
     found = Counter((Path(where).parent, kind) for where, kind in kinds.items())
     table = [("exam", "questions", "exact", "near", "short")]
     for folder, count in Counter(Path(where).parent for where, *_ in questions).items():
-        numbers = [found[folder, kind] for kind in ("exact", "near", "short")]
-        table.append((folder, count, *numbers))
+        table.append((folder, count, found[folder, "exact"], found[folder, "near"],
+                      found[folder, "short"]))
     print_table(table)
 
     bad = sum(kind != "short" for kind in kinds.values())
@@ -199,18 +205,24 @@ def main(c: Config) -> None:
     find = functools.partial(find_questions, questions, index, c.near)
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(find_in_item, find), rows))
-    hits = [hit for of_row in found for hit in of_row]
+    hits = list(itertools.chain(*found))
     if c.output:
         write_rows(c.output, ((hit, "") for hit in hits))
 
-    # A question may stand in several rows: its worst kind counts.
+    # A question may stand in several rows: its worst kind counts, which is set last.
     kinds = {}
     for kind in ("short", "near", "exact"):
-        kinds |= {hit["exam"]: kind for hit in hits if hit["kind"] == kind}
+        for hit in hits:
+            if hit["kind"] == kind:
+                kinds[hit["exam"]] = kind
     print_hits(questions, kinds, len(found))
+
+    # The same answers twice, with and without the questions that were practised.
     if c.clean:
-        rows = [row for folder in c.clean for row in score_apart(folder, kinds, questions)]
-        print_table([("answers of", "questions", "right", "accuracy", "95% interval"), *rows])
+        table = [("answers of", "questions", "right", "accuracy", "95% interval")]
+        for folder in c.clean:
+            table += score_apart(folder, kinds, questions)
+        print_table(table)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,8 @@ def kmeans(x: np.ndarray, k: int, seed: int, rounds: int = 20) -> tuple[np.ndarr
 
 
 def core_row(x: np.ndarray, centres: np.ndarray, cluster: np.ndarray) -> int:
-    """The row of a task [R, D] nearest to the centre of the cluster that most of its rows fall in.
-
-    The clusters may be those of a larger pool: `cluster` [R] are the task's own rows in it.
-    """
+    """The row of a task [R, D] nearest to the centre of the cluster that holds most of its rows."""
+    # The clusters may be those of a larger pool: `cluster` [R] are the task's own rows in it.
     middle = centres[np.bincount(cluster).argmax()]  # [D]
     return int(np.square(x - middle).sum(1).argmin())
 
@@ -90,8 +88,7 @@ def core_row(x: np.ndarray, centres: np.ndarray, cluster: np.ndarray) -> int:
 def k_center(x: np.ndarray, first: int, n: int) -> tuple[list[int], float]:
     """k-center greedy (arXiv:1708.00489, algorithm 1) on unit vectors [R, D]: (rows, radius).
 
-    From row `first` on repeat argmax_i min_{s chosen} d(i, s), d = 1 - cos. The radius is the
-    largest distance from a row to the nearest chosen one.
+    From row `first` on repeat argmax_i min_{s chosen} d(i, s), d = 1 - cos; its max is the radius.
     """
     chosen, nearest = [first], 1 - x @ x[first]  # [R] distance to the nearest chosen row
     while len(chosen) < min(n, len(x)):
@@ -113,14 +110,16 @@ def unit_vectors(states: np.ndarray) -> np.ndarray:
 
 
 def ifd_scores(c: Config, rows: list[Row]) -> list[float]:
-    """loss(answer | question) / loss(answer) of each row's last answer, in nats per token.
-
-    NaN for a row above --max_length: cut, the two losses would be of different tokens.
-    """
-    # With the question, and for the rows that fit alone: the tokens scored are the same.
+    """loss(answer | question) / loss(answer) of each row's last answer; NaN above --max_length."""
+    # With the question, and alone. Of a row that is cut they would be of different tokens.
     tokenizer = ChatTokenizer(c.model, c.template)
-    asked = [example_of(row, tokenizer, "last") for row in rows]
-    fits = [i for i, e in enumerate(asked) if len(e.ids) <= c.max_length]
+    fits, asked, alone = [], [], []
+    for i, row in enumerate(rows):
+        e = example_of(row, tokenizer, "last")
+        if len(e.ids) <= c.max_length:
+            fits.append(i)
+            asked.append(e)
+            alone.append(example_of(row, tokenizer, "alone"))
     model = evaluation.open_model(c, tokenizer)
 
     def losses(examples: list) -> np.ndarray:
@@ -131,8 +130,7 @@ def ifd_scores(c: Config, rows: list[Row]) -> list[float]:
         return out
 
     scores = np.full(len(rows), np.nan)
-    alone = [example_of(rows[i], tokenizer, "alone") for i in fits]
-    scores[fits] = losses([asked[i] for i in fits]) / losses(alone)
+    scores[fits] = losses(asked) / losses(alone)
     return scores.tolist()
 
 
@@ -158,8 +156,7 @@ def embed(c: Config, rows: list[Row]) -> np.ndarray:
 def candidate(c: Config, where: str, value) -> tuple[str, str]:
     """(value of --per, why it cannot be chosen) of a row."""
     row = parse_row(where, value)
-    messages = [*row.messages, *(row.chosen or [])]
-    roles = [m["role"] for m in messages]
+    roles = [m["role"] for m in [*row.messages, *(row.chosen or [])]]
     if c.method == "ifd" and not ("user" in roles and roles[-1] == "assistant"):
         return "", "no question and answer"
     if not c.per:
@@ -168,16 +165,18 @@ def candidate(c: Config, where: str, value) -> tuple[str, str]:
     return str(group), f"no {c.per}" if group is None else ""
 
 
-def order_of(c: Config, groups: dict[str, list[int]], reasons: list[str]):
+def order_of(c: Config, reasons: list[str]):
     """A function (rows' numbers, n) -> those chosen; ifd gives reasons to rows that it drops."""
     if c.method == "random":
         rng = np.random.default_rng(c.seed)
         return lambda numbers, n: rng.permutation(numbers)[:n].tolist()
 
     # The others look at the rows themselves, which are read again and not kept meanwhile.
-    again = read_rows(c.files, c.skip_bad_rows, quiet=True)
-    rows = [row for (_, row), reason in zip(again, reasons, strict=True) if not reason]
-    places = {i: k for k, i in enumerate(sorted(i for own in groups.values() for i in own))}
+    rows, places = [], {}  # from a row's number to its place among those that could be chosen
+    for i, (_, row) in enumerate(read_rows(c.files, c.skip_bad_rows, quiet=True)):
+        if not reasons[i]:
+            places[i] = len(rows)
+            rows.append(row)
     if c.method == "kcenter":
         others = [row for _, row in read_rows(c.pool, c.skip_bad_rows, quiet=True) if row]
         x = unit_vectors(embed(c, rows + others))  # [rows and pool, D]
@@ -188,7 +187,7 @@ def order_of(c: Config, groups: dict[str, list[int]], reasons: list[str]):
             core = core_row(x[task], centres, cluster[task])
             chosen, radius = k_center(x[task], core, n)
             print(f"k-center radius {radius:.4f} (1 - cos)")
-            return [numbers[k] for k in chosen]
+            return np.array(numbers)[chosen].tolist()
         return spread
 
     # IFD: hard rows first; a row whose question misleads the model teaches nothing.
@@ -198,8 +197,11 @@ def order_of(c: Config, groups: dict[str, list[int]], reasons: list[str]):
             reasons[i] = "IFD above 1"
         elif np.isnan(scores[k]):
             reasons[i] = "nothing to score, or above --max_length"
-    return lambda numbers, n: sorted((i for i in numbers if not reasons[i]),
-                                     key=lambda i: -scores[places[i]])[:n]
+
+    def hardest(numbers: list[int], n: int) -> list[int]:
+        left = [i for i in numbers if not reasons[i]]
+        return sorted(left, key=lambda i: -scores[places[i]])[:n]
+    return hardest
 
 
 def main(c: Config) -> None:
@@ -214,17 +216,17 @@ def main(c: Config) -> None:
     check(not c.pool or c.method == "kcenter", "--pool is for --method kcenter")
 
     # Which rows could be chosen.
-    parse, groups = functools.partial(candidate, c), {}
-    found = [pair or ("", "bad row")
-             for _, pair in read_rows(c.files, c.skip_bad_rows, parse=parse)]
-    reasons = [reason for _, reason in found]
-    for i, (group, reason) in enumerate(found):
+    found = read_rows(c.files, c.skip_bad_rows, parse=functools.partial(candidate, c))
+    reasons, groups = [], {}
+    for i, (_, pair) in enumerate(found):
+        group, reason = pair or ("", "bad row")
+        reasons.append(reason)
         if not reason:
             groups.setdefault(group, []).append(i)
     check(groups, f"no row to choose from: {dict(Counter(reasons))}")
 
     # From each group as many as are wanted, or as there are.
-    choose, chosen = order_of(c, groups, reasons), set()
+    choose, chosen = order_of(c, reasons), set()
     for group, numbers in groups.items():
         n = c.n or max(1, int(c.share * len(numbers) + 0.5))
         picked = choose(numbers, n)
@@ -234,12 +236,13 @@ def main(c: Config) -> None:
             print(f"{n} rows{where} were wanted, only {len(picked)} could be chosen")
 
     # Whatever could be chosen and was not says so, beside the rows that failed before.
-    left = {i for own in groups.values() for i in own if not reasons[i]} - chosen
-    final = ["not chosen" if i in left else reason for i, reason in enumerate(reasons)]
+    final, rest = [], []
+    for i, reason in enumerate(reasons):
+        final.append(reason or ("" if i in chosen else "not chosen"))
+        rest.append(reason or ("chosen" if i in chosen else ""))
     write_rows(c.output, kept_rows(c, final))
     if c.rest:
-        others = ["" if i in left else reason or "chosen" for i, reason in enumerate(reasons)]
-        write_rows(c.rest, kept_rows(c, others))
+        write_rows(c.rest, kept_rows(c, rest))
 
 
 if __name__ == "__main__":

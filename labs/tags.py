@@ -27,11 +27,9 @@ Exercise. Every row has one tag, and there are k tags. Which rows are the first 
     Solution: one of each tag. Nothing adds a second row of a tag in the same round.
 """
 
-import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +38,7 @@ import numpy as np
 import data
 from data import is_text, parse_row, print_table, read_rows
 from labs.text import Files, check_output, kept_rows, write_rows
-from model import check, write_lines
+from model import check
 
 
 @dataclass
@@ -146,17 +144,15 @@ def make_demo(folder: Path, source: Path) -> None:
     """The demo's conversations, tagged by what they ask: each relation, each thing asked about."""
     check(source.is_file(), f"{source} is missing; `python train_sft.py` makes the demo")
 
-    def tagged() -> Iterator[str]:
-        for value, row in read_rows([str(source)], quiet=True):
-            # A fact of the demo reads: the ... of "..." is "...".
-            tags = []
-            for message in row.messages:
-                for thing, relation in re.findall("“(.*?)”的(.*?)是“", message["content"]):
-                    tags += [f" {thing} ", f" {relation} "]
-            yield json.dumps({**value, "tags": tags}, ensure_ascii=False) + "\n"
-
-    write_lines(folder / "rows.jsonl", tagged())
-    print(f"wrote rows.jsonl into {folder}")
+    tagged = []
+    for value, row in read_rows([str(source)], quiet=True):
+        # A fact of the demo reads: the RELATION of "THING" is "...".
+        tags = []
+        for message in row.messages:
+            for thing, relation in re.findall("“(.*?)”的(.*?)是“", message["content"]):
+                tags += [f" {thing} ", f" {relation} "]
+        tagged.append(({**value, "tags": tags}, ""))
+    write_rows(folder / "rows.jsonl", tagged)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def check_output(path: str, *inputs: str, name: str = "output") -> None:
     modeling.check_output(f"--{name}", path, inputs)
 
 
-def write_rows(path: str, rows: Iterable[tuple[object, str]]) -> None:
+def write_rows(path: str | Path, rows: Iterable[tuple[object, str]]) -> None:
     """Write the values of (value, reason) that have no reason; print what was kept and dropped."""
     counts = Counter()
 
