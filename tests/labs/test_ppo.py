@@ -284,12 +284,19 @@ def test_killed_run_resumes_bitwise(work, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_run_that_is_asked_to_stop_saves_its_step_says_so_and_goes_on_bitwise(work, monkeypatch,
                                                                               number):
-    monkeypatch.setenv("PYTHONPATH", str(REPO))
-    given = flags(work, save_every=0, val_data=work / "pairs.jsonl")
+    """The signal comes in the middle of the first step, after its answers were drawn."""
+    given = flags(work, save_every=0, val_data=work / "pairs.jsonl", steps=2)
     whole, _ = train(work, f"whole{number}", *given, script=ppo)
-    said, status = interrupt(work, f"asked{number}", *given, at="step 1/", number=number,
-                             script=ppo)
-    assert status == 128 + number and "all is saved, go on with" in said
+    real = ppo.lessons
+
+    def interrupted(answers, c):
+        signal.raise_signal(number)
+        return real(answers, c)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "lessons", interrupted)
+        records, said = train(work, f"asked{number}", *given, status=128 + number, script=ppo)
+    assert len(records) == 1 and "stopped after step 1 of 2; all is saved, go on with" in said
     assert "held out" not in said and (work / f"asked{number}" / "model.safetensors").exists()
     records, _ = train(work, f"asked{number}", "--resume", script=ppo)
     assert [r["loss"] for r in records] == [r["loss"] for r in whole]
