@@ -42,6 +42,7 @@ from pathlib import Path
 import torch
 
 import data
+import eval as evaluation
 import model as modeling
 from labs.rewards import find_reward, sample_answers
 from labs.text import Modelled, check_output, write_rows
@@ -200,8 +201,8 @@ def main(c: Config) -> None:
     rng = random.Random(c.seed)
     systems = [rng.choice(c.system) for _ in talks]
 
-    tokenizer, device = data.ChatTokenizer(c.model, c.template), modeling.best_device()
-    model = modeling.load(c.model, modeling.best_dtype(c.dtype, device), device)
+    tokenizer = data.ChatTokenizer(c.model, c.template)
+    model = evaluation.open_model(c, tokenizer)
     answers = answer_talks(model, tokenizer, talks, systems, c)
     if c.first_only:
         report(c, talks, systems, answers)
