@@ -32,10 +32,12 @@ def make_rows(path: Path, count: int, seed: int = 0) -> int:
     """Write the file; returns the number of planted duplicates."""
     # Two languages, each with a vocabulary whose frequencies fall as 1 / rank.
     rng = random.Random(seed)
-    characters = [chr(0x4E00 + k) for k in range(3000)]
+    characters = list(map(chr, range(0x4E00, 0x4E00 + 3000)))
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
-    pools = [(pool, list(itertools.accumulate(1 / (k + 10) for k in range(len(pool)))))
-             for pool in (characters, words)]
+    pools = []
+    for pool in (characters, words):
+        falling = itertools.accumulate(1 / (k + 10) for k in range(len(pool)))
+        pools.append((pool, list(falling)))
 
     # A row repeats an earlier one, every second time with a word changed, or it is a new one.
     planted, kept = 0, deque(maxlen=1000)
@@ -78,8 +80,8 @@ def measure(folder: Path, last: int, *arguments) -> None:
     wall = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cores = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall
-    print(f"{arguments[0]:10}{wall:8.1f} s{cores:8.2f} cores{peak / 2**20:8.2f} GiB   "
-          + " | ".join(line.strip() for line in process.stdout.read().splitlines()[-last:]),
+    said = " | ".join(map(str.strip, process.stdout.read().splitlines()[-last:]))
+    print(f"{arguments[0]:10}{wall:8.1f} s{cores:8.2f} cores{peak / 2**20:8.2f} GiB   {said}",
           flush=True)
 
 
@@ -93,6 +95,8 @@ def main() -> None:
         planted = make_rows(folder / "rows.jsonl", rows)
         size = (folder / "rows.jsonl").stat().st_size / 2**20
         print(f"{rows} rows, {size:.0f} MiB, {planted} planted duplicates")
+
+        # Every command reads all rows; an exam to compare them with comes from the demo.
         world.make_demo(folder / "demo")
         write = ("rows.jsonl", "--output", "out.jsonl")
         measure(folder, 2, "filter", *write, "--language", "zh")
@@ -100,6 +104,8 @@ def main() -> None:
         measure(folder, 2, "select", *write, "--share", 0.005)
         measure(folder, 1, "overlap", "rows.jsonl", "--exam", "demo/exam")
         measure(folder, 2, "text", "rows.jsonl")
+
+    # 50,000 rows of a model's states are slow to get, and random ones as slow to select from.
     x = np.random.default_rng(0).normal(size=(50_000, 256)).astype(np.float32)
     from labs.select import core_set  # the lab that is measured
 

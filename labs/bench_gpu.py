@@ -51,9 +51,9 @@ import data
 import train_sft
 from model import check
 
-LARGE = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
-         "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-         "num_key_value_heads": 4, "max_position_embeddings": 2048}  # TinyLlama's shape
+LARGE = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632,
+         "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+         "max_position_embeddings": 2048}  # TinyLlama's shape
 TINY = {**LARGE, "vocab_size": 500, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "T4": 65e12}  # dense, 16 bit
@@ -79,7 +79,7 @@ class Ours:
 
     def __init__(self, settings: dict, c: Config, compiled: bool = False):
         self.hardware = train_sft.setup_hardware("auto")
-        self.model = modeling.Llama(modeling.read_config(settings))
+        self.model = modeling.Llama(modeling.read_config({"model_type": "llama", **settings}))
         self.model.initialize(0)
         self.model.to(self.hardware.device).train()
         self.config = train_sft.Config(learning_rate=1e-5, micro_tokens=c.micro_tokens)
@@ -89,11 +89,11 @@ class Ours:
 
     def step(self, examples: list[data.Example]) -> None:
         """Forward, backward, clip, update."""
+        # A run of one step, which draws every example once.
         self.config.batch_size = len(examples)
         mixer, scaler = data.Mixer([len(examples)], np.ones(1), 0), self.hardware.make_scaler()
         run = train_sft.RunData(examples, [], mixer, len(examples), 1)
-        rest = self.model, run, 1, self.config, self.hardware, scaler
-        loss, _ = train_sft.backward_step(*rest)
+        loss, _ = train_sft.backward_step(self.model, run, 1, self.config, self.hardware, scaler)
         train_sft.clip_and_step(self.model, self.optimizer, scaler, self.config, loss, run, 1)
 
 
@@ -104,9 +104,9 @@ class Bare:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.hardware, self.micro_tokens = train_sft.setup_hardware("auto"), c.micro_tokens
-        named = {k: v for k, v in settings.items() if k != "model_type"}
         with self.hardware.device:
-            self.model = LlamaForCausalLM(LlamaConfig(**named, tie_word_embeddings=False)).train()
+            config = LlamaConfig(**settings, tie_word_embeddings=False)
+            self.model = LlamaForCausalLM(config).train()
         self.run = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
@@ -116,14 +116,15 @@ class Bare:
         for chunk in data.micro_batches([len(e.ids) for e in examples], self.micro_tokens)[0]:
             rows = [torch.from_numpy(examples[i].ids).long() for i in chunk]
             ids = pad_sequence(rows, batch_first=True).to(self.hardware.device)  # [B, L]
-            count = torch.tensor([[len(row)] for row in rows], device=ids.device)  # [B, 1]
-            real = torch.arange(ids.shape[1], device=ids.device) < count  # [B, L]
+            counts = torch.tensor(list(map(len, rows)), device=ids.device)[:, None]  # [B, 1]
+            real = torch.arange(ids.shape[1], device=ids.device) < counts  # [B, L]
 
             # Without a mask attention takes the causal kernel.
-            padded = len({len(row) for row in rows}) > 1
+            padded = len(set(map(len, rows))) > 1
             with self.hardware.autocast():
                 loss = self.run(input_ids=ids, attention_mask=real if padded else None,
                                 labels=ids.masked_fill(~real, -100), use_cache=False).loss
+            # The model's loss is a mean over the pass, the step's one over all its tokens.
             (loss * (sum(map(len, rows)) - len(rows)) / total).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -179,15 +180,16 @@ def measure(loop, examples: list[data.Example], c: Config, settings: dict, title
             loop.optimizer.zero_grad()
             return print(f"  {title:44}out of memory", flush=True)
         seconds.append(now() - began)
-    speed = sum(len(e.ids) for e in examples) / statistics.median(seconds[2:])
+    sizes = np.array([len(e.ids) for e in examples])
+    speed = sizes.sum() / statistics.median(seconds[2:])
 
     # The embedding is looked up, not multiplied.
     count = sum(p.numel() for p in loop.model.parameters())
     weights = count - settings["vocab_size"] * settings["hidden_size"]
     card = torch.cuda.get_device_name() if cuda else ""
     peak = next((value for name, value in PEAK_FLOPS.items() if name in card), math.nan)
-    squares = sum(len(e.ids) ** 2 for e in examples) / sum(len(e.ids) for e in examples)
-    share = flops_per_token(settings, weights, squares) * speed / peak
+    # An average over tokens, of which long rows have more.
+    share = flops_per_token(settings, weights, (sizes**2).sum() / sizes.sum()) * speed / peak
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
     print(f"  {title:44}{speed:8.0f} tokens per second, MFU {share:5.1%}, {memory:5.1f} GiB, "
           f"{seconds[0]:.0f} s to start", flush=True)
