@@ -18,7 +18,6 @@ its prefix, S = P + L keys it sees, D hidden size, H query heads, K key/value he
 V vocabulary, N supervised tokens, G stored prefixes. [T, H, Dh] is a tensor of that shape.
 """
 
-import copy
 import inspect
 import itertools
 import json
@@ -239,21 +238,19 @@ class Block(nn.Module):
         changed = self.mlp(self.post_attention_layernorm(x), noise)  # [T, D]
         return x + dropout(changed, self.dropout, noise, 1)
 
-    def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None):
-        """x [T, D] -> [T, D] (or [N, D] of layout's wanted tokens), and maybe (keys, values).
+    def forward(self, x: Tensor, layout: "Layout", past, keep_kv: bool, noise: Tensor | None,
+                wanted: Tensor | None):
+        """x [T, D] -> [T, D] (or [N, D] of the tokens `wanted`), and maybe (keys, values).
 
         Tokens that are not wanted still serve the others as keys and values.
         """
         q, k, v = self.before(x, layout.cos, layout.sin, noise)
-        if layout.asking is not None:
-            q = q.index_select(0, layout.asking)  # [some of T, H, Dh]
-        attended = layout.attention(q, k, v, past, layout, self.window)  # [T or fewer, H, Dh]
+        attended = layout.attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
 
         # From here on tokens are on their own: those that nobody asks for may go.
-        if layout.wanted is not None:
-            x = x.index_select(0, layout.wanted)  # [N, D]
-            attended = attended.index_select(0, layout.answers)  # [N, H, Dh]
-            noise = None if noise is None else noise.index_select(0, layout.wanted)  # [N]
+        if wanted is not None:
+            x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)  # [N, ...]
+            noise = None if noise is None else noise.index_select(0, wanted)  # [N]
         return self.after(x, attended, noise), (k, v) if keep_kv else None
 
 
@@ -309,9 +306,7 @@ class Llama(nn.Module):
                 run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
 
             # Only the last layer may spare itself tokens: all others feed the keys of the next.
-            if i == last and wanted is not None:
-                layout = layout.narrowed(wanted)
-            x, kv = run(x, layout, past, keep_kv, mine)  # [T, D]
+            x, kv = run(x, layout, past, keep_kv, mine, wanted if i == last else None)  # [T, D]
             kept.append(kv)
         return self.model.norm(x), Prefix(kept, list(lengths)) if keep_kv else None
 
@@ -467,14 +462,12 @@ class Layout:
     def __init__(self, config: ModelConfig, lengths: list[int], prefix: "Prefix | Cache | None",
                  parents: list | None, device: torch.device, dtype: torch.dtype):
         B, T = len(lengths), sum(lengths)
-        self.masks, self.lengths = {}, lengths
-        self.wanted = self.asking = self.answers = None  # of the last layer: see `narrowed`
 
         # What each example continues: a stored text, an example of these, or nothing.
         stored, rows = [], parents or [None] * B
         if prefix is not None:
             stored, rows = prefix.lengths, prefix.rows or list(range(B))
-        known, self.continued = stored or lengths, (stored, rows)
+        known = stored or lengths
         before = [0 if row is None else known[row] for row in rows]  # [B] tokens
 
         # Positions restart with every example and go on where what it continues ends.
@@ -498,49 +491,29 @@ class Layout:
             self.attention = attend_varlen
             plan_varlen(self, torch.stack((count, start + count)), stored, rows, device)
         else:
-            self.plan_calls(lengths)
+            self.plan_calls(lengths, stored, rows)
 
-    def plan_calls(self, tails: list[int]) -> None:
+    def plan_calls(self, lengths: list[int], stored: list[int], rows: list) -> None:
         """Which calls `attention` makes: (examples, queries of each, piece before, own piece).
 
-        The queries of an example are its last `tails` tokens. `pieces` are the sizes of what keys
-        are cut into: the stored texts, then a piece per call.
+        `pieces` are the sizes of what keys are cut into: the stored texts, then a piece per call.
         """
-        stored, rows = self.continued
-        self.pieces, self.calls, i = list(stored), [], 0
+        self.pieces, self.calls, self.masks, i = list(stored), [], {}, 0
         parents, place = set() if stored else set(rows), {}
 
         # Neighbours that are equally long and continue the same share a call; a parent is alone.
         alone = [i if i in parents else None for i in range(len(rows))]
-        alike = itertools.groupby(zip(rows, self.lengths, tails, alone, strict=True))
-        for (row, length, L, _), members in alike:
+        alike = itertools.groupby(zip(rows, lengths, alone, strict=True))
+        for (row, length, _), members in alike:
             b, place[i] = len(list(members)), len(self.pieces)
-            before = row if stored else place.get(row)
+            before, L = row if stored else place.get(row), length
 
             # An example right behind its parent is one text with it, which needs no mask.
-            if b == 1 and row == i - 1 and L == length and not stored:
+            if b == 1 and row == i - 1 and not stored:
                 L += self.calls.pop()[1]
             self.calls.append((b, L, before, place[i]))
             self.pieces.append(b * length)
             i += b
-
-    def narrowed(self, wanted: Tensor) -> "Layout":
-        """The layout of the last layer, of which only the tokens `wanted` [N] are asked.
-
-        Asking are, of every example, the tokens from its first wanted one on.
-        """
-        last = copy.copy(self)
-        last.wanted = last.answers = wanted
-        if self.attention is not attention or wanted.device.type != "cpu":
-            return last  # a kernel that needs no help, or a device that would have to be asked
-        ends = torch.tensor(self.lengths).cumsum(0)  # [B]
-        example = torch.searchsorted(ends, wanted, right=True)  # [N]
-        begins = ends.scatter_reduce(0, example, wanted, "amin")  # [B], the end where none is
-        last.plan_calls((ends - begins).tolist())
-        spans = zip(begins.tolist(), ends.tolist(), strict=True)
-        last.asking = torch.cat([torch.arange(*span) for span in spans])
-        last.answers = torch.searchsorted(last.asking, wanted)  # [N]
-        return last
 
     def mask(self, L: int, S: int, window: int | None, q: Tensor) -> Tensor:
         """[L, S] what to add to the scores of the last L of S tokens: 0, or -inf where unseen."""

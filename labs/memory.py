@@ -124,11 +124,9 @@ def terms(config: ModelConfig, c, work: Work) -> dict[str, tuple[float, str]]:
     trained, stored = (adapter, getattr(torch, kind).itemsize) if adapter else (total, 4)
     parts = work.world if getattr(c, "shard", False) else 1
 
-    # The last layer goes on with N tokens; a CPU keeps queries, and what they find, of these alone.
+    # Behind attention the last layer goes on with N tokens.
     before, after = kept_per_token(config, c, work)
     kept = L * T * before + ((L - 1) * T + N) * after
-    if work.device.type == "cpu":
-        kept -= (T - N) * config.num_attention_heads * (2 * e * config.head_dim + 4)
     kept -= T * 4 * D if adapter else 0  # nothing before the first adapter needs a gradient
     formula = f"T {L} layers x ({before} + {after} B)"
 
