@@ -12,7 +12,7 @@ random model on the same random tokens, in lengths as chats have them. Speed cou
 
 Two x86-64 cores, --dtype bf16 --steps 6, 50M parameters (of the exam 3M too), ours over bare:
 
-    SFT 1.05    DPO 1.03    exam 1.13 (3M), 1.10 (50M)    in fp32 the exam 1.22 and 1.08
+    SFT 1.05    DPO 1.10    exam 1.12 (3M), 1.09 (50M); a ratio moves by some percent per run
 
 Exercise. Both loops use the same kernels. Where can ours be faster?
     Solution: only by doing less. Fewer casts and passes over the logits, norms in half the passes.
