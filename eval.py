@@ -180,11 +180,10 @@ class Sheet(NamedTuple):
     first: str  # the first prompt as text
 
 
-def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context: int,
-               thinking: bool = False) -> Sheet:
+def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context: int) -> Sheet:
     """Encode every prompt whole; one longer than the context loses whole shots, oldest first."""
     p = PROTOCOLS[c.protocol][c.benchmark]
-    if thinking:
+    if c.thinking == "on":
         p = p._replace(scored="text", tokens=min(c.thinking_tokens, context // 2))
     plans = []
     for question in subject.questions:
@@ -251,7 +250,7 @@ def score_letters(model, rests: list[list[int]], options: list[tuple], prefix) -
     return logp[:, list(chain(*options))]  # [B, options]
 
 
-# ---- skip on a first reading: options of several tokens ------------------------------------------
+# ---- skip on a first reading: options of several tokens, the answers of a subject ----------------
 
 
 def score_texts(model, rests: list[list[int]], options: list[tuple], prefix) -> torch.Tensor:
@@ -269,9 +268,6 @@ def score_texts(model, rests: list[list[int]], options: list[tuple], prefix) -> 
         logp = model(ids, lengths, targets, prefix)  # [B * m]
         columns.append(logp.view(len(rests), len(option)).sum(1))  # [B]
     return torch.stack(columns, 1)  # [B, options]
-
-
-# ---- skip on a first reading: the answers of a subject -------------------------------------------
 
 
 def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet,
@@ -314,14 +310,14 @@ def let_think(model, tokenizer: data.ChatTokenizer, c: Exam, sheets: list[Sheet]
         return sheets
 
     # Behind an empty block of reasoning, where letters are scored, it would answer something else.
-    context = model.config.max_position_embeddings
-    return [make_sheet(tokenizer, sheet.subject, c, context, thinking=True) for sheet in sheets]
+    c, context = replace(c, thinking="on"), model.config.max_position_embeddings
+    return [make_sheet(tokenizer, sheet.subject, c, context) for sheet in sheets]
 
 
 def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: int,
-                  split: str = "", quiet: bool = True) -> tuple[Exam, list[Sheet]]:
+                  quiet: bool = True) -> tuple[Exam, list[Sheet]]:
     """How an exam is asked during training: in the chat template, without shots."""
-    c = resolve_exam(Exam(data=str(folder), split=split, shots=0, chat=True))
+    c = resolve_exam(Exam(data=str(folder), shots=0, chat=True))
     sheets = [make_sheet(tokenizer, subject, c, context) for subject in read_exam(c)]
     check("answer" in sheets[0].subject.questions[0], f"{folder}/{c.split}: no column answer")
 
@@ -331,11 +327,11 @@ def training_exam(tokenizer: data.ChatTokenizer, folder: str | Path, context: in
     return c, sheets
 
 
-def count_right(model, tokenizer: data.ChatTokenizer, folder: str | Path, split: str = "",
+def count_right(model, tokenizer: data.ChatTokenizer, folder: str | Path,
                 micro_tokens: int = 8192, rank: int = 0, world: int = 1) -> tuple[int, int]:
     """(right, questions) of a training_exam; of several ranks each asks its share of subjects."""
     context, lines = model.config.max_position_embeddings, []
-    sheets = let_think(model, tokenizer, *training_exam(tokenizer, folder, context, split))
+    sheets = let_think(model, tokenizer, *training_exam(tokenizer, folder, context))
     for sheet in sheets[rank::world]:
         lines += answer_sheet(model, tokenizer, sheet, micro_tokens)
     return sum(line["prediction"] == line["answer"] for line in lines), len(lines)
@@ -420,8 +416,7 @@ class Logprobs(Common):
 def example_logprobs(model, examples: list[data.Example], micro_tokens: int):
     """Yield (index, ln p of its supervised tokens, in nats) for every example, short ones first."""
     chunks = data.micro_batches([len(e.ids) for e in examples], micro_tokens)[0]
-    hidden = not sys.stderr.isatty()
-    for chunk in tqdm(chunks, desc="log-probabilities", unit=" batches", disable=hidden):
+    for chunk in tqdm(chunks, desc="log-probabilities", unit=" batches", disable=None):
         # Examples end to end: no padding, one head pass at the supervised positions.
         part = [examples[i] for i in chunk]
         batch = data.collate(part, model.device)
@@ -478,19 +473,10 @@ class Generate(Chat):
     n: int = 1  # samples per row
 
 
-class Asked(NamedTuple):
-    """A row to answer."""
-
-    row: data.Row
-    messages: list[dict]  # up to the answer; of raw text none
-    reference: str | None  # the answer that the row itself holds
-    plan: data.Plan  # the prompt, for `tokenizer.encode`
-
-
-def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
-    """What a row asks; InputError if nobody asks."""
+def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> tuple[dict, data.Plan]:
+    """(what a row asks: text, or messages and reference; its prompt); InputError if nobody asks."""
     if row.text is not None:
-        return Asked(row, [], None, tokenizer.text(row.text, end=False))
+        return {"text": row.text}, tokenizer.text(row.text, end=False)
 
     # An answer that the row holds is left out of the prompt, and kept to be compared with.
     messages, reference = list(row.messages), None
@@ -502,7 +488,8 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> Asked:
           f"{row.where}: expected a conversation in which the user asks last")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return Asked(row, messages, reference, tokenizer.prompt(messages, row.tools))
+    asked = {"messages": messages, "reference": reference}
+    return asked, tokenizer.prompt(messages, row.tools)
 
 
 def repetition(ids: list[int]) -> float:
@@ -511,18 +498,16 @@ def repetition(ids: list[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def answer_line(tokenizer: data.ChatTokenizer, asked: Asked, k: int, n: int,
-                ids: list[int]) -> str:
+def answer_line(tokenizer: data.ChatTokenizer, asked: dict, k: int, n: int, ids: list[int]) -> str:
     """A line of the output: sample k, as a row that can be trained on again."""
     stopped = bool(ids) and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids)
     line = {"row": k // n, "sample": k % n, "finish": "stop" if stopped else "length",
-            "tokens": len(ids), "repetition": repetition(ids)}
-    if asked.row.text is not None:
-        line["text"] = asked.row.text + text
+            "tokens": len(ids), "repetition": repetition(ids), **asked}
+    if "text" in asked:
+        line["text"] += text
     else:
-        line["messages"] = [*asked.messages, {"role": "assistant", "content": text}]
-        line["reference"] = asked.reference
+        line["messages"] = [*asked["messages"], {"role": "assistant", "content": text}]
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
@@ -530,12 +515,15 @@ def generate_command(c: Generate) -> None:
     """`eval.py generate`. Sample k is of row k // n; what is drawn for it depends on k alone."""
     check_flags(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    asked, prompts, lengths = [], [], []
+    places, asked, plans, prompts, lengths = [], [], [], [], []
     # Rows may lack an answer here.
     for _, row in data.read_rows(c.data, parse=partial(data.parse_row, ask=True)):
-        asked.append(ask_row(row, tokenizer, c.system))
-    for a, (ids, _) in zip(asked, tokenizer.encode([a.plan for a in asked]), strict=True):
-        check(len(ids), f"{a.row.where}: expected some text to go on from")
+        question, plan = ask_row(row, tokenizer, c.system)
+        places.append(row.where)
+        asked.append(question)
+        plans.append(plan)
+    for where, (ids, _) in zip(places, tokenizer.encode(plans), strict=True):
+        check(len(ids), f"{where}: expected some text to go on from")
         prompts.append(ids.tolist())
         lengths += [len(ids) + c.max_new_tokens] * c.n
 
@@ -544,8 +532,7 @@ def generate_command(c: Generate) -> None:
     path, done = partial_output(c, prompts)
     model = open_model(c, tokenizer)
     warn_of_context(model, max(lengths))
-    bar = tqdm(total=len(lengths), initial=done, desc="generate", unit=" samples",
-               disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(lengths), initial=done, desc="generate", unit=" samples", disable=None)
     try:
         # Every chunk of samples that fits one forward pass is written before the next is drawn.
         for samples in data.cut_at(c.micro_tokens, range(done, len(lengths)), lengths):
@@ -565,13 +552,14 @@ def generate_command(c: Generate) -> None:
 
     # Only a whole output gets its name.
     os.replace(path, c.output)
+    found = Counter()
     with open(c.output, encoding="utf-8") as file:
-        lines = list(map(json.loads, file))
-    ended, tokens, repeated = (sum(column) / done for column in zip(*(
-        (line["finish"] == "stop", line["tokens"], line["repetition"]) for line in lines),
-        strict=True))
-    print(f"{done} samples of {len(prompts)} rows in {c.output}: {ended:.1%} ended themselves, "
-          f"{tokens:.1f} tokens and {repeated:.1%} repetition in the mean")
+        for line in map(json.loads, file):
+            found.update(ended=line["finish"] == "stop", tokens=line["tokens"],
+                         repeated=line["repetition"])
+    print(f"{done} samples of {len(prompts)} rows in {c.output}: {found['ended'] / done:.1%} ended "
+          f"themselves, {found['tokens'] / done:.1f} tokens and {found['repeated'] / done:.1%} "
+          "repetition in the mean")
 
 
 def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
@@ -744,17 +732,16 @@ def parse_question(columns: list[str], where: str, row) -> dict:
 
 def read_questions(path: Path, columns: list[str], skip_bad_rows: bool) -> list[dict]:
     """The questions of a CSV file."""
-    questions, first = [], {}
+    questions = {}
     parse = partial(parse_question, columns)
     for _, question in data.read_rows([path], skip_bad_rows, parse=parse, read=read_csv):
         if question:
             # Answers are joined to questions by subject and id: an id must be one question.
-            other = first.setdefault(question["id"], question["where"])
-            check(other == question["where"],
-                  f"{question['where']}: id {question['id']} is that of {other} too")
-            questions.append(question)
+            other = questions.setdefault(question["id"], question)
+            check(other is question, f"{question['where']}: id {question['id']} is that of "
+                  f"{other['where']} too")
     check(questions, f"{path} holds no question")
-    return questions
+    return list(questions.values())
 
 
 def recognize_benchmark(folder: Path) -> str:
@@ -802,9 +789,8 @@ def read_exam(c: Exam) -> list[Subject]:
           f"{', '.join(table)}")
 
     # A table in the folder says which files must be there; else any subjects are an exam.
-    there = list(table)
-    if c.benchmark != "ceval" or not (folder / MAPPING).exists():
-        there = [handle for handle in table if exam_file(c, c.split, handle).exists()]
+    whole = c.benchmark == "ceval" and (folder / MAPPING).exists()
+    there = [handle for handle in table if whole or exam_file(c, c.split, handle).exists()]
     check(there, f"{folder / c.split} has no file of {c.benchmark}, such as "
           f"{exam_file(c, c.split, next(iter(table), 'SUBJECT')).name}")
 
@@ -877,13 +863,12 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
     model, began = open_model(c, tokenizer), time.perf_counter()
     sheets = let_think(model, tokenizer, c, sheets)
     bar = tqdm(sheets[rank::world], desc=str(tokenizer.checkpoint), unit=" subjects",
-               disable=rank > 0 or not sys.stderr.isatty())
+               disable=rank > 0 or None)
     mine = [answer_sheet(model, tokenizer, sheet, c.micro_tokens) for sheet in bar]
 
     # Only the answers travel: subject i was asked by rank i % world, as its number i // world.
-    parts, answers = [mine], []
+    parts, answers = [mine] * world, []
     if world > 1:
-        parts = [None] * world
         dist.all_gather_object(parts, mine)
     for i in range(len(sheets)):
         answers += parts[i % world][i // world]
@@ -891,12 +876,12 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
     # How it was asked, and what was found.
     asked = {name: getattr(c, name) for name in (
         "data", "benchmark", "split", "protocol", "shots", "chat", "subject_names")}
-    losses = lab("scores")
+    scores = lab("scores")
     return answers, {
         **asked, "thinking": sheets[0].protocol != PROTOCOLS[c.protocol][c.benchmark],
         "dtype": str(model.head.dtype).removeprefix("torch."),
         "seconds": time.perf_counter() - began,
-        "characters_lost": losses and losses.characters_lost(tokenizer, sheets),
+        "characters_lost": scores and scores.characters_lost(tokenizer, sheets),
         **summarize(c.benchmark, [sheet.subject for sheet in sheets], answers)}
 
 
@@ -910,8 +895,8 @@ def exam_command(c: Exam) -> None:
         config = modeling.load_config(tokenizer.checkpoint)
         tokenizer.check_size(config.vocab_size)
         tokenizers.append(tokenizer)
-        sheets.append([make_sheet(tokenizer, subject, c, config.max_position_embeddings,
-                                  c.thinking == "on") for subject in subjects])
+        context = config.max_position_embeddings
+        sheets.append([make_sheet(tokenizer, subject, c, context) for subject in subjects])
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:

@@ -148,7 +148,8 @@ def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
             if row is None:
                 continue
             check(row.text is None, f"{row.where}: raw text asks nothing")
-            _, messages, reference, _ = evaluation.ask_row(row, tokenizer, "")
+            asked, _ = evaluation.ask_row(row, tokenizer, "")
+            messages, reference = asked["messages"], asked["reference"]
 
             # A prompt that is cut asks something else, so none is.
             ids = tokenizer.prompt_ids(messages)

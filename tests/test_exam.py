@@ -598,6 +598,9 @@ def test_training_refuses_an_exam_it_cannot_score(place, tmp_path):
     for extra in (["--exam_data", place / "ceval", tmp_path], ["--exam_every", 2]):
         status, _, err = command("train_sft.py", *flags, *extra)
         assert (status, err.count("\n")) == (2, 1) and "exam" in err
+    (tmp_path / "exam/val").mkdir(parents=True)
+    for path in (place / "ceval/test").iterdir():
+        (tmp_path / "exam/val" / path.name.replace("_test", "_val")).write_bytes(path.read_bytes())
     with pytest.raises(InputError, match="no column answer"):
-        evaluation.training_exam(data.ChatTokenizer(place / "one"), place / "ceval", 4096, "test")
+        evaluation.training_exam(data.ChatTokenizer(place / "one"), tmp_path / "exam", 4096)
     assert not (tmp_path / "run").exists()
