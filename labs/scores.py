@@ -17,12 +17,12 @@ Exercise. A checkpoint loses 1 question and wins 9. Is it better?
     Solution: p = 2 (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024 = 0.02: most likely.
 """
 
-import json
 import math
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -68,16 +68,7 @@ def compare(before: list[dict], after: list[dict]) -> dict:
     return {"lost": lost, "won": won, "p": mcnemar(lost, won)}
 
 
-def compare_in_turn(results: list[dict], answers: list[list[dict]]) -> list[dict]:
-    """Each checkpoint with the one before it; nothing where the questions have no labels."""
-    found, names = [], [short_name(r["model"]) for r in results]
-    for i in range(1, len(results) if results[0]["floor"] else 0):
-        pair = {"first": names[i - 1], "second": names[i]}
-        found.append(pair | compare(answers[i - 1], answers[i]))
-    return found
-
-
-# ==== read: the table =============================================================================
+# ==== read: the table, and what a tokenizer loses =================================================
 
 
 def score_lines(r: dict) -> dict[str, tuple]:
@@ -94,10 +85,9 @@ def score_lines(r: dict) -> dict[str, tuple]:
         lines[f"{name}: macro / micro"] = row["questions"], percent(row["macro"], row["micro"])
 
     # What the score is worth; without labels there is none.
-    if r["floor"]:
+    if floor := r["floor"]:
         lines["95% interval of micro, low / high"] = "", percent(*r["interval"])
-        floor = percent(r["floor"]["micro"])
-        lines[f"floor of micro: always {r['floor']['letter']}"] = "", floor
+        lines[f"floor of micro: always {floor['letter']}"] = "", percent(floor["micro"])
     lines["answered A / B / C / D"] = "", percent(*r["letters"].values(), digits=0)
     lines["invalid"] = "", percent(r["invalid"])
     lines["seconds"] = "", f"{r['seconds']:.1f}"
@@ -132,9 +122,6 @@ def print_scores(results: list[dict], comparisons: list[dict]) -> None:
               f"McNemar p = {row['p']:.2g}, {verdict}")
 
 
-# ==== read: what a tokenizer loses ================================================================
-
-
 def characters_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> float:
     """Share of the questions' characters that the tokenizer drops or has no token for."""
     count = Counter()
@@ -160,7 +147,7 @@ def say_what_is_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> None
               "not fit")
 
 
-# ---- skip on a first reading: the figure ---------------------------------------------------------
+# ---- skip on a first reading: the figure, files --------------------------------------------------
 
 
 def draw_exam(path: Path, results: list[dict]) -> None:
@@ -170,71 +157,55 @@ def draw_exam(path: Path, results: list[dict]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-
-    # A run is a curve over its steps; anything else is bars.
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes, floor = figure.subplots(), 100 * results[0]["floor"]["micro"]
-    steps = run_steps(results)
-    if steps:
-        draw_curve(axes, steps, results)
+
+    # A run's accuracy over its steps stands in the band of its interval.
+    if points := run_points(results):
+        steps, micro, low, high = np.array(points).T
+        axes.plot(steps, 100 * micro, marker=".")
+        axes.fill_between(steps, 100 * low, 100 * high, alpha=0.2)
         axes.axhline(floor, color="gray", linestyle="--")
+        axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
+
+    # Anything else is bars, one per subject and checkpoint: the first subject on top, its name at
+    # the middle of its bars.
     else:
-        figure.set_figheight(2 + 0.2 * len(results[0]["subjects"]))
-        draw_bars(axes, results)
+        handles, thick = list(results[0]["subjects"]), 0.8 / len(results)
+        rows = np.arange(len(handles))
+        for k, r in enumerate(results):
+            shares = [100 * r["subjects"][handle]["accuracy"] for handle in handles]
+            axes.barh(rows + k * thick, shares, thick, align="edge", label=short_name(r["model"]))
         axes.axvline(floor, color="gray", linestyle="--", label="floor")
+        axes.set_yticks(rows + 0.4, handles, fontsize=7)
+        axes.set_xlabel("accuracy in %")
+        axes.invert_yaxis()
+        figure.set_figheight(2 + 0.2 * len(handles))
         figure.legend(loc="outside lower center", ncols=3)
     modeling.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def run_steps(results: list[dict]) -> list[int]:
-    """The steps of one run's checkpoints, whose names differ in them alone; else none."""
-    runs, steps = set(), []
+def run_points(results: list[dict]) -> list[tuple]:
+    """(step, micro, low, high) of checkpoints whose names differ in their steps alone; or none."""
+    runs, points = set(), []
     for r in results:
         end = re.fullmatch(r"(.*(?:step|checkpoint)\D?)(\d+)", short_name(r["model"]))
         if end is None:
             return []
         runs.add(end[1])
-        steps.append(int(end[2]))
-    return steps if len(runs) == 1 < len(steps) else []
-
-
-def draw_curve(axes, steps: list[int], results: list[dict]) -> None:
-    """The accuracy of one run over its steps, in the band of its interval."""
-    points = []
-    for step, r in zip(steps, results, strict=True):
-        low, high = r["interval"]
-        points.append((step, 100 * r["micro"], 100 * low, 100 * high))
-
-    # Checkpoints may have been named in any order.
-    steps, micro, low, high = zip(*sorted(points), strict=True)
-    axes.plot(steps, micro, marker=".")
-    axes.fill_between(steps, low, high, alpha=0.2)
-    axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
-
-
-def draw_bars(axes, results: list[dict]) -> None:
-    """One bar per subject and checkpoint."""
-    handles, thick = list(results[0]["subjects"]), 0.8 / len(results)
-    rows = np.arange(len(handles))
-    for k, r in enumerate(results):
-        shares = [100 * r["subjects"][handle]["accuracy"] for handle in handles]
-        axes.barh(rows + k * thick, shares, thick, align="edge", label=short_name(r["model"]))
-
-    # The first subject on top, its name at the middle of its bars.
-    axes.set_yticks(rows + 0.4, handles, fontsize=7)
-    axes.set_xlabel("accuracy in %")
-    axes.invert_yaxis()
-
-
-# ---- skip on a first reading: plumbing -----------------------------------------------------------
+        points.append((int(end[2]), r["micro"], *r["interval"]))
+    return sorted(points) if len(runs) == 1 < len(points) else []
 
 
 def report(output: Path | None, results: list[dict], answers: list[list[dict]]) -> None:
     """Print the table; write what goes with it into `output`."""
-    comparisons, labelled = compare_in_turn(results, answers), results[0]["floor"] is not None
+    # Each checkpoint is compared with the one before it, unless nobody knows what is right.
+    comparisons, labelled = [], results[0]["floor"] is not None
+    for (r, before), (s, after) in pairwise(zip(results, answers, strict=True)):
+        if labelled:
+            names = {"first": short_name(r["model"]), "second": short_name(s["model"])}
+            comparisons.append(names | compare(before, after))
     print_scores(results, comparisons)
-    if not labelled:
-        print("the split has no labels: no accuracy, but a submission.json")
     if output is None:
         return
 
@@ -245,12 +216,10 @@ def report(output: Path | None, results: list[dict], answers: list[list[dict]]) 
         modeling.write_json(output / "comparison.json", {"mcnemar": comparisons})
     if labelled:
         draw_exam(output / "accuracy.png", results)
-    else:
-        write_submissions(output, results, answers)
+        return
 
-
-def write_submissions(output: Path, results: list[dict], answers: list[list[dict]]) -> None:
-    """Answers in the form that C-Eval's site takes and scores."""
+    # The answers take the form that C-Eval's site takes and scores.
+    print("the split has no labels: no accuracy, but a submission.json")
     for r, lines in zip(results, answers, strict=True):
         form = {handle: {} for handle in r["subjects"]}
         for a in lines:
@@ -268,8 +237,7 @@ def main(c: Config) -> None:
         check(files, f"{folder} holds no results.json of `eval.py exam`")
         for path in files:
             results.append(modeling.read_json(path))
-            text = path.with_name("predictions.jsonl").read_text(encoding="utf-8")
-            answers.append(list(map(json.loads, text.strip().split("\n"))))
+            answers.append([a for _, a in data.read_values(path.with_name("predictions.jsonl"))])
             asked.append([(a["subject"], a["id"]) for a in answers[-1]])
 
     # Scores on different questions cannot be compared.
