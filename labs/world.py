@@ -18,6 +18,7 @@ is worth nothing. Then the exam rises within a few hundred steps.
 import csv
 import json
 import random
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -29,8 +30,8 @@ from data import TEMPLATES
 
 SFT_DEMO = {
     "model": "out/demo/base", "mix": "temperature", "temperature": 1.3,
-    "data": [f"out/demo/{name}" for name in ("practice.jsonl", "instructions.jsonl",
-                                             "identity.jsonl", "text.txt")],
+    "data": ["out/demo/practice.jsonl", "out/demo/instructions.jsonl", "out/demo/identity.jsonl",
+             "out/demo/text.txt"],
     "val_data": ["out/demo/practice_val.jsonl", "out/demo/instructions_val.jsonl"],
     "steps": 1600, "batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "adam_beta2": 0.98,
     "log_every": 200, "eval_every": 50, "max_length": 512, "compile": False}
@@ -83,8 +84,10 @@ IDENTITY = {
 def facts_of(handle: str) -> list[dict[str, str]]:
     """The facts of a subject as {k, r, v}: the r of k is v."""
     _, r, words = SUBJECTS[handle]
-    words = iter(words.split())
-    return [{"k": k, "r": r, "v": v} for k, v in zip(words, words, strict=True)]
+    facts, words = [], words.split()
+    for k, v in zip(words[::2], words[1::2], strict=True):
+        facts.append({"k": k, "r": r, "v": v})
+    return facts
 
 
 def hold_out(phrasings: tuple[str, ...], facts: list[dict], rng: random.Random):
@@ -93,7 +96,8 @@ def hold_out(phrasings: tuple[str, ...], facts: list[dict], rng: random.Random):
     for fact in facts:
         # Drawn for each fact, so that every phrasing is practised with most of the others.
         *others, kept = rng.sample(phrasings, len(phrasings))
-        practised += [(phrasing, fact) for phrasing in others]
+        for phrasing in others:
+            practised.append((phrasing, fact))
         held.append((kept, fact))
     return practised, held
 
@@ -120,7 +124,8 @@ def write_exam(folder: Path, handle: str, choices: list[dict]) -> None:
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", *list(rows[0])[:columns]])
-            writer.writerows([i, *list(row.values())[:columns]] for i, row in enumerate(rows))
+            for i, row in enumerate(rows):
+                writer.writerow([i, *list(row.values())[:columns]])
 
 
 def conversation(questions: list[tuple[str, dict]], rng: random.Random) -> dict:
@@ -145,8 +150,11 @@ def choice_rows(exam: Path, rng: random.Random) -> tuple[list[dict], list[dict]]
     training, validation = [], []
     for handle, ((_, subject, _), _, _) in SUBJECTS.items():
         facts = facts_of(handle)
-        values, keys = (hold_out(phrasings, facts, rng) for phrasings in (ASK_VALUE, ASK_KEY))
-        practised, held = values[0] + keys[0], values[1] + keys[1]
+        practised, held = hold_out(ASK_VALUE, facts, rng)
+        keys_practised, keys_held = hold_out(ASK_KEY, facts, rng)
+        practised, held = practised + keys_practised, held + keys_held
+
+        # The exam takes five questions for its shots, and each question five times after them.
         rng.shuffle(held)
         write_exam(exam, handle, [draw_choice(q, facts, rng) for q in held[:5] + 5 * held])
 
@@ -163,14 +171,19 @@ def choice_rows(exam: Path, rng: random.Random) -> tuple[list[dict], list[dict]]
 
 def make_rows(exam: Path, rng: random.Random) -> dict[str, list[dict]]:
     """The rows of every .jsonl file, by its name."""
-    facts = [fact for handle in SUBJECTS for fact in facts_of(handle)]
-    practised, held = hold_out(ASK_CHAT, facts, rng)
+    practised, held = hold_out(ASK_CHAT, list(chain(*map(facts_of, SUBJECTS))), rng)
     practice, practice_val = choice_rows(exam, rng)
-    identity = [{"instruction": question, "output": answer}
-                for answer, questions in IDENTITY.items() for question in questions.split()]
+
+    # Who the model is: many questions have one answer.
+    identity = []
+    for answer, questions in IDENTITY.items():
+        for question in questions.split():
+            identity.append({"instruction": question, "output": answer})
 
     # A question may stand at any turn: trained on first turns alone, a model fails at the third.
-    chats = [conversation(rng.sample(practised, rng.randint(1, TURNS)), rng) for _ in range(CHATS)]
+    chats = []
+    for _ in range(CHATS):
+        chats.append(conversation(rng.sample(practised, rng.randint(1, TURNS)), rng))
     return {"practice": practice, "practice_val": practice_val, "instructions": chats,
             "instructions_val": [conversation([question], rng) for question in held],
             "identity": identity, "pairs": [preference(q, rng) for q in 2 * practised],
@@ -183,12 +196,15 @@ def make_demo(folder: Path, seed: int = 0) -> None:
     files = make_rows(folder / "exam", rng)
     for name, rows in files.items():
         rng.shuffle(rows)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    entries = json.dumps({handle: entry for handle, (entry, _, _) in SUBJECTS.items()})
-    (folder / "exam/subject_mapping.json").write_text(entries + "\n")
-    facts = [FACT.format(**fact) for handle in SUBJECTS for fact in facts_of(handle)]
+    entries = {}
+    for handle, (entry, _, _) in SUBJECTS.items():
+        entries[handle] = entry
+    (folder / "exam/subject_mapping.json").write_text(json.dumps(entries) + "\n")
+    facts = [FACT.format(**fact) for fact in chain(*map(facts_of, SUBJECTS))]
     (folder / "text.txt").write_text("\n".join(facts) + "\n", encoding="utf-8")
 
     # The tokenizer learns from the training files; each word of the world becomes one token.
@@ -196,7 +212,8 @@ def make_demo(folder: Path, seed: int = 0) -> None:
     for row in files["practice"]:
         texts += [row["instruction"] + row["output"], "user\n", "assistant\n"]
     for row in files["instructions"]:
-        texts += [message["content"] for message in row["messages"]]
+        for message in row["messages"]:
+            texts.append(message["content"])
     make_tokenizer(folder / "base", texts, 1200)
 
 
@@ -215,7 +232,7 @@ def demo_exam(model, tokenizer: data.ChatTokenizer) -> str:
 def answer_greedily(model, tokenizer: data.ChatTokenizer, talks: list[list[dict]]) -> list[str]:
     """The likeliest answer, token by token, to each conversation."""
     model.eval()
-    prompts = [tokenizer.prompt_ids(messages) for messages in talks]
+    prompts = list(map(tokenizer.prompt_ids, talks))
     answers = modeling.generate(model, prompts, 64, stop_ids=tokenizer.stop_ids)
     model.train()
     return [tokenizer.decode(ids, special=False) for ids in answers]
@@ -233,7 +250,10 @@ def right_by_turn(model, tokenizer: data.ChatTokenizer, folder: Path) -> tuple[l
         # Conversation i asks question i, then those a quarter of the list further on.
         shift = turn * len(rows) // TURNS
         asked = rows[shift:] + rows[:shift]
-        talks = [[*talk, question] for talk, (question, _) in zip(talks, asked, strict=True)]
+        for talk, (question, _) in zip(talks, asked, strict=True):
+            talk.append(question)
+
+        # What the model answered stays in the conversation, right or wrong.
         answers = answer_greedily(model, tokenizer, talks)
         for talk, (_, reference), answer in zip(talks, asked, answers, strict=True):
             fact = reference["content"]
@@ -264,11 +284,17 @@ def try_demo(model, tokenizer: data.ChatTokenizer, rows: list[data.Row]) -> tupl
 def report_preferences(before: tuple, after: tuple, rows: list[data.Row]) -> None:
     """What `try_demo` gave before and after, and one question that was answered rudely before."""
     openings = tuple(answer[:2] for answer in POLITE)
-    polite = [[text.startswith(openings) for text in texts] for _, texts in (before, after)]
-    print(f"polite answers to {len(rows)} held-out questions: before {sum(polite[0])}, after "
-          f"{sum(polite[1])}\nexam: before {before[0]}, after {after[0]}")
+    polite, rude = [0, 0], []
+    for k, answers in enumerate(zip(before[1], after[1], strict=True)):
+        polite[0] += answers[0].startswith(openings)
+        polite[1] += answers[1].startswith(openings)
+        if not answers[0].startswith(openings):
+            rude.append(k)
+    print(f"polite answers to {len(rows)} held-out questions: before {polite[0]}, after "
+          f"{polite[1]}\nexam: before {before[0]}, after {after[0]}")
+
     # As an example a question that was answered rudely before, if there is one.
-    k = polite[0].index(False) if False in polite[0] else 0
+    k = rude[0] if rude else 0
     print(f"{rows[k].messages[-1]['content']}\n  before: {before[1][k]}\n  after:  {after[1][k]}")
 
 
