@@ -72,6 +72,8 @@ def loss_by_position(model, examples: list[data.Example], bucket: int) -> list[f
     """Mean nats per token of positions 0 to bucket - 1, of the next `bucket`, and so on."""
     longest = max(len(e.ids) for e in examples)
     sums = torch.zeros(2, -(-longest // bucket))  # of losses, of tokens
+
+    # A text may be shorter than the others: every bucket counts its own tokens.
     for i, logp in evaluation.example_logprobs(model, examples, 4096):
         first = examples[i].spans[0][0]
         place = torch.arange(first, first + len(logp)) // bucket  # [N]
@@ -82,8 +84,12 @@ def loss_by_position(model, examples: list[data.Example], bucket: int) -> list[f
 
 def all_facts(tokenizer: data.ChatTokenizer) -> list[tuple[str, int]]:
     """(fact, its tokens) of the demo's world."""
-    facts = [world.FACT.format(**fact) for h in world.SUBJECTS for fact in world.facts_of(h)]
-    return [(fact, len(tokenizer.tokenizer.encode(fact).ids)) for fact in facts]
+    facts = []
+    for handle in world.SUBJECTS:
+        for fact in world.facts_of(handle):
+            text = world.FACT.format(**fact)
+            facts.append((text, len(tokenizer.tokenizer.encode(text).ids)))
+    return facts
 
 
 def list_twice(facts: list[tuple[str, int]], length: int, rng: random.Random) -> str:
@@ -99,15 +105,15 @@ def list_twice(facts: list[tuple[str, int]], length: int, rng: random.Random) ->
 
 def stages(c: Config) -> list[tuple[str, int, int, list[str]]]:
     """(name, longest text in tokens, steps, flags) of the base and of the two stages."""
-    out, quarter = c.output_dir, c.steps // 4
-    return [("base", c.positions, c.steps,
-             ["--model", f"{out}/new", "--learning_rate", "2e-3"]),
-            ("stage1", 2 * c.positions, quarter,
-             ["--model", f"{out}/base", "--learning_rate", "1e-3",
-              "--context", str(2 * c.positions)]),
-            ("stage2", 4 * c.positions, quarter,
-             ["--model", f"{out}/stage1", "--learning_rate", "1e-3",
-              "--context", str(4 * c.positions)])]
+    out = c.output_dir
+    found = [("base", c.positions, c.steps, ["--model", f"{out}/new", "--learning_rate", "2e-3"])]
+
+    # A stage goes on from the one before it, with twice as many positions.
+    for before, name, times in (("base", "stage1", 2), ("stage1", "stage2", 4)):
+        flags = ["--model", f"{out}/{before}", "--learning_rate", "1e-3",
+                 "--context", str(times * c.positions)]
+        found.append((name, times * c.positions, c.steps // 4, flags))
+    return found
 
 
 def run_stage(c: Config, name: str, length: int, steps: int, flags: list[str], facts) -> None:
@@ -116,8 +122,9 @@ def run_stage(c: Config, name: str, length: int, steps: int, flags: list[str], f
     size = 4096 // length
     rng, path = random.Random(f"{c.seed} {name}"), f"{c.output_dir}/{name}.jsonl"
     rows = [{"text": list_twice(facts, length, rng)} for _ in range(min(TEXTS, steps * size))]
-    modeling.write_lines(Path(path), [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+    modeling.write_lines(Path(path), (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
+    # The command is shown and run, so that a reader can repeat a stage by hand.
     command = ["train_sft.py", "--data", path, "--output_dir", f"{c.output_dir}/{name}", *flags,
                "--steps", str(steps), "--max_length", str(length), "--batch_size", str(size),
                "--seed", str(c.seed), "--adam_beta2", "0.98", "--log_every", "200", "--overwrite"]
@@ -136,6 +143,8 @@ def make_new(c: Config) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = (folder / "demo/base" / name).read_bytes()
         modeling.write_atomic(folder / "new" / name, lambda path, x=content: path.write_bytes(x))
+
+    # RoPE has no weights: fewer positions are one number of the config.
     world.make_demo_model(folder / "new", c.seed)
     config = modeling.read_json(folder / "new/config.json")
     modeling.write_json(folder / "new/config.json",
@@ -148,10 +157,13 @@ def draw(path: Path, curves: dict[str, list[float]], bucket: int) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
+
+    # A number stands in the middle of its bucket.
     canvas = Figure(figsize=(8, 4), layout="constrained")
     axes = canvas.subplots()
     for name, losses in curves.items():
-        axes.plot([bucket * (k + 0.5) for k in range(len(losses))], losses, marker=".", label=name)
+        middles = bucket * (torch.arange(len(losses)) + 0.5)
+        axes.plot(middles, losses, marker=".", label=name)
     axes.set(xlabel="position", ylabel="nats per token")
     axes.legend()
     modeling.write_atomic(path, lambda temporary: canvas.savefig(temporary, format="png"))
@@ -165,6 +177,8 @@ def main(c: Config) -> None:
     check_output("--output_dir", c.output_dir)
     check(not (Path(c.output_dir) / "config.json").exists(),
           f"{c.output_dir} holds a checkpoint; choose another --output_dir")
+
+    # Every stage is a run of train_sft.py, on its own texts.
     make_new(c)
     tokenizer = data.ChatTokenizer(f"{c.output_dir}/new")
     facts = all_facts(tokenizer)
@@ -175,15 +189,19 @@ def main(c: Config) -> None:
     rng = random.Random(f"{c.seed} held out")
     plans = [tokenizer.text(list_twice(facts, 4 * c.positions, rng)) for _ in range(c.texts)]
     examples = [data.Example(*encoded) for encoded in tokenizer.encode(plans)]
-    models = {name: modeling.load(f"{c.output_dir}/{name}") for name, *_ in stages(c)}
-    stretched = modeling.load(f"{c.output_dir}/base")
-    stretched.config = modeling.stretch(stretched.config, 4 * c.positions, "", 0)
-    models = {"base": models["base"], "only stretched": stretched, **models}
-    curves = {name: loss_by_position(model, examples, c.bucket) for name, model in models.items()}
+
+    # Beside the three stands the base, stretched and not trained.
+    curves = {}
+    for label, name in (("base", "base"), ("only stretched", "base"), ("stage1", "stage1"),
+                        ("stage2", "stage2")):
+        model = modeling.load(f"{c.output_dir}/{name}")
+        if label == "only stretched":
+            model.config = modeling.stretch(model.config, 4 * c.positions, "", 0)
+        curves[label] = loss_by_position(model, examples, c.bucket)
 
     rows = [("up to position", *curves)]
     for k, losses in enumerate(zip(*curves.values(), strict=True), 1):
-        rows.append((str(k * c.bucket), *(f"{x:.2f}" for x in losses)))
+        rows.append((str(k * c.bucket), *map("{:.2f}".format, losses)))
     data.print_table(rows)
     draw(Path(c.output_dir) / "positions.png", curves, c.bucket)
 

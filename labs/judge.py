@@ -63,9 +63,8 @@ ASK = "问题：{question}\nA. {A}\nB. {B}\n哪个回答更好？"
 
 def ask(messages: list[dict], first: str, second: str) -> str:
     """What the judge reads: the conversation, and two answers as A and B."""
-    if len(messages) == 1:
-        question = messages[0]["content"]
-    else:
+    question = messages[0]["content"]
+    if len(messages) > 1:
         question = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
     return ASK.format(question=question, A=first, B=second)
 
@@ -84,13 +83,15 @@ def verdict(order: float, swapped: float) -> str:
 
 def judge(model, tokenizer: data.ChatTokenizer, pairs: list[tuple], micro_tokens: int):
     """ln p(A) - ln p(B) of each pair (messages, left, right) in both orders: two lists, in nats."""
-    margins = []
+    margins, options = [], [letter_ids(tokenizer, letter) for letter in "AB"]
     for swap in (False, True):
+        # The judge reads the right answer as A when it is asked again.
         prompts = []
         for messages, left, right in pairs:
             text = ask(messages, right, left) if swap else ask(messages, left, right)
             prompts.append(tokenizer.prompt_ids([{"role": "user", "content": text}]))
-        options = [letter_ids(tokenizer, letter) for letter in "AB"]
+
+        # A margin above 0 is a verdict for the answer that stands first.
         scores = evaluation.score_options(model, prompts, options, micro_tokens)  # [pairs, 2]
         margins.append((scores[:, 0] - scores[:, 1]).tolist())
     return margins
@@ -98,8 +99,10 @@ def judge(model, tokenizer: data.ChatTokenizer, pairs: list[tuple], micro_tokens
 
 def summarize(order: list[float], swapped: list[float]) -> dict:
     """What the verdicts come to; the left answers' win rate and its interval, and the bias."""
-    counts = Counter(verdict(*both) for both in zip(order, swapped, strict=True))
-    first = sum(margin > 0 for margin in order + swapped)
+    counts = Counter(map(verdict, order, swapped))
+    first = Counter(margin > 0 for margin in order + swapped)[True]
+
+    # A tie says nothing about the answers, so the interval is of the decided pairs.
     decided = counts["win"] + counts["loss"]
     low, high = evaluation.wilson(counts["win"], decided) if decided else (0.0, 1.0)
     return {"wins": counts["win"], "losses": counts["loss"], "ties": counts["tie"],
@@ -123,6 +126,8 @@ def training_rows(c: Config) -> Iterator[tuple[dict, str]]:
     for _, row in data.read_rows(c.files, c.skip_bad_rows):
         if row:
             check(row.chosen, f"{row.where}: expected a preference pair")
+
+            # In one order alone a judge would learn the letter, not the answer.
             texts = [side[-1]["content"] for side in (row.chosen, row.rejected)]
             for letter, sides in (("A", texts), ("B", texts[::-1])):
                 yield {"prompt": ask(row.messages, *sides), "response": letter}, ""
@@ -137,6 +142,8 @@ def read_answers(c: Config) -> list[tuple]:
             answered = len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
             check(answered, f"{row.where}: expected a question and its answer")
         sides.append(rows)
+
+    # Answers are paired by their place, so both files must ask alike.
     check(len(sides[0]) == len(sides[1]) > 0, f"{c.files[0]} has {len(sides[0])} answers, "
           f"{c.files[1]} {len(sides[1])}; they must answer the same questions")
     pairs = []
@@ -155,6 +162,8 @@ def main(c: Config) -> None:
     if c.train:
         write_rows(c.output, training_rows(c))
         return
+
+    # All that can be wrong with the input is said before the weights are read.
     check(len(c.files) == 2, f"expected two files of answers, found {len(c.files)}")
     check(c.model, "--model DIR is missing: who judges (--train writes rows to train a judge on)")
     pairs, tokenizer = read_answers(c), data.ChatTokenizer(c.model, c.template)
@@ -163,12 +172,14 @@ def main(c: Config) -> None:
     device = modeling.best_device()
     model = modeling.load(c.model, modeling.best_dtype(c.dtype, device), device)
 
+    # Each verdict is kept with its margins, so that one can read where the judge errs.
     order, swapped = judge(model, tokenizer, pairs, c.micro_tokens)
     if c.output:
-        lines = zip(pairs, order, swapped, strict=True)
-        write_rows(c.output, (({"messages": messages, "left": left, "right": right,
-                                "verdict": verdict(a, b), "margins": [a, b]}, "")
-                              for (messages, left, right), a, b in lines))
+        rows = []
+        for (messages, left, right), a, b in zip(pairs, order, swapped, strict=True):
+            rows.append(({"messages": messages, "left": left, "right": right,
+                          "verdict": verdict(a, b), "margins": [a, b]}, ""))
+        write_rows(c.output, rows)
     found = summarize(order, swapped)
     data.print_table([("", "value"), *found.items()])
     print(f"{found['wins']} wins of {c.files[0]} over {c.files[1]}, {found['losses']} losses, "
