@@ -79,7 +79,10 @@ def hindsight_rows(mask_past: float, rng: random.Random, where: str, value) -> l
     check(row.chosen and asked, f"{where}: expected a question, chosen and rejected answers")
     if why := why_no_pair(row):
         return [(None, why)]
-    return [({"messages": m}, "") for m in feedback_conversations(row, mask_past, rng)]
+    rows = []
+    for messages in feedback_conversations(row, mask_past, rng):
+        rows.append(({"messages": messages}, ""))
+    return rows
 
 
 def main(c: Config) -> None:

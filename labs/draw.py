@@ -19,6 +19,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import data
@@ -49,9 +50,11 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
     from matplotlib.figure import Figure
 
     # A metric is measured at some steps only, and may be None: no side of KTO's in a short step.
-    points = {}
-    for key in curves:
-        points[key] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    points = {key: [] for key in curves}
+    for r in records:
+        for key in curves:
+            if r.get(key) is not None:
+                points[key].append((r["step"], r[key]))
     if not any(points.values()):
         return
 
@@ -66,7 +69,7 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
         draw_intervals(top, records, curves.values())
 
     # The second half of a loss that falls by more than ten is seen on a logarithmic axis only.
-    values = [value for found in points.values() for _, value in found]
+    values = [value for _, value in chain(*points.values())]
     if min(values) > 0 and max(values) > 20 * min(values):
         top.set_yscale("log")
     top.set_ylabel(unit)
@@ -83,11 +86,14 @@ def draw_figure(path: Path, records: list[dict], curves: dict[str, str], unit: s
 def draw_intervals(axes, records: list[dict], exams: Iterable[str]) -> None:
     """A score means something beside its interval, and beside the best constant answer."""
     for k, name in enumerate(exams):
-        found = [(r["step"], r["exams"][name]) for r in records if name in r.get("exams", {})]
-        low, high = zip(*[exam["interval"] for _, exam in found], strict=True)
-        axes.fill_between([step for step, _ in found], low, high, alpha=0.2, color=f"C{k}",
+        band, floor = [], 0.0
+        for r in records:
+            if exam := r.get("exams", {}).get(name):
+                band.append((r["step"], *exam["interval"]))
+                floor = exam["floor"]  # the same at every step
+        axes.fill_between(*zip(*band, strict=True), alpha=0.2, color=f"C{k}",
                           label=f"{name}: 95% interval")
-        axes.axhline(found[0][1]["floor"], color=f"C{k}", linestyle="--", label=f"{name}: floor")
+        axes.axhline(floor, color=f"C{k}", linestyle="--", label=f"{name}: floor")
 
 
 # ==== read: a conversation as tokens ==============================================================
@@ -110,14 +116,18 @@ def conversation_tokens() -> list[tuple[str, bool]]:
     # The picture's own words come often enough to become whole tokens.
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     texts = readme.splitlines()
-    texts += [part + "\n" for m in CONVERSATION for part in (m["role"], m["content"])] * 50
+    for message in CONVERSATION:
+        texts += [message["role"] + "\n", message["content"] + "\n"] * 50
     with tempfile.TemporaryDirectory() as folder:
         world.make_tokenizer(Path(folder), texts, 1500)
         tokenizer = data.ChatTokenizer(folder)
 
+    # A span says from which token to which the loss counts: those are the green boxes.
     row = data.Row("picture", CONVERSATION)
     (example,) = data.to_examples([row], 0, Counter(), tokenizer)
-    green = {i for first, end, _ in example.spans for i in range(first, end)}
+    green = set()
+    for first, end, _ in example.spans:
+        green.update(range(first, end))
     return [(tokenizer.decode([token]), i in green) for i, token in enumerate(example.ids.tolist())]
 
 

@@ -103,8 +103,7 @@ def answer_together(answers: list[list[dict]], rule: str) -> list[dict]:
 
 def accuracy(lines: list[dict]) -> float:
     """Share of the questions answered rightly."""
-    right = [line["prediction"] == line["answer"] for line in lines]
-    return sum(right) / len(right)
+    return np.mean([line["prediction"] == line["answer"] for line in lines])
 
 
 # ==== read: is it better than the best of them ====================================================
@@ -161,13 +160,17 @@ def read_answers(folders: list[str]) -> tuple[list[str], list[list[dict]]]:
         files = sorted([*folder.glob("predictions.jsonl"), *folder.glob("*/predictions.jsonl")])
         check(files, f"{folder} holds no predictions.jsonl of `eval.py exam`")
         for path in files:
-            lines = [line for _, line in data.read_rows([path], quiet=True, parse=parse_line)]
-            check(any(a["logprobs"] for a in lines), f"{path} has no log-probabilities: answers in "
-                  "words have none; ask for letters")
-            check(all(a["answer"] for a in lines), f"{path}: its questions have no right answers")
+            lines, questions, scored = [], [], 0
+            for _, a in data.read_rows([path], quiet=True, parse=parse_line):
+                check(a["answer"], f"{path}: its questions have no right answers")
+                lines.append(a)
+                questions.append((a["subject"], a["id"]))
+                scored += a["logprobs"] is not None
+            check(scored, f"{path} has no log-probabilities: answers in words have none; ask for "
+                  "letters")
             names.append(path.parent.name)
             answers.append(lines)
-            asked.append([(a["subject"], a["id"]) for a in lines])
+            asked.append(questions)
 
     # Scores on different questions cannot be combined.
     check(asked.count(asked[0]) == len(asked), "the folders are of different exams")
