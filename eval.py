@@ -515,15 +515,13 @@ def generate_command(c: Generate) -> None:
     """`eval.py generate`. Sample k is of row k // n; what is drawn for it depends on k alone."""
     check_flags(c)
     tokenizer = data.ChatTokenizer(c.model, c.template)
-    places, asked, plans, prompts, lengths = [], [], [], [], []
+    asked, prompts, lengths = [], [], []
     # Rows may lack an answer here.
     for _, row in data.read_rows(c.data, parse=partial(data.parse_row, ask=True)):
         question, plan = ask_row(row, tokenizer, c.system)
-        places.append(row.where)
+        ids = tokenizer.encode([plan])[0][0]
+        check(len(ids), f"{row.where}: expected some text to go on from")
         asked.append(question)
-        plans.append(plan)
-    for where, (ids, _) in zip(places, tokenizer.encode(plans), strict=True):
-        check(len(ids), f"{where}: expected some text to go on from")
         prompts.append(ids.tolist())
         lengths += [len(ids) + c.max_new_tokens] * c.n
 
