@@ -583,8 +583,8 @@ def warn_of_context(model, tokens: int) -> None:
               "answers are unreliable")
 
 
-def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Chat, write) -> str:
-    """Generate one answer, calling write(text) as it grows."""
+def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Chat) -> str:
+    """Generate one answer, printing it as it grows."""
     ids, shown = [], ""
     for (token,) in modeling.generate_steps(model, [prompt], c.max_new_tokens,
                                             tokenizer.stop_ids, sampling=c):
@@ -595,10 +595,10 @@ def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Ch
         # All tokens are decoded anew: the last may end in half a UTF-8 character, which waits.
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
-            write(text[len(shown) :])
+            print(text[len(shown) :], end="", flush=True)
             shown = text
     text = tokenizer.decode(ids)
-    write(text[len(shown) :])
+    print(text[len(shown) :], end="", flush=True)
     return text
 
 
@@ -636,8 +636,7 @@ def chat_command(c: Chat) -> None:
             warn_of_context(model, len(prompt) + c.max_new_tokens)
             # Ctrl-C ends this answer, not the conversation, which then goes on without it.
             with contextlib.suppress(KeyboardInterrupt):
-                answer = stream_answer(model, tokenizer, prompt, c,
-                                       lambda text: print(text, end="", flush=True))
+                answer = stream_answer(model, tokenizer, prompt, c)
                 messages = [*asked, {"role": "assistant", "content": answer}]
             print()
 
@@ -818,8 +817,8 @@ def short_name(folder: str) -> str:
     return str(Path(folder)).strip("./").replace("/", "-") or "model"
 
 
-def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> None:
-    """Say exactly what is asked."""
+def start_exam(c: Exam, subjects: list[Subject], asked: list[tuple]) -> None:
+    """Say exactly what is asked; `asked` has (checkpoint, tokenizer, sheets)."""
     count = sum(len(s.questions) for s in subjects)
     chat = ", in the chat template" if c.chat else ""
     print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of its "
@@ -827,7 +826,7 @@ def start_exam(c: Exam, subjects: list[Subject], sheets: list[list[Sheet]]) -> N
 
     # Checkpoints with one tokenizer get one prompt: it is printed once.
     shown = {}  # first prompt and options: the checkpoints that get them
-    for name, (first, *_) in zip(c.model, sheets, strict=True):
+    for name, _, (first, *_) in asked:
         options = f", options {list(map(list, first.options))}" if first.options else ""
         shown.setdefault((first.first, options), []).append(name)
     for (prompt, options), names in shown.items():
@@ -886,24 +885,23 @@ def score_checkpoint(c: Exam, tokenizer: data.ChatTokenizer, sheets: list[Sheet]
 def exam_command(c: Exam) -> None:
     """`eval.py exam`."""
     c = resolve_exam(c)
-    subjects, tokenizers, sheets = read_exam(c), [], []
+    subjects, asked = read_exam(c), []
     # Every prompt of every checkpoint is encoded first, so that nothing fails in the middle.
     for folder in c.model:
         tokenizer = data.ChatTokenizer(folder, c.template)
         config = modeling.load_config(tokenizer.checkpoint)
         tokenizer.check_size(config.vocab_size)
-        tokenizers.append(tokenizer)
-        context = config.max_position_embeddings
-        sheets.append([make_sheet(tokenizer, subject, c, context) for subject in subjects])
+        sheets = [make_sheet(tokenizer, s, c, config.max_position_embeddings) for s in subjects]
+        asked.append((folder, tokenizer, sheets))
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
-        start_exam(c, subjects, sheets)
+        start_exam(c, subjects, asked)
     if world > 1:
         dist.init_process_group("gloo")
     results, answers = [], []
-    for name, tokenizer, mine in zip(c.model, tokenizers, sheets, strict=True):
-        lines, result = score_checkpoint(c, tokenizer, mine, rank, world)
+    for name, tokenizer, sheets in asked:
+        lines, result = score_checkpoint(c, tokenizer, sheets, rank, world)
         results.append({"model": name, **result})
         answers.append(lines)
 

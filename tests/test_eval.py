@@ -355,7 +355,8 @@ def stream(letters, monkeypatch, tokens):
     """What stream_answer shows, piece by piece, and returns if the model gives these tokens."""
     monkeypatch.setattr(modeling, "generate_steps", lambda *_, **__: ([t] for t in tokens))
     shown = []
-    text = evaluation.stream_answer(None, letters[2], [1], evaluation.Chat(), shown.append)
+    monkeypatch.setattr("builtins.print", lambda text, **_: shown.append(text))
+    text = evaluation.stream_answer(None, letters[2], [1], evaluation.Chat())
     assert "".join(shown) == text
     return [piece for piece in shown if piece], text
 
