@@ -357,10 +357,13 @@ def unused_keys(row) -> set[str]:
     """Keys of a row, and of the messages in it, that KEYS does not know."""
     unused = set()
     for key, value in row.items() if isinstance(row, dict) else [("messages", row)]:
-        meaning, _ = ROW_KEYS.get(key.lower(), ("tools", ""))
-        if key.lower() not in ROW_KEYS and value is not None:
-            unused.add(key)
-        for message in value if meaning != "tools" and isinstance(value, list) else ():
+        if key.lower() not in ROW_KEYS:
+            unused |= {key} if value is not None else set()
+            continue
+
+        # Tools are objects in a list as well, but no messages.
+        meaning, _ = ROW_KEYS[key.lower()]
+        for message in value if isinstance(value, list) and meaning != "tools" else ():
             if isinstance(message, dict):
                 unused |= {name for name in message if name.lower() not in KNOWN}
     return unused
@@ -1469,11 +1472,14 @@ def one_line_errors():
     try:
         yield
         sys.stdout.flush()
-    except (InputError, KeyboardInterrupt) as error:
+    except InputError as error:
         if speak:
-            print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
-        # 128 + SIGINT, as of any program that Ctrl-C ends.
-        sys.exit(2 if isinstance(error, InputError) else 130)
+            print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if speak:
+            print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as of any program that Ctrl-C ends
     except (MemoryError, RuntimeError) as error:
         # Any rank may be the one. A CPU's allocator has no error class of its own.
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -249,7 +249,8 @@ class Block(nn.Module):
 
         # From here on tokens are on their own: those that nobody asks for may go.
         if wanted is not None:
-            x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)  # [N, ...]
+            x = x.index_select(0, wanted)  # [N, D]
+            attended = attended.index_select(0, wanted)  # [N, H, Dh]
             noise = None if noise is None else noise.index_select(0, wanted)  # [N]
         return self.after(x, attended, noise), (k, v) if keep_kv else None
 
@@ -314,7 +315,7 @@ class Llama(nn.Module):
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
         A target is predicted from the state just before it, so an example's first token is none.
-        What else is `given` goes to `hidden`: noise, parents.
+        What else is `given` goes to `hidden`: noise, neftune_alpha, full_lengths, parents.
         """
         states, _ = self.hidden(ids, lengths, prefix, wanted=targets - 1, **given)  # [N, D]
         return token_logprobs(states, self.head, ids[targets])
@@ -1128,6 +1129,8 @@ def checkpoint_file(folder: Path, name: str) -> Path:
     # What people give in place of a checkpoint's folder, and what helps.
     cached = max((p.parent for p in folder.glob("snapshots/*/config.json")), default=None)
     check(not cached, f"{folder} is a cache of the hub; its checkpoint is {cached}")
+    check(folder.exists() or folder.parts[:1] != ("out",), f"no folder {folder}: train it first "
+          "(train_sft.py writes out/sft, train_dpo.py out/dpo, labs.reward_model out/reward)")
     check(folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)), f"no folder "
           f"{folder}; a model of the hub comes with `hf download {folder} --local-dir DIR`")
     check(name != "tokenizer.json" or not (folder / "tokenizer.model").exists(),

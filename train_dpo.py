@@ -615,7 +615,7 @@ def finish(script: str, c: Config, tokenizer, run: RunData, facts: dict, start_s
 
     # The demo answers the held-out questions before and after; a sharded model if all ranks ask.
     if world and not start_step and (first or c.shard):
-        _, rows = zip(*data.read_rows(c.val_data), strict=True)
+        rows = [row for _, row in data.read_rows(c.val_data)]
         before = world.try_demo(model, tokenizer, rows)
     records, status = train(c, tokenizer, run, references, start_step, model, wrapped, hardware,
                             backward, validate)

@@ -477,11 +477,7 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     # What follows saves memory or time and must not change the result.
     model.checkpoint_activations = c.checkpoint_activations
 
-    # In bf16 on a GPU compiling was measured to pay (labs/bench_gpu.py): half a minute at first,
-    # then a sixth more speed. With an adapter it was not measured.
-    cuda = hardware.device.type == "cuda" and torch.cuda.is_available()
-    measured = cuda and hardware.dtype == torch.bfloat16 and not c.lora_rank
-    if measured if c.compile is None else c.compile:
+    if compiles(c, hardware):
         model.compile_layers()
 
     # Under DDP every rank holds the whole model, and gradients are averaged in the backward pass.
@@ -489,6 +485,18 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
     if hardware.world == 1 or c.shard:
         return model, model
     return model, DistributedDataParallel(model, gradient_as_bucket_view=True)  # no second copy
+
+
+def compiles(c: Config, hardware: Hardware) -> bool:
+    """Whether layers are compiled: what --compile says, else where it was measured to pay.
+
+    That is in bf16 on a GPU (labs/bench_gpu.py): half a minute at the start, then a sixth more
+    speed. With an adapter it was not measured.
+    """
+    if c.compile is not None:
+        return c.compile
+    cuda = hardware.device.type == "cuda" and torch.cuda.is_available()
+    return cuda and hardware.dtype == torch.bfloat16 and not c.lora_rank
 
 
 def stretched(c: Config, config: modeling.ModelConfig) -> modeling.ModelConfig:

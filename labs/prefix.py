@@ -240,8 +240,6 @@ def main() -> None:
     c = Config(**data.parse_flags(Config, sys.argv[1:]))
     for name in ("tokens", "batch_size", "micro_tokens", "seeds"):
         check(getattr(c, name) > 0, f"--{name} must be at least 1, not {getattr(c, name)}")
-    check((Path(c.model) / "config.json").exists(),
-          f"{c.model} is no checkpoint; `python train_sft.py` makes the demo's")
     (tune if c.data else compare)(c, data.ChatTokenizer(c.model))
 
 

@@ -195,6 +195,18 @@ def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
     assert_same(work, "reference", "killed")
 
 
+@pytest.mark.parametrize("flags,device,dtype,wanted", [
+    ({}, "cuda", torch.bfloat16, True), ({}, "cuda", torch.float16, False),
+    ({}, "cpu", torch.bfloat16, False), ({"lora_rank": 4}, "cuda", torch.bfloat16, False),
+    ({"compile": False}, "cuda", torch.bfloat16, False),
+    ({"compile": True}, "cpu", torch.float32, True)])
+def test_layers_are_compiled_on_a_gpu_in_bf16_or_where_asked(monkeypatch, flags, device, dtype,
+                                                            wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    hardware = train_sft.Hardware(0, 1, torch.device(device), dtype)
+    assert train_sft.compiles(train_sft.Config(**flags), hardware) is wanted
+
+
 def test_a_run_that_has_lost_its_metrics_goes_on_with_its_weights(work, reference):
     interrupt(work, "no_metrics", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
     (work / "no_metrics/metrics.jsonl").unlink()
@@ -612,10 +624,12 @@ def test_folder_that_is_no_plain_checkpoint_is_named_with_the_fix(work, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_name_of_the_hub_is_told_how_to_become_a_folder(work):
-    _, text = train(work, "hub", "--model", "Qwen/Qwen3-0.6B", "--data", work / "rows.jsonl",
-                    status=2)
-    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIR`" in text and text.count("\n") == 1
+@pytest.mark.parametrize("name,said", [
+    ("Qwen/Qwen3-0.6B", "`hf download Qwen/Qwen3-0.6B --local-dir DIR`"),
+    ("out/reward", "train it first (train_sft.py writes out/sft,")])
+def test_name_that_is_no_folder_is_told_how_to_become_one(work, name, said):
+    _, text = train(work, "hub", "--model", name, "--data", work / "rows.jsonl", status=2)
+    assert said in text and text.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------- at the terminal
