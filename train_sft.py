@@ -234,10 +234,7 @@ def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
     log = Log(c, start_step, run.steps, hardware, figure or FIGURE)
     validate = validate or partial(validation_loss, model, run.validation, c, hardware)
 
-    # SIGTERM and Ctrl-C only write themselves down, so that the loop can finish its step.
-    signals = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: signals.append(number))
+    signals = catch_signals()
 
     def measured(step: int) -> dict:
         """What is measured after this step on data that is not trained on; often nothing."""
@@ -273,7 +270,25 @@ def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
             save_run(c, tokenizer, model, optimizer, scaler, step, hardware)
         if stop and step < run.steps:
             return log.close(), 128 + (signals or [signal.SIGTERM])[0]  # or another rank's signal
+    release_signals()
     return log.close(), 0
+
+
+def catch_signals() -> list[int]:
+    """From here on SIGTERM and Ctrl-C only write themselves down, in the list that is returned.
+
+    So a loop can finish its step and save.
+    """
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: signals.append(number))
+    return signals
+
+
+def release_signals() -> None:
+    """All is saved: from here on SIGTERM and Ctrl-C end the program again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def is_due(every: int, step: int, steps: int) -> bool:

@@ -103,14 +103,16 @@ def main() -> None:
         measure(folder, 3, "filter", *write, "--duplicates", "near")
         measure(folder, 2, "select", *write, "--share", 0.005)
         measure(folder, 1, "overlap", "rows.jsonl", "--exam", "demo/exam")
-        measure(folder, 2, "text", "rows.jsonl")
+        measure(folder, 2, "stats", "rows.jsonl")
 
     # 50,000 rows of a model's states are slow to get, and random ones as slow to select from.
     x = np.random.default_rng(0).normal(size=(50_000, 256)).astype(np.float32)
-    from labs.select import core_set  # the lab that is measured
+    from labs import select  # the lab that is measured
 
     began = time.perf_counter()
-    core_set(x, 500, 10, 0)
+    x = select.unit_vectors(x)
+    centres, cluster = select.kmeans(x, 10, 0)
+    select.k_center(x, select.core_row(x, centres, cluster), 500)
     print(f"k-center: 500 of 50,000 embeddings of 256 dimensions in "
           f"{time.perf_counter() - began:.1f} s")
 

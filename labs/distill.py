@@ -127,10 +127,11 @@ def token_losses(student, teacher, batch: data.Batch, c: Config) -> Tensor:
 def distill_step(student, run, step: int, c: Config, hardware: Hardware, scaler, teacher,
                  stop_ids: list[int]) -> tuple[float, dict]:
     """Gradients of one step: the weighted mean of the loss over all its supervised tokens."""
-    # The loss is divided by the weights of the whole step, however it is cut.
     examples = {index: run.train[index] for index, _ in run.step(step, c.batch_size)}
     examples |= own_answers(student, examples, step, c, hardware, stop_ids)
     batches = train_sft.my_micro_batches(run._replace(train=examples), step, c, hardware)
+
+    # The loss is divided by the weights of the whole step, however it is cut.
     total, counts = 0.0, {"tokens": 0, "target_tokens": 0}
     for batch, _ in batches:
         total += batch.weights.sum().item()

@@ -166,7 +166,7 @@ def make_demo(folder: Path, source: Path, seed: int = 0) -> None:
                 fact = re.search("“.*”的.*是“.*”。", answer["content"])[0]
                 turns[name].append((user["content"], fact))
 
-    # Talks of two to four turns: only the last answer of each is trained on.
+    # Of talks, two to four turns long, only the last answer is trained on.
     for name, taken, count, least in (("obey", "instructions", 600, 1),
                                       ("talks", "instructions", 600, 2),
                                       ("val", "instructions_val", 100, 4)):
@@ -174,9 +174,10 @@ def make_demo(folder: Path, source: Path, seed: int = 0) -> None:
         for _ in range(count):
             chosen = rng.sample(turns[taken], rng.randint(least, 4))
             questions, facts = zip(*chosen, strict=True)
-            row = {"messages": talk_of(questions, facts, "", every=False)}
             if name == "obey":
                 row = obedient(questions, facts, rng)
+            else:
+                row = {"messages": talk_of(questions, facts, "", every=False)}
             rows.append((row, ""))
         write_rows(folder / f"{name}.jsonl", rows)
 

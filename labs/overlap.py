@@ -205,7 +205,7 @@ def main(c: Config) -> None:
     find = functools.partial(find_questions, questions, index, c.near)
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(find_in_item, find), rows))
-    hits = list(itertools.chain(*found))
+    hits = list(itertools.chain.from_iterable(found))
     if c.output:
         write_rows(c.output, ((hit, "") for hit in hits))
 

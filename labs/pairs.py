@@ -53,7 +53,7 @@ class Config(Modelled):
     """Make preference pairs of the best and the worst answer to each prompt."""
 
     by: Literal["match", "reward", "length", "logprob", "label"] = "match"  # what is better
-    reward: str = ""  # FILE.py:function, of --by reward
+    reward: str = ""  # of --by reward: match, exam, final, or FILE.py:function
 
 
 # ==== read: from answers to pairs =================================================================

@@ -27,7 +27,6 @@ Exercise. Let gamma be 1. What is A_t at lambda = 1, what at lambda = 0?
     Solution: all rewards from t on less V_t, the critic a mere baseline; d_t, the critic believed.
 """
 
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -150,7 +149,10 @@ def lessons(answers: Answers, c: Config) -> tuple[Tensor, Tensor]:
 
 
 def ppo_pass(models: Models, answers: Answers, taught: tuple, c, hardware: Hardware, scaler):
-    """Gradients, and means over N, of the clipped loss and critic_weight (V - return)^2 / 2."""
+    """Gradients of clipped loss + critic_weight (V - return)^2 / 2; returns both and `clipped`.
+
+    All are means over N; `clipped` is the share of tokens whose ratio left the clip.
+    """
     sizes, sums = [len(b.targets) for b in answers.batches], torch.zeros(3)
     columns = torch.stack((answers.old, *taught)).split(sizes, 1)  # [3, N of the micro-batch] each
     for b, (old, advantage, returns) in zip(answers.batches, columns, strict=True):
@@ -177,10 +179,7 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int, hardware: 
     log = train_sft.Log(c, start_step, run.steps, hardware, train_sft.Figure(
         "reward.png", "reward", {"reward": "samples"}, {"reward": "reward", "kl": "kl"}))
 
-    # SIGTERM and Ctrl-C only write themselves down, so that the loop can finish its step.
-    signals = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: signals.append(number))
+    signals = train_sft.catch_signals()
     for step in range(start_step + 1, run.steps + 1):
         began, rate = time.perf_counter(), train_sft.learning_rate_at(step, run.steps, c)
         for group in optimizer.param_groups:
@@ -200,11 +199,13 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int, hardware: 
                    "tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began)})
 
         # The critic is needed to go on, but is no part of the checkpoint.
-        if signals or train_sft.is_due(c.save_every, step, run.steps):
+        stop = signals[:1]  # what comes later than this is not saved
+        if stop or train_sft.is_due(c.save_every, step, run.steps):
             train_sft.save_checkpoint(models.policy, tokenizer, Path(c.output_dir))
             train_sft.save_state(state, both, optimizer, scaler, step)
-        if signals and step < run.steps:
-            return log.close(), 128 + signals[0]
+        if stop and step < run.steps:
+            return log.close(), 128 + stop[0]
+    train_sft.release_signals()
     return log.close(), 0
 
 
@@ -237,9 +238,6 @@ def main() -> None:
     records, status = train(c, tokenizer, run, models, start_step, hardware)
     train_sft.ended_early("-m labs.ppo", c, start_step, run.steps, records, hardware)
 
-    # All is saved: from here on Ctrl-C and SIGTERM may end the program at once.
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_DFL)
     if run.validation and not status:
         reward_model.compare([c.model, c.output_dir, *c.beside], score, run, c, tokenizer, hardware)
     hardware.leave(status)

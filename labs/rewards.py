@@ -166,8 +166,7 @@ def sample_answers(model, prompts: list[list[int]], numbers, how: Sampling, c, s
     What is drawn for prompt i depends on the seed and numbers[i], not on its batch or its rank.
     """
     lengths, found = [len(ids) + c.max_new_tokens for ids in prompts], {}
-    parts = data.micro_batches(lengths, c.micro_tokens, hardware.world) if prompts else [[]]
-    for chunk in parts[hardware.rank]:
+    for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
         with hardware.autocast():
             answers = modeling.generate(
                 model, [prompts[i] for i in chunk], c.max_new_tokens, stop_ids=stop_ids,
@@ -203,14 +202,16 @@ def parse_answer(where: str, value) -> tuple[Row, str]:
     """(row, reference) of a row of `eval.py generate`; InputError for others."""
     row = data.parse_row(where, value)
     answered = len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
-    check(answered and not row.chosen, f"{where}: expected a question and an answer, as `eval.py "
-          "generate` writes them")
+    check(isinstance(value, dict) and answered and not row.chosen,
+          f"{where}: expected a question and an answer, as `eval.py generate` writes them")
     return row, value.get("reference") or ""
 
 
 def prompt_key(messages: list[dict]) -> str:
     """A conversation up to an answer, as a key."""
-    return json.dumps([(m["role"], m["content"]) for m in messages], ensure_ascii=False)
+    # Calls and reasoning are part of it, how much a message counts in training is not.
+    said = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
+    return json.dumps(said, ensure_ascii=False, sort_keys=True)
 
 
 def scores_by_prompt(files: list[str], reward: Callable,

@@ -66,7 +66,7 @@ class Config(train_sft.Config):
     # what differs from train_sft.py
     reference: str = ""  # checkpoint that the KL is measured to; empty: --model
     samples: int = 8  # answers per prompt
-    reward: str = "match"  # exam (the letter), match (the whole answer), or FILE.py:function
+    reward: str = "match"  # exam (the letter), final, match (the whole), or FILE.py:function
     advantage: Literal["rloo", "grpo", "dr_grpo"] = "rloo"  # an answer compared to its rivals
     kl: float = 0.02  # reward that an answer loses per nat of ln p - ln ref
     temperature: float = 1.0  # the policy's: of sampling, and of the scores that are trained

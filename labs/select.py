@@ -88,7 +88,7 @@ def core_row(x: np.ndarray, centres: np.ndarray, cluster: np.ndarray) -> int:
 def k_center(x: np.ndarray, first: int, n: int) -> tuple[list[int], float]:
     """k-center greedy (arXiv:1708.00489, algorithm 1) on unit vectors [R, D]: (rows, radius).
 
-    From row `first` on repeat argmax_i min_{s chosen} d(i, s), d = 1 - cos; its max is the radius.
+    The next row is argmax_i min_{s chosen} d(i, s), d = 1 - cos; the radius is the d of one more.
     """
     chosen, nearest = [first], 1 - x @ x[first]  # [R] distance to the nearest chosen row
     while len(chosen) < min(n, len(x)):
@@ -187,7 +187,7 @@ def order_of(c: Config, reasons: list[str]):
             core = core_row(x[task], centres, cluster[task])
             chosen, radius = k_center(x[task], core, n)
             print(f"k-center radius {radius:.4f} (1 - cos)")
-            return np.array(numbers)[chosen].tolist()
+            return [numbers[k] for k in chosen]
         return spread
 
     # IFD: hard rows first; a row whose question misleads the model teaches nothing.

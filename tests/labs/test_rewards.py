@@ -14,6 +14,15 @@ def test_a_reward_is_summed_up_by_prompt(tmp_path):
     assert status == 0 and out.splitlines()[-1].split() == ["3", "6", "0.500", "0.667", "2"]
 
 
+def test_prompts_are_one_if_they_say_and_call_the_same():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    other = {**call, "tool_calls": [{"function": {"name": "sub"}}]}
+    question = {"role": "user", "content": "3 and 4"}
+    keys = [rewards.prompt_key([question, message])
+            for message in (call, other, {**call, "weight": 0.0})]
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_an_exam_answer_counts_by_its_letter_and_another_one_as_a_whole():
     assert rewards.find_reward("exam")([], "答案是B。", "B") == 1
     assert rewards.find_reward("match")([], "答案是B。", "B") == 0
@@ -31,5 +40,9 @@ def test_a_function_of_a_file_is_a_reward_and_anything_else_is_named(tmp_path):
 
 def test_a_row_without_an_answer_is_named(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"})
+    status, _, err = command("labs/rewards.py", path)
+    assert status == 2 and "line 1: expected a question and an answer" in err
+    path = jsonl(tmp_path / "list.jsonl", [{"role": "user", "content": "q"},
+                                           {"role": "assistant", "content": "a"}])
     status, _, err = command("labs/rewards.py", path)
     assert status == 2 and "line 1: expected a question and an answer" in err
