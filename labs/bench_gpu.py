@@ -16,23 +16,18 @@ attention over L tokens. Work that is done twice (recomputed layers) does not co
     tokens per second       8 rows of 2,048            64 rows of 15 to 1,219
     ours, eager             54,022   MFU 36.9%         57,553   MFU 36.8%
     ours, compiled          62,729   MFU 42.9%         68,391   MFU 43.7%
-    transformers, eager     48,170   MFU 32.9%         out of memory (padding needs a mask, and with
-    transformers, compiled  56,977   MFU 39.0%         it all scores of attention are written out)
+    transformers, eager     48,170   MFU 32.9%
+    transformers, compiled  56,977   MFU 38.9%
 
-Peak memory in the first column: 42.8, 37.8, 56.6, 42.5 GiB. A step of two passes waits 3 times for
-the device: a copy of numbers that must be there, the loss, the gradient's norm. However unlike the
-rows, layers compile to 4 graphs. Products take 43% of an eager step, attention 17%, elementwise
-passes 16%, casts and copies 11%, AdamW 6%. In passes of 8,192: with dropout 37,848 eager, with
-dropout and NEFTune 57,414 compiled; DPO on 24 pairs as long as chats 43,393 eager (21,613 with an
-attention call per example), 54,190 compiled, in passes of 16,384 compiled 69,154. Generation: 49
-tokens per second for one prompt, 830 for 16 (transformers 59 and 771).
+Peak memory in the first column: 42.8, 37.8, 56.6, 42.5 GiB. Layers compile to 4 graphs. Products
+take 43% of an eager step, attention 17%, elementwise passes 16%, casts and copies 11%, AdamW 6%.
 
 Exercise. Why is MFU low for a small model?
     Solution: its kernels are shorter than the time it takes to start them.
 """
 
+import gc
 import itertools
-import math
 import os
 import statistics
 import subprocess
@@ -44,8 +39,7 @@ from typing import Literal
 import model as modeling  # isort: skip  # before torch: it says how threads wait
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 import data
 import train_sft
@@ -74,61 +68,64 @@ class Config:
 # ==== read: tokens per second and MFU =============================================================
 
 
+def new_model(settings: dict) -> modeling.Llama:
+    """A random model, the same every time."""
+    model = modeling.Llama(modeling.read_config({"model_type": "llama", **settings}))
+    model.initialize(0)
+    return model
+
+
 class Ours:
     """The project's SFT step on one device, with random weights."""
 
     def __init__(self, settings: dict, c: Config, compiled: bool = False):
         self.hardware = train_sft.setup_hardware("auto")
-        self.model = modeling.Llama(modeling.read_config({"model_type": "llama", **settings}))
-        self.model.initialize(0)
-        self.model.to(self.hardware.device).train()
+        self.model = new_model(settings).to(self.hardware.device).train()
         self.config = train_sft.Config(learning_rate=1e-5, micro_tokens=c.micro_tokens)
         self.optimizer = train_sft.make_optimizer(self.model, self.config)
         if compiled:
             self.model.compile_layers()
 
-    def step(self, examples: list[data.Example]) -> None:
-        """Forward, backward, clip, update."""
+    def step(self, examples: list[data.Example]) -> float:
+        """Forward, backward, clip, update; returns the loss."""
         # A run of one step, which draws every example once.
         self.config.batch_size = len(examples)
         mixer, scaler = data.Mixer([len(examples)], np.ones(1), 0), self.hardware.make_scaler()
         run = train_sft.RunData(examples, [], mixer, len(examples), 1)
         loss, _ = train_sft.backward_step(self.model, run, 1, self.config, self.hardware, scaler)
         train_sft.clip_and_step(self.model, self.optimizer, scaler, self.config, loss, run, 1)
+        return loss
 
 
 class Bare:
-    """transformers' model and loss, the rows of a pass padded to the longest, as trainers do it."""
+    """transformers' model and loss, on rows that need no padding: where it is fastest."""
 
     def __init__(self, settings: dict, c: Config, compiled: bool = False):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.hardware, self.micro_tokens = train_sft.setup_hardware("auto"), c.micro_tokens
         with self.hardware.device:
-            config = LlamaConfig(**settings, tie_word_embeddings=False)
-            self.model = LlamaForCausalLM(config).train()
+            self.model = LlamaForCausalLM(LlamaConfig(**settings)).train()
+        self.model.load_state_dict(new_model(settings).state_dict())
         self.run = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
-    def step(self, examples: list[data.Example]) -> None:
-        """As that of `Ours`."""
-        total = sum(e.targets for e in examples)
-        for chunk in data.micro_batches([len(e.ids) for e in examples], self.micro_tokens)[0]:
-            rows = [torch.from_numpy(examples[i].ids).long() for i in chunk]
-            ids = pad_sequence(rows, batch_first=True).to(self.hardware.device)  # [B, L]
-            counts = torch.tensor(list(map(len, rows)), device=ids.device)[:, None]  # [B, 1]
-            real = torch.arange(ids.shape[1], device=ids.device) < counts  # [B, L]
-
-            # Without a mask attention takes the causal kernel.
-            padded = len(set(map(len, rows))) > 1
+    def step(self, examples: list[data.Example]) -> float:
+        """As that of `Ours`, of rows of one length."""
+        ids = torch.from_numpy(np.stack([e.ids for e in examples])).long()  # [B, L]
+        ids, loss_sum = ids.to(self.hardware.device), 0.0
+        for part in ids.split(max(1, self.micro_tokens // ids.shape[1])):
             with self.hardware.autocast():
-                loss = self.run(input_ids=ids, attention_mask=real if padded else None,
-                                labels=ids.masked_fill(~real, -100), use_cache=False).loss
+                loss = self.run(input_ids=part, labels=part, use_cache=False).loss
+
             # The model's loss is a mean over the pass, the step's one over all its tokens.
-            (loss * (sum(map(len, rows)) - len(rows)) / total).backward()
+            loss = loss * len(part) / len(ids)
+            loss.backward()
+            loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return float(loss_sum)
 
 
 def random_rows(lengths: list[int], vocabulary: int) -> list[data.Example]:
@@ -138,7 +135,7 @@ def random_rows(lengths: list[int], vocabulary: int) -> list[data.Example]:
     return [data.Example(row, ((1, len(row), 1.0),)) for row in ids]
 
 
-def flops_per_token(settings: dict, weights: int, length: int) -> int:
+def flops_per_token(settings: dict, weights: int, length: float) -> float:
     """What the products of a token need, forward and backward: the formula above."""
     return 6 * weights + 6 * settings["num_hidden_layers"] * settings["hidden_size"] * length
 
@@ -162,14 +159,17 @@ def large(c: Config) -> None:
         name = f"{kind.__name__.lower()}, {'compiled' if compiled else 'eager'}"
         loop = kind(settings, c, compiled)
         measure(loop, equal, c, settings, f"{name}, 8 rows of {c.length}")
-        if kind is Ours or not compiled:  # that loop would compile anew for every shape
+        if kind is Ours:
             measure(loop, unlike, c, settings, f"{name}, 64 rows of {min(sizes)} to {max(sizes)}")
         del loop
+        gc.collect()  # compiled layers hold themselves
+        if cuda:
+            torch.cuda.empty_cache()
 
 
 def measure(loop, examples: list[data.Example], c: Config, settings: dict, title: str) -> None:
-    """Print the speed, MFU and peak memory of a loop's step."""
-    cuda, seconds = torch.cuda.is_available(), []
+    """Print the speed of a loop's step, on a GPU with MFU and peak memory."""
+    cuda, seconds, share = torch.cuda.is_available(), [], ""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2 + c.steps):  # the first two warm up and compile
@@ -183,16 +183,16 @@ def measure(loop, examples: list[data.Example], c: Config, settings: dict, title
     sizes = np.array([len(e.ids) for e in examples])
     speed = sizes.sum() / statistics.median(seconds[2:])
 
-    # The embedding is looked up, not multiplied.
+    # The embedding is looked up, not multiplied. L is an average over tokens.
     count = sum(p.numel() for p in loop.model.parameters())
     weights = count - settings["vocab_size"] * settings["hidden_size"]
-    card = torch.cuda.get_device_name() if cuda else ""
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in card), math.nan)
-    # An average over tokens, of which long rows have more.
-    share = flops_per_token(settings, weights, (sizes**2).sum() / sizes.sum()) * speed / peak
-    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
-    print(f"  {title:44}{speed:8.0f} tokens per second, MFU {share:5.1%}, {memory:5.1f} GiB, "
-          f"{seconds[0]:.0f} s to start", flush=True)
+    flops = flops_per_token(settings, weights, (sizes**2).sum() / sizes.sum())
+    for name, peak in PEAK_FLOPS.items():
+        if cuda and name in torch.cuda.get_device_name():
+            share = f"MFU {flops * speed / peak:.1%}, "
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, " if cuda else ""
+    print(f"  {title:44}{speed:8.0f} tokens per second, {share}{memory}{seconds[0]:.0f} s to start",
+          flush=True)
 
 
 # ==== read: waits and kernels =====================================================================
@@ -204,12 +204,11 @@ def profile_step(c: Config) -> None:
     examples = random_rows([60, 200, 350, 700] * 8, settings["vocab_size"])
     loop, cuda = Ours(settings, c), torch.cuda.is_available()
     loop.step(examples)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
 
     # Torch itself says where the host waits.
     if cuda:
         torch.cuda.set_sync_debug_mode("warn")
-    with profile(activities=activities) as recorded:
+    with profile() as recorded:  # of all devices that are there
         loop.step(examples)
     if cuda:
         torch.cuda.set_sync_debug_mode("default")
@@ -240,6 +239,7 @@ def first_minutes() -> None:
 def main(c: Config) -> None:
     """The parts that are asked for."""
     check(c.steps > 0 and c.length > 1, "--steps must be 1 or more, --length 2")
+    check(c.only or c == Config(), "the other flags go with --only")
     check(torch.cuda.is_available() or (c.only and c.tiny), "there is no CUDA device here; on a "
           "CPU only --only large --tiny and --only profile --tiny run")
     {"": first_minutes, "large": large, "profile": profile_step}[c.only](*([c] if c.only else []))

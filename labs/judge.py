@@ -100,7 +100,7 @@ def judge(model, tokenizer: data.ChatTokenizer, pairs: list[tuple], micro_tokens
 def summarize(order: list[float], swapped: list[float]) -> dict:
     """What the verdicts come to; the left answers' win rate and its interval, and the bias."""
     counts = Counter(map(verdict, order, swapped))
-    first = Counter(margin > 0 for margin in order + swapped)[True]
+    first = sum(margin > 0 for margin in order + swapped)
 
     # A tie says nothing about the answers, so the interval is of the decided pairs.
     decided = counts["win"] + counts["loss"]

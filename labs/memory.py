@@ -95,7 +95,7 @@ def parameters(config: ModelConfig, rank: int) -> tuple[int, int, int, int]:
 def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     """Bytes that a layer keeps of each token for the backward pass: (up to attention, behind it).
 
-    The norm's input is fp32, its output e; a CPU may keep x / rms(x) too, CUDA's kernel does not.
+    The norm's input is fp32, its output e.
     Attention keeps q, k, v, its output and a logarithm per head; the MLP four vectors of width I.
     """
     D, I, e = config.hidden_size, config.intermediate_size, work.dtype.itemsize  # noqa: E741

@@ -25,9 +25,8 @@ What you should see: nats per supervised token of 100 held-out questions after 2
     soft MoE, scale 1      0.378 +- 0.013  0.378 +- 0.013
     soft MoE, scale 10     0.149 +- 0.142  0.897 +- 0.386
 
-At scale 1, where training begins, cosines hardly tell tokens apart: a slot is nearly the mean of
-the text, and the leak is in the fourth digit. With 10, four seeds of five learn to read the answer
-they are to predict. A training loss of such a layer means nothing without the honest one.
+At scale 1, where training begins, cosines hardly tell tokens apart: a slot is nearly the text's
+mean, and the leak is in the fourth digit. With 10, four seeds of five learn to read their answer.
 
 Exercise. Which sum would make the layer causal, and what would it cost?
     Solution: slots of the tokens up to t for token t; each expert then runs once per token.
@@ -113,6 +112,9 @@ class SoftLlama(Llama):
         for layer in self.model.layers:
             layer.mlp = SoftMoE(config.source)
 
+    def compile_layers(self, **_) -> None:
+        """Nothing: a layer here reads the lengths, and would compile anew for each of them."""
+
     def hidden(self, ids, lengths, prefix=None, keep_kv=False, noise=None, neftune_alpha=0.0,
                full_lengths=None, wanted=None, parents=None):
         """`Llama.hidden`; what it keeps of tokens, for those that continue them, is their ids."""
@@ -132,8 +134,8 @@ class SoftLlama(Llama):
         states, kept = super().hidden(whole, sizes, prefix, keep_kv and not self.exact, noise,
                                       neftune_alpha, full_lengths)
         if whole is not ids:
-            new = [part[-n:] for part, n in zip(states.split(sizes), lengths, strict=True)]
-            states = torch.cat(new)  # [T, D]
+            parts = zip(states.split(sizes), lengths, strict=True)
+            states = torch.cat([part[-n:] for part, n in parts])  # [T, D]
         if keep_kv and self.exact:
             row = ids[:, None, None]  # [T, 1, 1], in the place of keys [T, K, Dh]
             kept = Prefix([(row, row)], list(lengths))
@@ -158,10 +160,9 @@ class SoftLlama(Llama):
         for layer in self.model.layers:
             nn.init.normal_(layer.mlp.phi, generator=generator)
             for expert in layer.mlp.experts:
-                for half in (expert.gate_up_proj, expert.up_proj):
-                    nn.init.normal_(half.weight, generator=generator)
-                for half in (expert.gate_down_proj, expert.down_proj):
-                    nn.init.normal_(half.weight, std=half.in_features**-0.5, generator=generator)
+                for name, half in expert.named_children():
+                    std = half.in_features**-0.5 if "down" in name else 1.0
+                    nn.init.normal_(half.weight, std=std, generator=generator)
 
 
 # ---- skip on a first reading: the lesson on the demo ---------------------------------------------
@@ -173,7 +174,7 @@ ARMS = {"MLP": 0, "soft MoE, scale 1": 1.0, "soft MoE, scale 10": 10.0}
 @torch.no_grad()
 def honest_loss(model: Llama, examples: list[data.Example]) -> float:
     """Nats per supervised token, each predicted from the tokens before it and nothing else."""
-    total, count = 0.0, 0
+    losses = []
     for e in examples:
         for first, end, _ in e.spans:
             # The example up to each of its supervised tokens: texts of their own.
@@ -181,9 +182,8 @@ def honest_loss(model: Llama, examples: list[data.Example]) -> float:
             last = torch.tensor(texts.lengths).cumsum(0) - 1
             states, _ = model.hidden(texts.ids, texts.lengths, wanted=last)
             logp = model.next_logits(states).log_softmax(-1)  # [tokens of the span, V]
-            total -= logp[range(end - first), e.ids[first:end].tolist()].sum().item()
-            count += end - first
-    return total / count
+            losses.append(-logp[range(end - first), e.ids[first:end].tolist()])
+    return torch.cat(losses).mean().item()
 
 
 def make_base(folder: Path, scale: float, seed: int) -> None:

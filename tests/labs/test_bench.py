@@ -32,6 +32,24 @@ def test_flops_of_a_token_are_six_per_weight_and_those_of_causal_attention():
     assert bench_gpu.flops_per_token(settings, 100, 10) == 6 * 100 + 12 * 2 * 8 * 10 // 2
 
 
+def test_both_loops_of_a_gpu_compute_the_same_loss():
+    rows = bench_gpu.random_rows([40] * 5, bench_gpu.TINY["vocab_size"])
+    c = bench_gpu.Config(only="large", micro_tokens=80)  # two rows per pass
+    losses = [kind(bench_gpu.TINY, c).step(rows) for kind in (bench_gpu.Ours, bench_gpu.Bare)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_loop_that_needs_more_memory_than_there_is_stops_no_other(capsys):
+    class Greedy:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+        def step(self, examples):
+            raise torch.OutOfMemoryError
+
+    bench_gpu.measure(Greedy(), [], bench_gpu.Config(), bench_gpu.TINY, "greedy")
+    assert capsys.readouterr().out.split() == ["greedy", "out", "of", "memory"]
+
+
 def test_profile_names_what_takes_the_time_of_a_step():
     status, out, _ = command("labs/bench_gpu.py", "--only", "profile", "--tiny")
     assert status == 0 and "aten::mm" in out

@@ -114,6 +114,12 @@ def test_generation_is_that_of_texts_read_anew_at_every_step(steel):
             assert model.next_logits(states[-1:]).argmax() == token
 
 
+def test_such_layers_are_not_compiled(steel):
+    _, model = steel
+    model.compile_layers()  # an ordinary model's layers have compiled parts of their own then
+    assert not any({"before", "after"} & vars(layer).keys() for layer in model.model.layers)
+
+
 def test_the_core_loads_saves_and_examines_such_a_checkpoint(steel, tmp_path, monkeypatch):
     folder, model = steel
     monkeypatch.setattr(modeling, "Llama", soft_moe.SoftLlama)
