@@ -1314,6 +1314,14 @@ def check_output(flag: str, output: str | Path, inputs=(), size: int = 2**20) ->
     check(free >= size, f"{no} {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
+def checkpoint_in(folder: Path) -> str:
+    """The name of a file of the checkpoint that stands in a folder, "" if none does."""
+    for name in ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"):
+        for path in folder.glob(name):
+            return path.name
+    return ""
+
+
 def write_atomic(path: Path, write) -> None:
     """Call write(temporary path), then rename: no reader or crash ever meets half a file."""
     temporary = path.with_name(f".{path.name}.tmp")

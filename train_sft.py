@@ -766,9 +766,8 @@ def find_start_step(c: Config) -> int:
         return step if c.resume else 0
 
     # What stands there may be a run of ours, or somebody's checkpoint.
-    held = [path.name for name in ("config.json", "adapter_config.json", "tokenizer.json",
-                                   "*.safetensors", "step-*") for path in folder.glob(name)]
-    what, run = f"a checkpoint ({held[0]})" if held else "", folder / "run.json"
+    held = modeling.checkpoint_in(folder) or next((p.name for p in step_folders(folder)), "")
+    what, run = f"a checkpoint ({held})" if held else "", folder / "run.json"
     if step and not run.exists():
         what = f"the state of a run, at step {step}, but no run.json"
     elif step:

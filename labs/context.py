@@ -175,8 +175,8 @@ def main(c: Config) -> None:
     check(c.positions >= 32 and c.steps >= 4 and c.bucket > 0 and c.texts > 0,
           "--positions must be 32 or more, --steps 4 or more, --bucket and --texts 1 or more")
     check_output("--output_dir", c.output_dir)
-    check(not (Path(c.output_dir) / "config.json").exists(),
-          f"{c.output_dir} holds a checkpoint; choose another --output_dir")
+    held = modeling.checkpoint_in(Path(c.output_dir))
+    check(not held, f"{c.output_dir} holds a checkpoint ({held}); choose another --output_dir")
 
     # Every stage is a run of train_sft.py, on its own texts.
     make_new(c)

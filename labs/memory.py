@@ -12,7 +12,7 @@ and N supervised ones in the largest forward pass; products of e bytes (bf16: 2)
 
 --checkpoint_activations (arXiv:1604.06174) keeps 4 D per token and layer, and computes the layer
 again. LoRA (arXiv:2106.09685) leaves P' near 0, weights in the 16 bits they are stored in. --shard
-(ZeRO-3, arXiv:1910.02054) divides the first three by the devices. Both trainers print it at first.
+(ZeRO-3, arXiv:1910.02054) divides the first three by the devices. Both trainers print this first.
 
     python -m labs.memory                                    # sizes against ways, in GiB
     python -m labs.memory --model DIR --micro_tokens 4096    # one model, term by term
@@ -104,7 +104,8 @@ def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     norm = (4 + e) * D + 4  # what it is of, what it gives, and 1 / rms(x)
     before = norm + e * (2 * H + 2 * K) * Dh + 4 * H
     after = norm + e * 4 * I + (0 if cuda else e * H * Dh)  # groups of examples are put together
-    before += 4 * (H + K) * Dh if config.model_type == "qwen3" else 0
+    if config.model_type == "qwen3":
+        before += 4 * (H + K) * Dh
 
     # An adapter keeps A x. With dropout it keeps what is left of each of seven inputs, in place of
     # the input, and a byte per number that says what is left.

@@ -163,8 +163,8 @@ def percent_right(model, tokenizer, folder: Path) -> list[float]:
     """Percent right of the new facts, whose questions are in `folder`, old facts, and the exam."""
     percent = []
     for questions in (folder, Path("out/demo")):
-        right, count = world.right_by_turn(model, tokenizer, questions)
-        percent.append(100 * right[0] / count)  # at turn 1, with nothing said before
+        right, count = world.right_by_turn(model, tokenizer, questions, turns=1)
+        percent.append(100 * right[0] / count)
     right, count = evaluation.count_right(model, tokenizer, "out/demo/exam")
     return [*percent, 100 * right / count]
 
@@ -172,6 +172,9 @@ def percent_right(model, tokenizer, folder: Path) -> list[float]:
 def lesson(c: Config) -> None:
     """Learn new facts under several seeds and in several ways; print what is known then."""
     tokenizer, hardware, found = data.ChatTokenizer("out/sft"), train_sft.setup_hardware("fp32"), {}
+    check(Path("out/demo/practice.jsonl").exists(), "out/demo/practice.jsonl is missing; `python "
+          "train_sft.py` makes it")
+    modeling.check_output("--output_dir", c.output_dir, ["out/sft", "out/demo"])
     for seed in range(SEEDS):
         new, old = make_files(Path(c.output_dir), seed)
         run, replay = (fine_tune(files, tokenizer, hardware, seed) for files in ([new], [new, old]))
@@ -186,8 +189,9 @@ def lesson(c: Config) -> None:
         decayed = ema_weights(len(run) - 1, c.decay)
         for name, parts, weights in (
                 ("new rows alone", run[-1:], [1]), ("mean of both ends", (run[0], run[-1]), [1, 1]),
-                ("EMA of the run", run, decayed), ("Fisher, l = 1:1", ends, [1, 1]),
-                ("Fisher, l = 1:9", ends, [1, 9]), ("replay", replay[-1:], [1]),
+                ("mean, l = 1:2", (run[0], run[-1]), [1, 2]), ("EMA of the run", run, decayed),
+                ("Fisher, l = 1:1", ends, [1, 1]), ("Fisher, l = 1:9", ends, [1, 9]),
+                ("replay", replay[-1:], [1]),
                 ("EMA of replay", replay, decayed)):
             right = percent_right(merge(parts, weights), tokenizer, Path(c.output_dir))
             found.setdefault(name, []).append(right)
@@ -212,8 +216,8 @@ def check_input(c: Config) -> None:
     check(0 <= c.decay < 1, f"--decay must be in [0, 1), not {c.decay}")
     check(len(c.fisher) in (0, 1, count), "--fisher needs one file, or one per checkpoint")
     modeling.check_output("--output_dir", place, c.model)
-    check(not [*place.glob("*config.json"), *place.glob("*.safetensors")],
-          f"{place} holds a checkpoint; choose another --output_dir")
+    held = modeling.checkpoint_in(place)
+    check(not held, f"{place} holds a checkpoint ({held}); choose another --output_dir")
 
     # The config gives every weight its shape, and says what is done with it.
     wanted = {}

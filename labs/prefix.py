@@ -222,8 +222,8 @@ def tune(c: Config, tokenizer) -> None:
     """Learn one prefix from files and keep it."""
     folder = Path(c.output_dir)
     modeling.check_output("--output_dir", folder, [c.model])
-    check(not [*folder.glob("*.json"), *folder.glob("*.safetensors")],
-          f"{folder} holds a checkpoint; choose another --output_dir")
+    held = modeling.checkpoint_in(folder)
+    check(not held, f"{folder} holds a checkpoint ({held}); choose another --output_dir")
 
     # The learnt rows again, greedily: whether the prefix has learnt them, not what it is good for.
     examples, _ = data.load_examples(c.data, tokenizer, quiet=False)

@@ -238,15 +238,16 @@ def answer_greedily(model, tokenizer: data.ChatTokenizer, talks: list[list[dict]
     return [tokenizer.decode(ids, special=False) for ids in answers]
 
 
-def right_by_turn(model, tokenizer: data.ChatTokenizer, folder: Path) -> tuple[list[int], int]:
-    """How many of n held-out questions are answered rightly at turn 1, 2, 3 and 4; and n.
+def right_by_turn(model, tokenizer: data.ChatTokenizer, folder: Path,
+                  turns: int = TURNS) -> tuple[list[int], int]:
+    """How many of n held-out questions are answered rightly at each turn from the first; and n.
 
     Each question stands once at every turn, after the model's own answers. Right is an answer that
     contains the reference from its first to its last quotation mark.
     """
     rows = [row.messages for _, row in data.read_rows([folder / "instructions_val.jsonl"])]
-    talks, right = [[] for _ in rows], [0] * TURNS
-    for turn in range(TURNS):
+    talks, right = [[] for _ in rows], [0] * turns
+    for turn in range(turns):
         # Conversation i asks question i, then those a quarter of the list further on.
         shift = turn * len(rows) // TURNS
         asked = rows[shift:] + rows[:shift]
@@ -284,17 +285,12 @@ def try_demo(model, tokenizer: data.ChatTokenizer, rows: list[data.Row]) -> tupl
 def report_preferences(before: tuple, after: tuple, rows: list[data.Row]) -> None:
     """What `try_demo` gave before and after, and one question that was answered rudely before."""
     openings = tuple(answer[:2] for answer in POLITE)
-    polite, rude = [0, 0], []
-    for k, answers in enumerate(zip(before[1], after[1], strict=True)):
-        polite[0] += answers[0].startswith(openings)
-        polite[1] += answers[1].startswith(openings)
-        if not answers[0].startswith(openings):
-            rude.append(k)
-    print(f"polite answers to {len(rows)} held-out questions: before {polite[0]}, after "
-          f"{polite[1]}\nexam: before {before[0]}, after {after[0]}")
+    was, now = ([a.startswith(openings) for a in answers] for _, answers in (before, after))
+    print(f"polite answers to {len(rows)} held-out questions: before {sum(was)}, after {sum(now)}\n"
+          f"exam: before {before[0]}, after {after[0]}")
 
     # As an example a question that was answered rudely before, if there is one.
-    k = rude[0] if rude else 0
+    k = was.index(False) if False in was else 0
     print(f"{rows[k].messages[-1]['content']}\n  before: {before[1][k]}\n  after:  {after[1][k]}")
 
 
