@@ -44,7 +44,7 @@ from model import InputError, check, checkpoint_file, write_atomic, write_json
 # ==== read: rows of every format ==================================================================
 
 # What the keys of a row and of a message mean. To read one more format, add its keys here.
-# A key that stands in no line carries nothing that is trained; read_rows names it once per file.
+# A key in no line is not used, as `id`: read_rows names it once per file.
 KEYS = (  # meaning, how its value is read (a role: texts of that role), keys of a row, of a message
     ("messages", "user", "messages conversations conversation", ""),
     ("system", "system", "system system_prompt", ""),
@@ -468,10 +468,10 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 class Plan(NamedTuple):
-    """A text to be encoded; of `spans` (begin, end, weight) the characters are supervised."""
+    """A text to be encoded; the characters of `places` (begin, end, weight) are supervised."""
 
     text: str
-    spans: tuple = ()
+    places: tuple = ()  # an Example's `spans` are the same in tokens
     start: tuple = ()  # ids before the text
 
 
@@ -605,7 +605,7 @@ class ChatTemplate:
 
     def conversation(self, messages: list[dict], tools: list | None = None,
                      train_on: str = "all") -> list[Plan]:
-        """What to train on: every answer, or the last, in the text in which it was generated.
+        """What to train on: every answer, or the last, in the text that a model would have written.
 
         Usually one plan holds all answers. But Qwen3's template drops the reasoning of an answer
         once a question follows: then that answer gets a plan of its own, which ends with it.
@@ -622,19 +622,19 @@ class ChatTemplate:
             if not weight and i < len(messages) - 1:
                 continue
 
-            # A template that drops reasoning at </think> is shown KEPT instead, then turned back.
+            # A template that cuts an answer at </think> does not see one: KEPT stands in its place.
             said = shown[: offset + i + 1]
             if weight and self.drops_thought:
                 said[-1] = {**said[-1], "content": said[-1]["content"].replace("</think>", KEPT)}
             text = self.render(said, tools).replace(KEPT, "</think>")
             self.check_written(text, shown[: offset + i + 1])
-            spans = ((*self.answer_place(text, said, tools), weight),) if weight else ()
+            places = ((*self.answer_place(text, said, tools), weight),) if weight else ()
 
             # Answers before it stay supervised if the text up to the end of the last is the same.
-            if plans and text.startswith(plans[-1].text[: plans[-1].spans[-1][1]]):
-                spans = plans.pop().spans + spans
-            if spans or not plans:
-                plans.append(Plan(text, spans))
+            if plans and text.startswith(plans[-1].text[: plans[-1].places[-1][1]]):
+                places = plans.pop().places + places
+            if places or not plans:
+                plans.append(Plan(text, places))
         return plans
 
     def prompt(self, messages: list[dict], tools: list | None = None, **options) -> Plan:
@@ -804,7 +804,7 @@ class ChatTokenizer(ChatTemplate):
         """Ids and spans of a plan from the encoding of its text."""
         # Where a token straddles the beginning of an answer, a BORDER there keeps the two apart.
         text, apart = plan.text, []
-        for begin, _, _ in plan.spans:
+        for begin, _, _ in plan.places:
             first = token_at(encoding, begin)
             if first and encoding.token_to_chars(first - 1)[1] > begin:
                 apart.append(begin)
@@ -815,7 +815,7 @@ class ChatTokenizer(ChatTemplate):
 
         # Spans of characters become spans of tokens; then the BORDERs go.
         spans, start = [], len(plan.start)
-        for begin, end, weight in plan.spans:
+        for begin, end, weight in plan.places:
             moved = bisect_right(apart, begin)  # by so many BORDERs: characters, then tokens
             first = start + token_at(encoding, begin + moved) - moved
             last = start + token_at(encoding, end + moved) - moved
@@ -926,9 +926,9 @@ def to_examples(rows: list[Row], source: int, counts: Counter, tokenizer: ChatTo
         check(keep_all or (row.chosen is None and row.label is None),
              f"{row.where}: a preference row; train_dpo.py trains on those")
     owners, plans, examples = [], [], []
-    for row, parts in render_rows(rows, tokenizer, train_on, counts, skip_bad_rows):
-        owners += [row] * len(parts)
-        plans += parts
+    for row, own in render_rows(rows, tokenizer, train_on, counts, skip_bad_rows):
+        owners += [row] * len(own)
+        plans += own
 
     # All texts in one call: the tokenizer's threads share them.
     for row, (ids, spans) in zip(owners, tokenizer.encode(plans), strict=True):
@@ -1051,16 +1051,16 @@ def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int 
 class Mixer:
     """Which example is drawn when: a pure function of (seed, draw), alike on every rank.
 
-    An epoch is as many draws as there are examples. Each source gets its share of them, rounded by
-    largest remainders, as the next stretch of an endless sequence of its own shuffles; then the
-    epoch is shuffled. So proportional mixing sees every example once an epoch, and a source repeats
-    only when all of it was seen. Examples are numbered by source.
+    An epoch is as many draws as there are examples. A source is shuffled again and again into one
+    endless list; an epoch takes the next of it, as many as the source's share (rounded by largest
+    remainders), and shuffles what all sources gave. So proportional mixing sees every example once
+    per epoch, and a source repeats only when all of it was seen. Examples are numbered by source.
     """
 
     def __init__(self, sizes: list[int], rates: np.ndarray, seed: int):
         self.sizes, self.seed, self.size = sizes, seed, sum(sizes)
 
-        # Largest remainders: all get the whole part of their share, the largest rests one more.
+        # Largest remainders: round all shares down; where most was lost, give one more.
         exact = rates * self.size
         self.quotas = np.floor(exact).astype(int)
         missing = self.size - self.quotas.sum()
@@ -1068,7 +1068,7 @@ class Mixer:
         self.cached = -1, None  # the latest epoch and its draws: its steps share them
 
     def source(self, m: int, first: int, count: int) -> np.ndarray:
-        """Draws first..first+count-1 of source m: [count, 2] of (example, visits before)."""
+        """Draws first..first+count-1 of source m: [count, 2] of (example, times seen before)."""
         # Draw k of a source is place k % size of its shuffle number k // size.
         visit, place = np.divmod(np.arange(first, first + count), self.sizes[m])
         example = np.empty_like(place)
@@ -1078,7 +1078,7 @@ class Mixer:
         return np.stack((example + sum(self.sizes[:m]), visit), 1)
 
     def epoch(self, number: int) -> np.ndarray:
-        """All draws of an epoch: [size, 2] of (example, visits before)."""
+        """All draws of an epoch: [size, 2] of (example, times seen before)."""
         if self.cached[0] != number:
             draws = [self.source(m, number * q, q) for m, q in enumerate(self.quotas.tolist())]
             shuffle = np.random.default_rng([self.seed, 0, number]).permutation(self.size)
@@ -1086,7 +1086,7 @@ class Mixer:
         return self.cached[1]
 
     def draws(self, first: int, end: int) -> list[tuple[int, int]]:
-        """(example, visits before) of draws first..end-1, counted from the start of training."""
+        """(example, times seen before) of draws first..end-1, counted from the start."""
         return [tuple(self.epoch(k // self.size)[k % self.size].tolist())
                 for k in range(first, end)]
 
@@ -1159,15 +1159,16 @@ def cut_at(limit: int, order: list[int], lengths: list[int]) -> list[list[int]]:
 def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
     """Cut a step into micro-batches of at most `micro_tokens` tokens: lists of indices per rank.
 
-    Sorted by length, so that like lengths meet in attention; as even as their number allows; their
-    number a multiple of the ranks if there are enough examples; dealt so that tokens balance.
-    Every rank computes the same without asking. A longer example is a micro-batch of its own.
+    Sorted by length, so that like lengths meet in attention; as even as their number allows; one
+    per rank at least if there are enough examples; dealt so that tokens balance. Every rank
+    computes the same without asking. A longer example is a micro-batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     count = -(-len(cut_at(micro_tokens, order, lengths)) // ranks) * ranks
 
     # The smallest limit that needs at most `count` chunks makes them even, where `micro_tokens`
-    # would leave a small rest. The larger the limit the fewer the chunks: bisection finds it.
+    # would leave a small rest. The larger the limit the fewer the chunks: bisection finds it, and
+    # tries smaller ones only, because `micro_tokens` is known to do.
     limit = 1 + bisect_left(range(1, micro_tokens), True,
                             key=lambda tokens: len(cut_at(tokens, order, lengths)) <= count)
     parts = cut_at(limit, order, lengths)

@@ -93,9 +93,9 @@ class Protocol(NamedTuple):
     header: str
     question: str
     ending: str
-    answer: str  # {answer} is a letter; filled in with A, B, C, D it gives what options score
+    answer: str  # {answer} is a letter; filled in with A, B, C, D these are the scored options
     scored: Literal["next token", "sum", "text"] = "next token"  # argmax of ln p, or words
-    begin: str = ""  # of the answer, given away except in a chat template
+    begin: str = ""  # of the answer: it stands in the prompt already; not in a chat template
     tokens: int = 0  # of an answer in words
 
 
@@ -155,7 +155,7 @@ def option_ids(tokenizer: data.ChatTokenizer, prompt: data.Plan, space: str, p: 
     for letter in LETTERS:
         texts.append(form.format(answer=letter))
         whole = prompt.text + texts[-1]
-        plans.append(prompt._replace(text=whole, spans=((len(prompt.text), len(whole), 1.0),)))
+        plans.append(prompt._replace(text=whole, places=((len(prompt.text), len(whole), 1.0),)))
 
     # The span says at which token the option begins; no span: the tokenizer dropped it.
     for ids, spans in tokenizer.encode(plans):
@@ -341,12 +341,12 @@ def count_right(model, tokenizer: data.ChatTokenizer, folder: str | Path,
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927): the p with |right/n - p| <= z sqrt(p (1-p) / n)."""
+    """95% interval of a share, n = count (Wilson 1927): |right/n - p| <= z sqrt(p (1-p) / n)."""
     z, share = 1.959964, right / count
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)  # but for rounding
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)  # if rounded out
 
 
 # ---- skip on a first reading: results.json -------------------------------------------------------

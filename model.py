@@ -38,6 +38,10 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+# oneDNN keeps the kernels of the last 1,024 shapes of 16-bit products, most of a megabyte each. The
+# number of flat tokens is new in nearly every micro-batch, so most of them never serve again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -77,7 +81,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), in the finer of their types.
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467, eq. 4), in the wider of their types.
 
     What comes out is read by matrix products alone, so it is cast to their type here, once.
     """
@@ -91,7 +95,7 @@ class RMSNorm(nn.Module):
         kind = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight, narrow = x.to(kind), self.weight.to(kind), product_dtype(self.weight)
 
-        # In 16 bits torch sums in fp32 within, which the one by hand would not.
+        # Of 16-bit inputs F.rms_norm sums the squares in fp32, which CPUNorm would not.
         by_hand = x.device.type == "cpu" and kind == torch.float32
         if by_hand and not torch.compiler.is_compiling():
             return CPUNorm.apply(x, weight, self.eps, narrow)
@@ -216,7 +220,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both residual branches.
 
     Tokens meet in `attention` alone. What stands before and after it treats every token by itself,
-    knows neither examples nor the layer's number, and so compiles once for all layers and lengths.
+    knows neither examples nor the layer's number: compiled, it serves all layers and lengths.
     """
 
     def __init__(self, config: ModelConfig, window: int | None):
@@ -279,7 +283,8 @@ class Llama(nn.Module):
 
         prefix        what stands before each example (B rows)
         keep_kv       whether the second thing returned is a Prefix of these tokens, or None
-        noise         [T] from `noise_keys`: switches on NEFTune and dropout, in training mode only
+        noise         [T] from `noise_keys`: the hashes that NEFTune and dropout draw from, in
+                      training mode only; None: neither
         full_lengths  [B] for NEFTune: the lengths of the examples if these tokens are but a part
         wanted        [N] flat indices of the tokens whose states are asked for; None: of all
         parents       [B] in place of a prefix: the earlier example that each one continues, or None
@@ -314,7 +319,7 @@ class Llama(nn.Module):
     def forward(self, ids, lengths, targets, prefix=None, **given) -> Tensor:
         """ln p(token | those before it) [N] in nats, of the tokens at flat indices `targets` [N].
 
-        A target is predicted from the state just before it, so an example's first token is none.
+        A target is predicted from the state before it, so an example's first token is never one.
         What else is `given` goes to `hidden`: noise, neftune_alpha, full_lengths, parents.
         """
         states, _ = self.hidden(ids, lengths, prefix, wanted=targets - 1, **given)  # [N, D]
@@ -341,8 +346,8 @@ class Llama(nn.Module):
             layer.dropout = bottom + (top - bottom) * i / max(len(self.model.layers) - 1, 1)
 
     def compile_layers(self, **options) -> None:
-        """Compile what layers do to single tokens: a graph serves every layer and every length."""
-        # With and without noise, with and without gradients: more than the default allows.
+        """Compile what layers do to single tokens: the graphs serve every layer and length."""
+        # Noise or none, gradients or none make graphs of their own: more than the default allows.
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True, **options)
@@ -400,13 +405,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, past, layout: "Layout", window) -
     q = q.split([b * L for b, L, _, _ in layout.calls])
     k, v = k.split(layout.pieces), v.split(layout.pieces)
     found = []
-    for query, (b, L, before, own) in zip(q, layout.calls, strict=True):
+    for query, (b, L, parent, own) in zip(q, layout.calls, strict=True):
         query, key, value = (t.unflatten(0, (b, -1)) for t in (query, k[own], v[own]))
 
         # The b examples of a call continue the same tokens: keys and values [b, S, K, Dh].
-        if before is not None:
-            key = torch.cat((k[before].expand(b, -1, -1, -1), key), 1)
-            value = torch.cat((v[before].expand(b, -1, -1, -1), value), 1)
+        if parent is not None:
+            key = torch.cat((k[parent].expand(b, -1, -1, -1), key), 1)
+            value = torch.cat((v[parent].expand(b, -1, -1, -1), value), 1)
 
         # The causal kernel skips the half of the square [S, S] that a mask would hide.
         S, mask = key.shape[1], None
@@ -469,10 +474,10 @@ class Layout:
         if prefix is not None:
             stored, rows = prefix.lengths, prefix.rows or list(range(B))
         known = stored or lengths
-        before = [0 if row is None else known[row] for row in rows]  # [B] tokens
+        start = torch.tensor([0 if row is None else known[row] for row in rows])  # [B] tokens
 
         # Positions restart with every example and go on where what it continues ends.
-        count, start = torch.tensor(lengths), torch.tensor(before)  # [B]
+        count = torch.tensor(lengths)  # [B]
         first = count.cumsum(0) - count  # [B] flat index of each example's first token
         example = torch.arange(B).repeat_interleave(count)  # [T]
         position = torch.arange(T) + (start - first)[example]  # [T]
@@ -495,7 +500,7 @@ class Layout:
             self.plan_calls(lengths, stored, rows)
 
     def plan_calls(self, lengths: list[int], stored: list[int], rows: list) -> None:
-        """Which calls `attention` makes: (examples, queries of each, piece before, own piece).
+        """Which calls `attention` makes: (examples, queries of each, parent's piece, own piece).
 
         `pieces` are the sizes of what keys are cut into: the stored texts, then a piece per call.
         """
@@ -507,12 +512,13 @@ class Layout:
         alike = itertools.groupby(zip(rows, lengths, alone, strict=True))
         for (row, length, _), members in alike:
             b, place[i] = len(list(members)), len(self.pieces)
-            before, L = row if stored else place.get(row), length
+            parent, L = row if stored else place.get(row), length
 
-            # An example right behind its parent is one text with it, which needs no mask.
+            # Right behind its parent an only child is one text with it: one causal call, no mask,
+            # whose queries are of both, and whose keys are the parent's piece and its own.
             if b == 1 and row == i - 1 and not stored:
                 L += self.calls.pop()[1]
-            self.calls.append((b, L, before, place[i]))
+            self.calls.append((b, L, parent, place[i]))
             self.pieces.append(b * length)
             i += b
 
@@ -530,7 +536,7 @@ class Layout:
 
 
 def combine(key: Tensor, value: Tensor | int) -> Tensor:
-    """A 32-bit hash of `value` under `key`, non-negative integers below 2^31 and 2^32.
+    """A 32-bit hash of `value` below 2^31 under `key` below 2^32, both non-negative integers.
 
     The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
     """
@@ -563,7 +569,7 @@ def noise_keys(seed: int, visits: list, examples: list, lengths: list, device="c
 def uniform(keys: Tensor, size: int) -> Tensor:
     """`size` uniform numbers in (0, 1) for each key: [T] -> [T, size], alike on every device."""
     bits = combine(keys[:, None], torch.arange(size, device=keys.device)) >> 9  # [T, size]
-    return (bits.float() + 0.5) / 2**23  # 23 bits and a half are exact in fp32
+    return (bits.float() + 0.5) / 2**23  # 23 bits, and half of their unit, are exact in fp32
 
 
 def neftune_noise(keys: Tensor, lengths: list[int], size: int, alpha: float,

@@ -105,8 +105,9 @@ class Preference(NamedTuple):
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO (arXiv:2305.18290, eq. 7): -ln s(beta margin), s the logistic function.
 
-    cDPO (Mitchell 2023) takes a share e of the labels to be wrong: -(1-e) ln s(beta margin)
-    - e ln s(-beta margin). A larger beta is content with a smaller margin: closer to the reference.
+    cDPO (Mitchell 2023) takes a share e (label_smoothing) of the pairs to be the wrong way round:
+    -(1-e) ln s(beta margin) - e ln s(-beta margin). Under a larger beta the gradient fades at a
+    smaller margin: the policy stays closer to the reference.
     """
     right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
     return -(1 - label_smoothing) * right - label_smoothing * wrong
@@ -140,9 +141,10 @@ def simpo_loss(margin: Tensor, beta: float, gamma: float) -> Tensor:
 
 def objective(c: Config, policy: Tensor, reference: Tensor,
               length: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [B], rewards [B, 2]) of the sums of log-probabilities [B, 2] of (chosen, rejected).
+    """(loss [B], rewards [B, 2]); all [B, 2] have a column for chosen and one for rejected.
 
-    A reward is beta times what enters the margin; `length` [B, 2] counts tokens.
+    `policy` and `reference` (0 for SimPO) are sums of log-probabilities, `length` counts tokens. A
+    reward is beta times what enters the margin.
     """
     ratio = policy - reference  # [B, 2]
 
@@ -177,8 +179,8 @@ def answer_logprobs(model, items: list[Preference], draws: list[tuple] = (), see
     One pass over prompts and answers end to end. A prompt stands there once; its answers continue
     its keys and values, through which gradients flow back into it. NEFTune's L is the length of
     prompt and answer; within the prompt, which has one noise for both answers, that of the longer
-    one. In training the noise is drawn by the seed and by `draws`, of each preference its number
-    among the training data and how often it was seen before.
+    one. In training the noise is a function of the seed and of `draws`: (index among the training
+    data, times seen before) of each preference.
     """
     examples, parents, full, counts = [], [], [], []
     for p in items:
@@ -189,7 +191,8 @@ def answer_logprobs(model, items: list[Preference], draws: list[tuple] = (), see
         full += [max(lengths), *lengths]
     batch, noise = data.collate(examples, model.device), None
 
-    # For the noise, preference i is three examples: prompt 3i, chosen 3i + 1, rejected 3i + 2.
+    # For the noise, preference i is three examples, so that each draws its own: the prompt is
+    # 3i, chosen 3i + 1, rejected 3i + 2.
     if draws:
         visits, numbers = [], []
         for p, (index, visit) in zip(items, draws, strict=True):
@@ -229,14 +232,13 @@ def backward_step(model, run: RunData, reference: Tensor, step: int, c: Config,
     """Gradients of one optimizer step; returns its metrics.
 
     loss = mean over the pairs of the global step. `reference` [all pairs, 2] are the model's
-    log-probabilities before training.
+    log-probabilities before training. `train`, below, fits this to the loop of train_sft.py.
     """
     draws = run.step(step, c.batch_size)
-    items, reference = [run.train[i] for i, _ in draws], reference[torch.tensor(draws)[:, 0]]
-    length = count_tokens(items)  # [items, 2]
-    policy = backward_passes(model, items, draws, objective, (reference, length), c, hardware,
-                             scaler)
-    metrics = measure(c, policy, reference, length)
+    items, mine = [run.train[i] for i, _ in draws], reference[torch.tensor(draws)[:, 0]]
+    length = count_tokens(items)  # [items, 2], as `mine`
+    policy = backward_passes(model, items, draws, objective, (mine, length), c, hardware, scaler)
+    metrics = measure(c, policy, mine, length)
     return {**metrics, "tokens": sum(p.tokens for p in items), "target_tokens": int(length.sum())}
 
 
@@ -262,7 +264,7 @@ def backward_passes(model, items: list[Preference], draws: list[tuple], objectiv
         rows = [modeling.send(table[chunk], hardware.device) for table in tables]  # [B, 2] each
         loss = weight * objective(c, logp, *rows)[0].sum() / len(items)
 
-        # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
+        # DDP averages the ranks' gradients, but the step's is their sum: hence times `world`.
         scaler.scale(loss * hardware.world).backward()
         policy[chunk] += weight * logp.detach().cpu()
 
@@ -518,7 +520,8 @@ def explain(records: list[dict]) -> None:
 def summary(c: Config, run: RunData, records: list[dict]) -> None:
     """What a person wants to know when a run ends."""
     seconds = sum(r["tokens"] / r["tokens_per_second"] for r in records if r["step"] > 0)
-    print(f"{run.draws} preferences in {seconds:.0f} s, {run.draws / seconds:.1f} a second")
+    print(f"{run.draw_count} preferences in {seconds:.0f} s, "
+          f"{run.draw_count / seconds:.1f} per second")
     explain(records)
 
     train_sft.print_held_out(records, (

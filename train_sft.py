@@ -111,25 +111,25 @@ class RunData(NamedTuple):
     train: list[data.Example]
     validation: list[data.Example]
     mixer: data.Mixer
-    draws: int  # examples that the whole run draws
+    draw_count: int  # examples that the whole run draws
     steps: int  # optimizer steps of the whole run
     exam_floors: dict[str, float] = {}  # of every exam the share right of always the same letter
 
     def step(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """(index of the example, how often it was seen before) of every draw of step 1, 2, ...
+        """(index of the example, times seen before) of every draw of step 1, 2, ...
 
         The last step of a run may have fewer draws than `batch_size`.
         """
         first = (step - 1) * batch_size
-        return self.mixer.draws(first, min(first + batch_size, self.draws))
+        return self.mixer.draws(first, min(first + batch_size, self.draw_count))
 
 
 def my_passes(lengths: list[int], c: Config,
               hardware: "Hardware") -> list[tuple[list[int], float]]:
     """This rank's forward passes over examples of these lengths: (indices, weight) of each.
 
-    All ranks make the same number, since in every pass they wait for each other: under DDP for
-    gradients, with --shard for weights. Who has less to do repeats an example with weight 0.
+    All ranks make equally many passes, since in every pass they wait for each other: under DDP for
+    gradients, with --shard for weights. Who has less to do adds passes of one example, weight 0.
     """
     # Every rank deals the whole step in the same way and takes its own share.
     dealt = data.micro_batches(lengths, c.micro_tokens, hardware.world)
@@ -166,22 +166,21 @@ def backward_step(model, run: RunData, step: int, c: Config, hardware: "Hardware
     # Every rank knows the whole step, so it can divide by the sum of all weights without asking
     # the others, and before the first forward pass.
     examples = [run.train[index] for index, _ in run.step(step, c.batch_size)]
-    total = 0.0
-    for e in examples:
-        total += sum(weight * (end - first) for first, end, weight in e.spans)
-    total = divisor or total
+    if divisor is None:
+        divisor = sum(w * (end - first) for e in examples for first, end, w in e.spans)
 
     loss_sum = 0.0
     batches = my_micro_batches(run, step, c, hardware)
     for k, (batch, noise) in enumerate(batches, 1):
-        # Under DDP gradients travel once per step: with the last micro-batch.
+        # Under DDP gradients travel once per step, with the last micro-batch. This is the switch
+        # behind DDP's `no_sync`; a model without DDP has no use for it.
         model.require_backward_grad_sync = k == len(batches)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets, noise=noise,
                          neftune_alpha=c.neftune_alpha)  # [N]
-        loss = -(batch.weights * logp).sum() / total
+        loss = -(batch.weights * logp).sum() / divisor
 
-        # DDP averages over the ranks, but the step's loss is their sum: hence times `world`.
+        # DDP averages the ranks' gradients, but the step's is their sum: hence times `world`.
         scaler.scale(loss * hardware.world).backward()
         loss_sum += loss.detach()
 
@@ -204,7 +203,8 @@ def clip_and_step(model, optimizer, scaler, c: Config, loss: float, run: RunData
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
 
     # Under fp16 a norm that is not finite is an overflow, which the scaler deals with.
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+    overflow = scaler.is_enabled() and not math.isfinite(norm)
+    if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
         rows = ", ".join(run.train[index].where for index, _ in run.step(step, c.batch_size))
         raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: not finite, nothing "
                          f"was updated; lower --learning_rate, or look at its rows: {rows}")
@@ -213,7 +213,7 @@ def clip_and_step(model, optimizer, scaler, c: Config, loss: float, run: RunData
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm if math.isfinite(norm) else None
+    return None if overflow else norm
 
 
 # ==== read: the loop ==============================================================================
@@ -225,7 +225,7 @@ def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
     """Forward and backward, clip and step, measure, log, save; `wrapped` is the model under DDP.
 
     Another trainer brings its own `backward` (this rank's part of the loss, the step's metrics),
-    `validate` (metrics of held-out data) and the figure of both. Returns the records of
+    `validate` (metrics of held-out data) and the figure of its metrics. Returns the records of
     metrics.jsonl, and the exit status: 0, or 128 + the signal that came.
     """
     optimizer, scaler = make_optimizer(model, c), hardware.make_scaler()
@@ -259,7 +259,7 @@ def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
         loss, stop = hardware.sum(loss, len(signals))
         norm = clip_and_step(model, optimizer, scaler, c, loss, run, step)
         seconds = time.perf_counter() - began
-        drawn = min(step * c.batch_size, run.draws)
+        drawn = min(step * c.batch_size, run.draw_count)
 
         log.write({"step": step, "epoch": round(drawn / run.mixer.size, 4), "loss": loss,
                    "learning_rate": rate, "grad_norm": norm, **metrics,
@@ -292,7 +292,7 @@ def release_signals() -> None:
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether `step` is one at which things happen: 0, the last, and `every` so many (0: none)."""
+    """Whether to act at `step`: at 0, at the last, and with `every` above 0 at its multiples."""
     return step in (0, steps) or (every > 0 and step % every == 0)
 
 
@@ -955,7 +955,7 @@ def summary(c: Config, records: list[dict]) -> None:
     steps = [record for record in records if record["step"] > 0]
     tokens = sum(r["tokens"] for r in steps)
     seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
-    print(f"{tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} a second")
+    print(f"{tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} per second")
     print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per supervised token")
     print_held_out(records, [("val_loss", "validation loss", ".4f")])
 

@@ -120,15 +120,15 @@ def backward_step(model, run: RunData, reference: Tensor, step: int, c: Config,
                   hardware: Hardware, scaler) -> dict:
     """Gradients of one optimizer step, the mean over its items; returns its metrics."""
     draws = run.step(step, c.batch_size)
-    items, reference = [run.train[i] for i, _ in draws], reference[torch.tensor(draws)[:, 0]]
+    items, mine = [run.train[i] for i, _ in draws], reference[torch.tensor(draws)[:, 0]]
 
     # The mismatched answers do their work in z: one of the whole step, however it is cut and dealt.
     strangers = train_dpo.all_logprobs(model, only(1, items), c, hardware)  # [items, 1]
-    z = kl_point(strangers, reference[:, 1:])
+    z = kl_point(strangers, mine[:, 1:])
 
     # Only the own answers are trained.
     own = only(0, items)
-    tables = reference[:, :1], train_dpo.count_tokens(own), likes(items)  # [items, 1] each
+    tables = mine[:, :1], train_dpo.count_tokens(own), likes(items)  # [items, 1] each
     policy = train_dpo.backward_passes(model, own, draws, partial(objective, z=z), tables, c,
                                        hardware, scaler)
     return {**measure(c, policy, *tables, z), "kl": z, "tokens": sum(p.tokens for p in items),

@@ -78,7 +78,7 @@ def score_lines(r: dict) -> dict[str, tuple]:
         return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
 
     # Subjects first, then their categories, last all together.
-    lines = {"accuracy in %": ("questions", short_name(r["model"]))}
+    lines = {"accuracy in %" if r["floor"] else "no labels": ("questions", short_name(r["model"]))}
     for handle, row in r["subjects"].items():
         lines[handle] = row["questions"], percent(row["accuracy"])
     for name, row in {**r["categories"], "all": r}.items():
