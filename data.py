@@ -21,12 +21,13 @@ import re
 import sys
 import tempfile
 import typing
+import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -128,7 +129,8 @@ def read_row(row: dict, ask: bool) -> dict:
         if not ask and not values.keys() & {"messages", "answer"}:
             answers = [key for key, (meaning, _) in ROW_KEYS.items() if meaning == "answer"]
             null = [f"{key} (null)" for key in answers if key in row]
-            raise InputError(f"expected an answer under {', '.join(null or answers)}")
+            found = f"; found {', '.join(map(str, row))[:60]}"
+            raise InputError(f"expected an answer under {', '.join(null or answers)}{found}")
         messages = read_question(values, keys)
         if "messages" not in values or messages[-1]["role"] != "assistant":
             messages = messages + values.pop("answer", [])
@@ -976,7 +978,7 @@ def convert_files(files: list[str], convert, skip_bad_rows: bool | None = None,
             items += convert(good, source, counts)
             counts["dropped: bad row"] += len(some) - len(good)
             counts["empty answers"] += sum(map(has_empty_answer, good))
-        check(len(items) > before, f"{path}: no row to train on")
+        check(len(items) > before, f"{path}: no row that can be used")
     return items, +counts
 
 
@@ -1270,7 +1272,8 @@ def show(c: Show) -> None:
                 print(marked(e, tokenizer, sys.stdout.isatty()))
 
     end = tokenizer.decode([tokenizer.stop_id])
-    print(f"--- template {tokenizer.template}; a turn ends with {end}")
+    marks = "green" if sys.stdout.isatty() else "in [[ ]]"
+    print(f"--- template {tokenizer.template}; a turn ends with {end}; supervised text is {marks}")
     print_sizes(c.files, examples, counts)
     if c.steps:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")
@@ -1312,7 +1315,7 @@ def print_tokens(example: Example, tokenizer: ChatTokenizer, folder: str) -> Non
 def print_sizes(files: list[str], examples: list[Example], counts: Counter) -> None:
     """Shares and lengths of the examples of each file, and what was lost."""
     sizes = np.array([(e.source, len(e.ids), e.targets) for e in examples])
-    table = [("source", "examples", "share", "supervised", "share", "median tokens", "longest")]
+    table = [("source", "examples", "share", "supervised", "their share", "median", "longest")]
     rows = shares(sizes[:, ::2].tolist(), source_names(files))
     for m, (name, row) in enumerate(rows.items()):
         lengths = sizes[sizes[:, 0] == m, 1]
@@ -1322,7 +1325,7 @@ def print_sizes(files: list[str], examples: list[Example], counts: Counter) -> N
     _, tokens, supervised = sizes.sum(0)
     print(f"supervised: {supervised / tokens:.1%} of the tokens\n"
           "tokens of an example, by percentiles:", end="")
-    for percent in (1, 5, 25, 50, 75, 95, 99, 100):
+    for percent in (5, 25, 50, 75, 95, 100):
         print(f" {percent}%: {np.percentile(sizes[:, 1], percent):.0f} ", end="")
     print()
     counts["nothing to supervise"] = int((sizes[:, 2] == 0).sum())
@@ -1415,7 +1418,10 @@ def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
     # one place, where who reads the code meets it too, and the two cannot drift apart.
     source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])  # base classes first
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False)
+    script = Path(sys.argv[0])
+    name = f"python -m labs.{script.stem}" if script.parent.name == "labs" else script.name
+    name = " ".join([name, *sys.argv[1 : len(sys.argv) - len(argv)]])  # eval.py exam
+    parser = argparse.ArgumentParser(name, description=cls.__doc__, allow_abbrev=False)
     # Its own way to report an error prints the usage over several lines.
     parser.error = lambda message: check(False, f"{message}; --help lists the flags")
     for f in fields(cls):
@@ -1426,8 +1432,11 @@ def parse_flags(cls, argv: list[str], positional: str = "") -> dict:
             kind = {"choices": inner}
         elif typing.get_origin(f.type) is list:
             kind = {"type": inner[0], "nargs": "+"}
-        flag = f.name if f.name == positional else f"--{f.name}"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=helps.get(f.name), **kind)
+        flag, about = f.name if f.name == positional else f"--{f.name}", helps.get(f.name, "")
+        if f.default not in (MISSING, None, "", False):
+            about += f" [{f.default}]"
+        about = about.replace("%", "%%")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=about, **kind)
 
     # A wrong flag is most often a right one misspelt.
     known, unknown = parser.parse_known_args(argv)
@@ -1475,11 +1484,11 @@ def one_line_errors():
         sys.stdout.flush()
     except InputError as error:
         if speak:
-            print(f"{name}: {error}", file=sys.stderr)
+            tqdm.write(f"{name}: {error}", sys.stderr)  # not into an open bar
         sys.exit(2)
     except KeyboardInterrupt:
         if speak:
-            print(f"{name}: interrupted", file=sys.stderr)
+            tqdm.write(f"{name}: interrupted", sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as of any program that Ctrl-C ends
     except (MemoryError, RuntimeError) as error:
         # Any rank may be the one. A CPU's allocator has no error class of its own.
@@ -1511,9 +1520,15 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 def print_table(rows: list) -> None:
     """Rows of cells, the first of names; a float is a share, printed in percent."""
     rows = [[f"{x:.1%}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    for first, *cells in rows:
-        print(first.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:])))
+    widths = [max(map(text_width, column)) + 2 for column in zip(*rows, strict=True)]
+    for row in rows:
+        gaps = [" " * (width - text_width(cell)) for width, cell in zip(widths, row, strict=True)]
+        print(row[0] + gaps[0] + "".join(map("".join, zip(gaps[1:], row[1:], strict=True))))
+
+
+def text_width(text: str) -> int:
+    """How many columns of a terminal a text takes: Chinese characters are two wide."""
+    return sum(1 + (unicodedata.east_asian_width(x) in "WF") for x in text)
 
 
 if __name__ == "__main__":

@@ -527,26 +527,27 @@ def generate_command(c: Generate) -> None:
 
     # Lines are written as they come, beside the output's place. After a stop the same command goes
     # on behind them.
+    check(lengths, f"{', '.join(c.data)}: no row to answer")
     path, done = partial_output(c, prompts)
     model = open_model(c, tokenizer)
-    warn_of_context(model, max(lengths))
-    bar = tqdm(total=len(lengths), initial=done, desc="generate", unit=" samples", disable=None)
-    try:
-        # Every chunk of samples that fits one forward pass is written before the next is drawn.
-        for samples in data.cut_at(c.micro_tokens, range(done, len(lengths)), lengths):
-            answers = modeling.generate(model, [prompts[k // c.n] for k in samples],
-                                        c.max_new_tokens, stop_ids=tokenizer.stop_ids,
-                                        sampling=c, samples=samples)
-            with open(path, "a", encoding="utf-8") as file:
-                for k, ids in zip(samples, answers, strict=True):
-                    file.write(answer_line(tokenizer, asked[k // c.n], k, c.n, ids))
-            done += len(samples)
-            bar.update(len(samples))
-    except KeyboardInterrupt:
-        print(f"\nstopped after {done} of {len(lengths)} samples; the same command goes on there")
-        sys.exit(130)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    warn_of_context(model, max(lengths), f"with --max_new_tokens {c.max_new_tokens} a row")
+    with tqdm(total=len(lengths), initial=done, unit=" samples", disable=None) as bar:
+        try:
+            # Every chunk of samples that fits one forward pass is written before the next is drawn.
+            for samples in data.cut_at(c.micro_tokens, range(done, len(lengths)), lengths):
+                answers = modeling.generate(model, [prompts[k // c.n] for k in samples],
+                                            c.max_new_tokens, stop_ids=tokenizer.stop_ids,
+                                            sampling=c, samples=samples)
+                with open(path, "a", encoding="utf-8") as file:
+                    for k, ids in zip(samples, answers, strict=True):
+                        file.write(answer_line(tokenizer, asked[k // c.n], k, c.n, ids))
+                done += len(samples)
+                bar.update(len(samples))
+        except KeyboardInterrupt:
+            print(f"\nstopped after {done} of {len(lengths)} samples; the same command goes on")
+            sys.exit(130)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     # Only a whole output gets its name.
     os.replace(path, c.output)
@@ -575,12 +576,11 @@ def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
     return path, whole.count("\n")
 
 
-def warn_of_context(model, tokens: int) -> None:
-    """Say that prompt and answer may be longer than what the checkpoint was trained for."""
+def warn_of_context(model, tokens: int, what: str) -> None:
+    """Say that a text may be longer than what the checkpoint was trained for."""
     context = model.config.max_position_embeddings
     if tokens > context:
-        print(f"prompt and answer may reach {tokens} tokens; beyond the context of {context} "
-              "answers are unreliable")
+        print(f"{what} may reach {tokens} tokens; answers beyond {context} are unreliable")
 
 
 def stream_answer(model, tokenizer: data.ChatTokenizer, prompt: list[int], c: Chat) -> str:
@@ -633,7 +633,7 @@ def chat_command(c: Chat) -> None:
         elif question:
             asked = [*messages, {"role": "user", "content": question}]
             prompt = tokenizer.prompt_ids(asked)
-            warn_of_context(model, len(prompt) + c.max_new_tokens)
+            warn_of_context(model, len(prompt) + 1, "the conversation (/reset forgets it)")
             # Ctrl-C ends this answer, not the conversation, which then goes on without it.
             with contextlib.suppress(KeyboardInterrupt):
                 answer = stream_answer(model, tokenizer, prompt, c)
@@ -757,7 +757,7 @@ def resolve_exam(c: Exam) -> Exam:
     if not c.data:
         c = replace(c, data="out/demo/exam", chat=True, shots=max(c.shots, 0))
     folder, steel = Path(c.data), c.protocol == "steel"
-    check(folder.is_dir(), f"{folder} is no folder of an exam (the demo makes its own)")
+    check(folder.is_dir(), f"no folder {folder}; labs/README.md says how to get an exam")
 
     benchmark = c.benchmark or recognize_benchmark(folder)
     last = "out/dpo" if Path("out/dpo/tokenizer.json").exists() else "out/sft"
@@ -821,13 +821,13 @@ def start_exam(c: Exam, subjects: list[Subject], asked: list[tuple]) -> None:
     """Say exactly what is asked; `asked` has (checkpoint, tokenizer, sheets)."""
     count = sum(len(s.questions) for s in subjects)
     chat = ", in the chat template" if c.chat else ""
-    print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of its "
+    print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of "
           f"{len(subject_table(c))} subjects; protocol {c.protocol}, {c.shots} shots{chat}")
 
     # Checkpoints with one tokenizer get one prompt: it is printed once.
     shown = {}  # first prompt and options: the checkpoints that get them
     for name, _, (first, *_) in asked:
-        options = f", options {list(map(list, first.options))}" if first.options else ""
+        options = f", ids of the options {[*map(list, first.options)]}" if first.options else ""
         shown.setdefault((first.first, options), []).append(name)
     for (prompt, options), names in shown.items():
         print(f"first prompt of {', '.join(names)}{options}:")

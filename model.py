@@ -1139,6 +1139,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
           "(train_sft.py writes out/sft, train_dpo.py out/dpo, labs.reward_model out/reward)")
     check(folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)), f"no folder "
           f"{folder}; a model of the hub comes with `hf download {folder} --local-dir DIR`")
+    check(folder.is_dir(), f"there is no folder {folder}")
     check(name != "tokenizer.json" or not (folder / "tokenizer.model").exists(),
           f"{folder} has only tokenizer.model; AutoTokenizer.from_pretrained(DIR)."
           "save_pretrained(DIR) of transformers writes tokenizer.json")

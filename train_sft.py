@@ -20,6 +20,7 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -231,6 +232,8 @@ def train(c: Config, tokenizer, run: RunData, start_step: int, model, wrapped,
     optimizer, scaler = make_optimizer(model, c), hardware.make_scaler()
     if start_step:
         load_state(Path(c.output_dir) / STATE, model, optimizer, scaler)
+        if hardware.rank == 0:
+            print(f"going on after step {start_step} of {run.steps}")
     log = Log(c, start_step, run.steps, hardware, figure or FIGURE)
     validate = validate or partial(validation_loss, model, run.validation, c, hardware)
 
@@ -814,10 +817,12 @@ def announce(c: Config, model, tokenizer: data.ChatTokenizer, steps: int,
           f"{kind}; template {tokenizer.template}, {steps} steps of {c.batch_size} examples")
 
     # Flags at 0 or empty are off.
-    print(*(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0)))
+    flags = " ".join(f"{k}={v}" for k, v in asdict(c).items() if v not in ("", [], 0))
+    print(textwrap.fill(flags, 80, break_long_words=False, break_on_hyphens=False))
     positions = model.config.max_position_embeddings
     if c.max_length > positions:
-        print(f"note: the checkpoint was made for {positions} positions")
+        print(f"note: --max_length is {c.max_length}, but the checkpoint was made for {positions} "
+              "positions")
 
 
 def forecast(c: Config, run: RunData, hardware: Hardware) -> None:
@@ -872,7 +877,7 @@ class Log:
         self.c, self.steps, self.figure, self.hardware = c, steps, figure, hardware
         self.path, self.began = Path(c.output_dir) / "metrics.jsonl", None
         self.records = [] if hardware.rank > 0 else self.earlier(start_step)
-        self.bar = tqdm(total=steps, initial=start_step, ncols=80,
+        self.bar = tqdm(total=steps, initial=start_step, ncols=76,  # and room for ^C
                         disable=hardware.rank > 0 or not sys.stderr.isatty(), bar_format=
                         "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
                         "{desc}")
@@ -1150,7 +1155,7 @@ def main() -> None:
     start_run(c, run.steps, facts, hardware)
 
     # Only the first rank speaks. A sharded model answers only if all ranks ask it.
-    first, before = hardware.rank == 0, "?"
+    first, before = hardware.rank == 0, ""
     if first:
         announce(c, model, tokenizer, run.steps, hardware)
     if world and not start_step and (first or c.shard):
@@ -1160,7 +1165,7 @@ def main() -> None:
         summary(c, records)
         if world:
             model = modeling.load(c.output_dir, device=hardware.device) if c.shard else model
-            world.report_demo(before, world.demo_exam(model, tokenizer), model, tokenizer)
+            world.report_demo(before, model, tokenizer, c.output_dir)
     hardware.leave(status)
 
 

@@ -37,7 +37,7 @@ SFT_DEMO = {
     "log_every": 200, "eval_every": 50, "max_length": 512, "compile": False}
 DPO_DEMO = {"model": "out/sft", "data": ["out/demo/pairs.jsonl"],
             "val_data": ["out/demo/pairs_val.jsonl"], "epochs": 3, "batch_size": 16,
-            "learning_rate": 5e-5, "log_every": 10, "compile": False}
+            "learning_rate": 5e-5, "log_every": 10, "max_length": 512, "compile": False}
 CHATS, TURNS = 300, 4  # conversations for training, and how many questions they have at most
 
 # ==== read: the world ============================================================================
@@ -263,16 +263,19 @@ def right_by_turn(model, tokenizer: data.ChatTokenizer, folder: Path,
     return right, len(rows)
 
 
-def report_demo(before: str, after: str, model, tokenizer: data.ChatTokenizer) -> None:
+def report_demo(before: str, model, tokenizer: data.ChatTokenizer, folder: str) -> None:
     """The demo's exam before and after, its conversations by turn, one answer, where to go on."""
-    print(f"\nexam, questions never seen in training: before {before}, after {after}; guessing 25%")
+    before = f"before {before}, " if before else ""
+    print(f"\nexam, questions never seen in training: {before}after "
+          f"{demo_exam(model, tokenizer)}; guessing 25%")
     right, count = right_by_turn(model, tokenizer, Path(SFT_DEMO["model"]).parent)
     print(f"conversations, {count} held-out questions: right at turn 1 to {TURNS}: "
           + ", ".join(map(str, right)))
     who = [{"role": "user", "content": "你是谁？"}]
     print(f"你是谁？ {answer_greedily(model, tokenizer, [who])[0]}\n"
           "next, preferences, the exam in full, what it was trained on:\n"
-          "  python train_dpo.py\n  python eval.py exam\n"
+          + ("  python train_dpo.py\n" if folder == DPO_DEMO["model"] else "")
+          + f"  python eval.py exam --model {folder}\n"
           f"  python data.py show {' '.join(SFT_DEMO['data'])} --model {SFT_DEMO['model']}")
 
 

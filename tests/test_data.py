@@ -642,7 +642,7 @@ def test_show_colours_the_supervised_tokens_in_a_terminal(tmp_path):
 @pytest.mark.parametrize(("arguments", "said"), [
     ("", "expected one of show, not nothing"), ("shwo", "expected one of show, not shwo"),
     ("show nowhere.jsonl", "nowhere.jsonl does not exist"), ("show BAD", "line 2"),
-    ("show GOOD --model nowhere", "tokenizer.json"), ("show GOOD --max_length 1", "max_length"),
+    ("show GOOD --model nowhere", "there is no folder"), ("show GOOD --max_length 1", "max_length"),
     ("show GOOD --modle x", "did you mean --model?"), ("show GOOD --train_on some", "last"),
 ])
 def test_bad_command_ends_with_one_line_and_status_2(arguments, said, tmp_path):
@@ -711,3 +711,16 @@ def test_show_puts_a_system_message_where_training_with_the_same_flag_would(tmp_
     path = jsonl(tmp_path / "a.jsonl", {"question": "hi", "answer": "yo"})
     _, out, _ = command("data.py", "show", path, "--system", "Be kind.")
     assert "<|im_start|>system\nBe kind.<|im_end|>" in out
+
+
+def test_tables_align_where_characters_are_two_columns_wide(capsys):
+    data.print_table([("text", "n"), ("钙", 1), ("ab", 22)])
+    widths = [data.text_width(line) for line in capsys.readouterr().out.splitlines()]
+    assert widths == [10, 10, 10]
+
+
+def test_help_names_the_command_and_every_default():
+    status, out, _ = command("eval.py", "generate", "--help")
+    assert status == 0 and out.startswith("usage: eval.py generate ")
+    assert "[512]" in out.partition("--max_new_tokens")[2].partition("--max_new_tokens")[2]
+    assert command("labs/stats.py", "--help")[1].startswith("usage: python -m labs.stats ")

@@ -294,10 +294,10 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
 def test_prompts_beyond_the_context_are_said(letters, tmp_path):
     path = jsonl(tmp_path / "asked.jsonl", {"prompt": "x" * 3000})
     out, _ = run("generate", letters[0], path, "--max_new_tokens", 1)
-    assert "beyond the context of 2048" in out
+    assert "answers beyond 2048 are unreliable" in out
     _, out, _ = command("eval.py", "chat", "--model", letters[0], "--max_new_tokens", 2,
                         stdin="hi\n" + "x" * 2100 + "\n")
-    assert out.count("beyond the context of 2048") == 1
+    assert out.count("answers beyond 2048 are unreliable") == 1
 
 
 def test_from_python_generate_stops_at_the_checkpoints_own_ids_and_takes_a_temperature(letters):

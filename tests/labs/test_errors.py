@@ -26,7 +26,7 @@ BAD = {
     "select GOOD --output O --n 1 --clusters 0": "--clusters",
     "select GOOD --output O --n 1 --seed -1": "--seed",
     "select GOOD --output O --n 1 --method kcenter": "--model",
-    "select GOOD --output O --n 1 --method ifd --model NONE": "is missing",
+    "select GOOD --output O --n 1 --method ifd --model NONE": "there is no folder",
     "select GOOD --output O --per kind --share 0.1": "no row to choose from: {'no kind': 1}",
     "select GOOD --output O --n 1 --rest O": "--rest and --output name the same file",
     "select GOOD --output O --n 1 --rest GOOD": "--rest FOLDER/good.jsonl is the input",

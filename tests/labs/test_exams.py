@@ -128,7 +128,7 @@ def test_mmlu_is_read_without_header_and_scores_a_letter_with_its_space(place, t
     results, predictions, out = exam(tmp_path / "out", *flags, "--protocol", "lm_eval")
     assert results["benchmark"] == "mmlu" and results["questions"] == 12
     assert [a["id"] for a in predictions[:6]] == list("012345")
-    assert "12 questions in 2 of its 57 subjects" in out
+    assert "12 questions in 2 of 57 subjects" in out
     byte = data.ChatTokenizer(place / "one").tokenizer.token_to_id
     assert str([[byte("Ġ"), byte(x)] for x in "ABCD"]) in out
     status, _, err = command("eval.py", "exam", *flags, "--output_dir", tmp_path / "official")

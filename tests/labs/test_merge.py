@@ -209,7 +209,7 @@ def test_adapter_is_merged_into_its_base_as_peft_does(work, tmp_path):
     ("--model a a --decay 1", "--decay must be in [0, 1)"),
     ("--model a a a --fisher rows.jsonl rows.jsonl", "--fisher needs one file"),
     ("--model a other", "does not fit"), ("--model a wide", "its hidden_size differs"),
-    ("--model a words", "its tokenizer differs"), ("--model a none", "is missing"),
+    ("--model a words", "its tokenizer differs"), ("--model a none", "there is no folder"),
     ("--model a a --output_dir a", "is the input"),
     ("--model a a --output_dir b", "holds a checkpoint")])
 def test_what_does_not_fit_is_refused_with_one_line(work, flags, words):
