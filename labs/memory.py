@@ -96,13 +96,14 @@ def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     """Bytes that a layer keeps of each token for the backward pass: (up to attention, behind it).
 
     The norm's input is fp32, its output e.
-    Attention keeps q, k, v, its output and a logarithm per head; the MLP four vectors of width I.
+    Attention keeps q, k, v, its output (on a CPU in fp32: `attend` in model.py) and a logarithm per
+    head; the MLP four vectors of width I.
     """
     D, I, e = config.hidden_size, config.intermediate_size, work.dtype.itemsize  # noqa: E741
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     cuda, r = work.device.type == "cuda", c.lora_rank
     norm = (4 + e) * D + 4  # what it is of, what it gives, and 1 / rms(x)
-    before = norm + e * (2 * H + 2 * K) * Dh + 4 * H
+    before = norm + (e if cuda else 4) * (2 * H + 2 * K) * Dh + 4 * H
     after = norm + e * 4 * I + (0 if cuda else e * H * Dh)  # groups of examples are put together
     if config.model_type == "qwen3":
         before += 4 * (H + K) * Dh

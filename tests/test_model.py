@@ -20,6 +20,7 @@ import torch
 from families import FAMILIES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -144,6 +145,21 @@ def reference_varlen(q, k, v, query_ends, key_ends, *_, window_size=(-1, -1), en
     ends = (itertools.pairwise(x.tolist()) for x in (query_ends, key_ends))
     return torch.cat([M.plain_attention(q[a:b], k[c:d], v[c:d], window)
                       for (a, b), (c, d) in zip(*ends, strict=True)])
+
+
+@pytest.mark.parametrize("L", [7, 250])
+def test_few_queries_take_the_fp32_kernel_for_gradients_under_autocast_too(L):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "scaled_dot_product" in str(function):
+                kinds.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    q, kinds = torch.randn(1, L, 4, 8, dtype=torch.bfloat16, requires_grad=True), []
+    with Seen(), torch.autocast("cpu", torch.bfloat16):
+        out = M.attend(q, q, q, None)
+    assert kinds == [torch.float32 if L < M.FEW_QUERIES else torch.bfloat16]
+    assert out.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("L,S", [(7, 7), (7, 40), (250, 250)])
