@@ -149,6 +149,13 @@ def parse_line(where: str, value) -> dict:
     wanted = {"subject", "id", "answer", "prediction", "logprobs"}
     check(isinstance(value, dict) and wanted <= value.keys(), f"{where}: expected a line as "
           "`eval.py exam` writes them")
+
+    # None where nothing was scored, else a ln p per letter.
+    scores = value["logprobs"]
+    known = isinstance(scores, dict) and list(scores) == list(LETTERS)
+    known = known and all(isinstance(x, float | int) and x < 1 for x in scores.values())
+    check(scores is None or known and max(scores.values()) > -np.inf,
+          f"{where}: expected four log-probabilities, found {scores!r:.80}")
     return value
 
 
@@ -185,6 +192,8 @@ def main(c: Config) -> None:
     report(names, answers)
     if len(answers) > c.size:
         gains(answers, c.size)
+    else:
+        print(f"ensembles of {c.size} want more than {len(answers)} checkpoints")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def main() -> None:
     check(len(c.data) > 1 and c.val_data, "--data needs two files or more, --val_data some too")
     check(c.seeds > 1, f"--seeds must be at least 2, to show a spread, not {c.seeds}")
     check(not (c.eot or c.lora_rank), "--eot and --lora_rank are for train_sft.py")
+
+    # Runs here are short, and nothing of them stays.
+    for name in ("output_dir", "resume", "overwrite", "save_every", "keep", "lora_merge",
+                 "eval_every", "exam_data", "exam_every"):
+        check(getattr(c, name) == getattr(Config(), name), f"--{name} means nothing here: nothing "
+              "is written, and losses are measured at the end")
     tokenizer = data.ChatTokenizer(c.model, c.template, system=c.system)
     hardware = train_sft.setup_hardware(c.dtype)
     check(hardware.world == 1, "labs.grid runs in one process")

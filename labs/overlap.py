@@ -164,6 +164,7 @@ def score_apart(folder: str, kinds: dict[str, str], questions: list[tuple]) -> l
     # predictions.jsonl names a question by subject and id; the exam's file adds the split.
     result = read_json(Path(folder) / "results.json")
     check(result.get("correct") is not None, f"{folder}: an exam without labels has no accuracy")
+    check("split" in result, f"{folder}: results.json names no split; `eval.py exam` writes it")
     names = {}
     for where, _, _, _, number in questions:
         file = Path(where.rpartition(" row ")[0])
@@ -173,7 +174,9 @@ def score_apart(folder: str, kinds: dict[str, str], questions: list[tuple]) -> l
     # Short ones count with the clean: without its options such a question says little.
     right = {"clean": [], "the rest": []}
     for at, line in read_values(Path(folder) / "predictions.jsonl"):
-        name = (line.get("subject"), line.get("id")) if isinstance(line, dict) else line
+        known = isinstance(line, dict) and {"subject", "id", "prediction", "answer"} <= line.keys()
+        check(known, f"{at}: expected a line as `eval.py exam` writes them")
+        name = str(line["subject"]), str(line["id"])
         check(name in names, f"{at}: {name} is no question of --exam; give the exam it answered")
         found = kinds.get(names[name], "short") != "short"
         right["the rest" if found else "clean"].append(line["prediction"] == line["answer"])

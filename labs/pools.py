@@ -10,8 +10,8 @@ are learnt, 20 others asked. Right answers to all so far (five seeds; spread of 
 that are ever chosen, how often the first of them tells the subject.
 
     right after         1      2      3      4  spread  chosen   told
-    full           100.0%  50.0%  33.3%  25.0%    0.0%     1.0  25.0%
-    replay         100.0%  99.0%  92.0%  91.3%    8.8%     1.0  25.0%
+    full           100.0%  50.0%  33.3%  25.0%    0.0%       -      -
+    replay         100.0%  99.0%  92.0%  91.3%    8.8%       -      -
     one prefix     100.0%  50.0%  33.3%  25.0%    0.0%     1.0  25.0%
     own prefix     100.0%  95.5%  91.3%  91.0%    3.9%     4.0  91.0%
     l2p             99.0%  49.0%  36.7%  24.5%    0.7%     3.6  35.0%
@@ -62,8 +62,9 @@ PULL, MEMORY = 0.5, 5  # l, weight of what draws keys to queries; rows per task 
 class Pool(nn.Module):
     """M prompts with their keys, and what else a way to choose may learn."""
 
-    def __init__(self, M: int, D: int, W: int):
+    def __init__(self, M: int, D: int, W: int, layers: int = 2):
         super().__init__()
+        self.lower = W // layers * (layers // 2)  # columns of the lower layers, of dualprompt
         self.keys = nn.Parameter(torch.randn(M, D) / 10)
         self.prompts = nn.Parameter(torch.randn(M, TOKENS, W) / 10)
         self.general = nn.Parameter(torch.randn(TOKENS, W) / 10)  # dualprompt
@@ -92,7 +93,7 @@ def l2p(pool: Pool, q: Tensor, task: int | None = None):
 def dualprompt(pool: Pool, q: Tensor, task: int | None = None):
     """The task's own prompt in the upper layers, a general one in the lower (arXiv:2204.04799)."""
     mine, pull, chosen = own(pool, q, task)
-    lower = torch.arange(mine.shape[2]) < mine.shape[2] // 2  # [W] columns of the lower layers
+    lower = torch.arange(mine.shape[2]) < pool.lower  # [W]
     return torch.where(lower, pool.general, mine), pull, chosen  # [B, p, W]
 
 
@@ -211,7 +212,7 @@ def run_arm(arm: str, seed: int, c: Config) -> list[float]:
     torch.manual_seed(seed)
     config, M = model.config, {"one prefix": 1, "l2p": c.pool, "coda": c.pool}.get(arm, TASKS)
     W = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    pool = Pool(M, config.hidden_size, W)
+    pool = Pool(M, config.hidden_size, W, config.num_hidden_layers)
 
     # After each task all tasks until then are examined, and none is told which it is.
     for task in range(TASKS):
@@ -241,7 +242,8 @@ def main() -> None:
         found = torch.tensor([run_arm(arm, seed, c) for seed in range(c.seeds)])
         *right, ever, told = found.mean(0).tolist()
         spread = found[:, TASKS - 1].std(correction=min(c.seeds - 1, 1)).item()
-        table.append((arm, *right, spread, f"{ever:.1f}", told))
+        chosen = (f"{ever:.1f}", told) if ARMS[arm] else ("-", "-")
+        table.append((arm, *right, spread, *chosen))
     data.print_table(table)
 
 

@@ -24,9 +24,8 @@ mlp          6         99.3%    0.9%        99.0%    2.2%
 full         6        100.0%    0.0%       100.0%    0.0%
 all four    60        100.0%    0.0%       100.0%    0.0%
 
-Seen: 1% of the numbers do what full fine-tuning does, from `random` and `mlp`, less from `words`.
-Not seen: that a prefix wins on few rows or new subjects, that words begin better. The model could
-already answer so, and only had to choose.
+Seen: 1% of the numbers do what full fine-tuning does, less from `words`. Not seen: that a prefix
+wins on few rows or new subjects, that words begin better. The model could say all of it before.
 
 Exercise. How many numbers are 8 virtual tokens for 32 layers with 8 key/value heads of 128?
     Solution: 8 * 32 * 2 * 8 * 128 = 524,288.
@@ -237,10 +236,13 @@ def tune(c: Config, tokenizer) -> None:
 
 
 def main() -> None:
-    """Read the flags; learn one prefix and keep it, or compare on the demo."""
+    """Learn one prefix and keep it, or compare on the demo."""
     c = Config(**data.parse_flags(Config, sys.argv[1:]))
-    for name in ("tokens", "batch_size", "micro_tokens", "seeds"):
-        check(getattr(c, name) > 0, f"--{name} must be at least 1, not {getattr(c, name)}")
+    data.check_numbers(c)
+    check(min(c.tokens, c.steps, c.seeds) > 0, "--tokens, --steps and --seeds must be 1 or more")
+    check(c.data or (c.start, c.output_dir) == (Config.start, Config.output_dir),
+          "--start and --output_dir go with --data")
+    check(not c.data or c.seeds == 1, "--seeds is for the comparison, without --data")
     (tune if c.data else compare)(c, data.ChatTokenizer(c.model))
 
 

@@ -94,3 +94,13 @@ def test_esns_anchor_makes_the_heads_equally_loud(groups):
 def test_bad_flags_end_with_one_line(flag, value):
     status, _, err = command("labs/classify.py", flag, value)
     assert status == 2 and err.count("\n") == 1
+
+
+def test_slca_draws_rows_that_spread_as_the_class_did(groups, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(classify, "train_head", lambda head, x, y: drawn.append((x, y)) or head)
+    torch.manual_seed(0)
+    classify.slca(groups, classify.Config(rows=4000))
+    (x, y), (own, classes) = drawn[-1], groups[0]
+    found, expected = x[y == 1].T.cov(), own[classes == 1].T.cov()
+    assert (found - expected).abs().max() < 0.1 * expected.diag().max()

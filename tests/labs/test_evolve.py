@@ -77,6 +77,10 @@ def test_step_back_joins_the_principle_with_the_question_and_keeps_the_answer(tm
                              "--answers", jsonl(tmp_path / "far.jsonl", said(7, "x")), "--output",
                              tmp_path / "o.jsonl")
     assert status == 2 and "answers request 7 of 2" in err
+    status, _, err = command("labs/evolve.py", tmp_path / "seeds.jsonl", "--way", "step_back",
+                             "--answers", jsonl(tmp_path / "far.jsonl", said(-1, "x")), "--output",
+                             tmp_path / "o.jsonl")
+    assert status == 2 and "answers request -1 of 2" in err
 
 
 def test_answers_are_checked_for_refusals_that_are_short(tmp_path):

@@ -179,6 +179,16 @@ def test_merged_checkpoint_is_the_mean_and_loads_in_transformers(work, tmp_path)
     assert (tmp_path / "m/tokenizer.json").exists()
 
 
+def test_moving_average_of_the_command_weighs_the_oldest_by_its_decay(work, tmp_path):
+    out = run(work, "--model", work / "a", work / "b", work / "a", "--method", "ema", "--decay",
+              0.5, "--output_dir", tmp_path / "m")
+    assert [line.split()[0] for line in out.splitlines() if " of " in line] == [
+        "0.2500", "0.2500", "0.5000"]
+    a, b = weights(work / "a"), weights(work / "b")
+    for name, value in weights(tmp_path / "m").items():
+        assert torch.allclose(value, 0.75 * a[name] + 0.25 * b[name], atol=1e-6), name
+
+
 def test_fisher_merge_of_the_command_is_that_of_its_parts_and_says_its_kind(work, tmp_path):
     rows, m = work / "rows.jsonl", tmp_path / "m"
     out = run(work, "--model", work / "a", work / "b", "--fisher", rows, "--labels", "data",

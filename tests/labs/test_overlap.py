@@ -99,6 +99,10 @@ def test_a_score_is_told_apart_by_what_training_held(tmp_path):
                                           ["10", "4", "40.0%"]]
     assert table[1][3] == "30% - 95%"  # Wilson's interval of 3 of 4
 
+    # What no exam wrote is told in one line.
+    jsonl(folder / "predictions.jsonl", {"subject": "law", "id": "0"})
+    assert "expected a line as" in command(*line)[2]
+
     # The same answers to another exam, or to one without labels, have no such score.
     jsonl(folder / "predictions.jsonl", {**answers[0], "subject": "art"})
     assert "('art', '0') is no question of --exam" in command(*line)[2]

@@ -1,10 +1,14 @@
 """Prompt pools: choices by hand, what is learnt and what stays, prefixes of their own."""
 
+import random
+
 import families
+import numpy as np
 import pytest
 import torch
 from conftest import command
 
+import data
 import model as modeling
 from labs import pools
 
@@ -67,6 +71,65 @@ def test_coda_leaves_the_prompts_of_earlier_tasks_as_they_are(pool):
 def test_dap_makes_another_prompt_for_another_question_of_the_same_task(pool):
     one, two = (pools.dap(pool, q, task=0)[0] for q in (Q, -Q))
     assert one.shape == (1, pools.TOKENS, 8) and not torch.allclose(one, two)
+
+
+def test_dap_scales_and_shifts_what_the_question_makes_by_what_its_task_learnt(pool):
+    with torch.no_grad():
+        pool.V.weight.copy_(torch.arange(24.0).view(8, 3))
+        pool.w.copy_(torch.tensor([[1.0], [2], [3], [4]]))
+        pool.film.weight.zero_()
+        pool.film.bias.copy_(torch.cat((torch.full((8,), 2.0), torch.full((8,), 5.0))))
+    made = pools.dap(pool, Q, task=0)[0][0]  # [tokens, W]
+    normed = torch.tensor([-1.0, 0.5, 0.5]) * 2**0.5  # (1, 2, 2) less its mean, by its deviation
+    expected = 2 * pool.w * (pool.V.weight @ normed) + 5
+    assert torch.allclose(made, expected, atol=1e-3)
+
+
+def test_coda_asks_for_parts_that_are_orthogonal(pool):
+    apart = pools.coda(pool, Q, task=3)[1]
+    expected = 0.0
+    for part in (pool.A, pool.keys, pool.prompts.flatten(1)):
+        unit = part / part.norm(dim=1, keepdim=True)
+        expected += (unit @ unit.T).triu(1).square().sum() / 16
+    assert apart.item() == pytest.approx(expected.item(), rel=1e-5) and apart > 0.1
+
+
+def tiny(folder):
+    """(model, four examples) for the functions that train and examine."""
+    families.make_checkpoint(folder, "qwen2")
+    rows = [data.Example(np.arange(3 + k, 11 + k, dtype=np.int32), ((4, 8, 1.0),))
+            for k in range(4)]
+    return modeling.load(folder), rows
+
+
+def test_query_is_the_mean_state_over_the_question_alone(tmp_path):
+    model, rows = tiny(tmp_path)
+    states, _ = model.hidden(torch.tensor(rows[1].ids[:4]).long(), [4])
+    assert torch.allclose(pools.queries(model, rows)[1], states.mean(0), atol=1e-5)
+
+
+def test_an_answer_is_right_only_if_all_its_tokens_are(tmp_path):
+    model, rows = tiny(tmp_path)
+    new = modeling.generate(model, [e.ids[:4].tolist() for e in rows], 4, stop_ids=[])
+    true = [e._replace(ids=np.array([*e.ids[:4], *ids], np.int32))
+            for e, ids in zip(rows, new, strict=True)]
+    true[2].ids[7] = (true[2].ids[7] + 1) % model.config.vocab_size
+    right, _ = pools.examine(model, None, None, true, torch.zeros(4, 1))
+    assert right.tolist() == [True, True, False, True]
+
+
+def test_kept_rows_are_half_of_a_batch(tmp_path, monkeypatch):
+    model, rows = tiny(tmp_path)
+    batches, collate = [], data.collate
+    monkeypatch.setattr(data, "collate", lambda some: batches.append(some) or collate(some))
+    kept = [rows[3]]
+    pools.learn(model, None, None, rows[:1] * 16, torch.zeros(16, 1), 1, kept,
+                pools.Config(steps=1), random.Random(0))
+    assert sum(e is rows[3] for e in batches[0]) == 8 == len(batches[0]) / 2
+
+
+def test_an_odd_number_of_layers_is_cut_between_two_of_them():
+    assert pools.Pool(4, 3, 12, layers=3).lower == 4
 
 
 @pytest.mark.parametrize("way", WAYS)

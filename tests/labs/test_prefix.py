@@ -97,8 +97,16 @@ def test_a_file_becomes_an_adapter_and_what_stands_there_is_refused(folder, tmp_
     assert status == 2 and "holds a checkpoint" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag,value", [("--tokens", 0), ("--model", "nowhere"),
-                                        ("--start", "zeros")])
+def test_start_words_begins_with_the_first_rows_tokens(folder):
+    model, some = modeling.load(folder), examples(folder)
+    tuned = prefix.learn(model, some, "words", prefix.Config(steps=0, tokens=4), seed=0)
+    ids = torch.tensor(some[0].ids[:4]).long()
+    assert torch.equal(tuned.table(), prefix.words_table(model, ids))
+
+
+@pytest.mark.parametrize("flag,value", [("--tokens", 0), ("--model", "nowhere"), ("--steps", -1),
+                                        ("--start", "zeros"), ("--start", "words"),
+                                        ("--learning_rate", "nan")])
 def test_bad_flags_end_with_one_line(flag, value):
     status, _, err = command("labs/prefix.py", flag, value)
     assert status == 2 and err.count("\n") == 1

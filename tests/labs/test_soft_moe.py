@@ -60,6 +60,20 @@ def test_a_later_token_moves_what_an_earlier_one_gets():
     assert layer(tokens[:1])[0].tolist() == pytest.approx([.413289, 0, 0, 0], abs=1e-6)
 
 
+def test_an_expert_is_gated_twice():
+    """silu(gate_down u) * down u of u = silu(gate_up h) * up h, in matrices."""
+    torch.manual_seed(0)
+    expert, h = soft_moe.Expert(4, 6), torch.randn(3, 4)
+    w = {name: half.weight for name, half in expert.named_children()}
+
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    u = silu(h @ w["gate_up_proj"].T) * (h @ w["up_proj"].T)
+    expected = silu(u @ w["gate_down_proj"].T) * (u @ w["down_proj"].T)
+    assert torch.allclose(expert(h), expected, atol=1e-6)
+
+
 class PaddedSoftMoE(nn.Module):
     """Algorithm 1 of arXiv:2308.00951 as written, on [batch, tokens, D]."""
 
