@@ -2,12 +2,14 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from conftest import PLAIN, REPO, interrupt, jsonl, perturbed, read, train, weights, write_pairs
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import data
 import model as modeling
@@ -134,6 +136,23 @@ def test_reward_model_gives_equal_scores_as_a_sequence_classifier_of_transformer
             train_dpo.load_preferences([str(tmp_path / "pairs.jsonl")], data.ChatTokenizer(
                 tmp_path / "base"), 512)[0], train_dpo.Config(), HARDWARE).flatten()
     assert ours.std() > 0.01 and torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 64])
+def test_checkpoint_whose_only_special_token_ends_answers_is_refused(tmp_path, rows):
+    """Also where the model has a row of weights to spare for the token of ChatTokenizer."""
+    vocabulary = {chr(k): k for k in range(256)}
+    vocabulary["<|im_end|>"] = 256
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<|im_end|>", "chat_template": data.TEMPLATES["plain"]}))
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=257 + rows))
+    chat = data.ChatTokenizer(tmp_path)
+    assert chat.stop_ids == [256] and chat.border_id == 257
+    with pytest.raises(modeling.InputError, match="no added token is left to pad with"):
+        reward_model.describe_classifier(model, chat)
 
 
 def test_three_steps_of_the_reward_model_equal_a_plain_transformers_loop(work, tmp_path):
