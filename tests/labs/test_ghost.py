@@ -104,6 +104,9 @@ def test_demo_rows_obey_what_stands_right_before_a_question(tmp_path, capsys):
 @pytest.mark.parametrize("flags,words", [
     ([], "--model DIR is missing"), (["--model", "base"], "give --output to write rows"),
     (["--model", "base", "--first_only", "--output", "x.jsonl"], "give --output to write rows"),
+    (["--model", "base", "--first_only", "--reward", f"{ghost.__file__}:obeys", "--system", "S"],
+     "obeys knows 请礼貌地回答。 and 请不客气地回答。 alone, not the --system 'S'"),
+    (["--model", "base", "--first_only", "--reward", "none.py:f"], "none.py:f"),
     (["--model", "base", "--output", "x.txt"], "--output must be given as FILE.jsonl"),
     (["--model", "base", "--output", "x.jsonl", "--max_new_tokens", 0], "--max_new_tokens")])
 def test_bad_flags_end_with_one_line(tmp_path, flags, words):

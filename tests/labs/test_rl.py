@@ -180,7 +180,7 @@ def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind)
     run, tokenizer, policy, reference = prepared(work, c)
     taken = []
 
-    def reward(messages, answer, expected):
+    def reward(messages, answer, expected, where):
         return float(len(answer) % 3)
 
     prompts = [run.train[i] for i, _ in run.step(1, 2)]
