@@ -130,8 +130,10 @@ def report(c: Config, reward: Callable, talks: list, systems: list, answers: lis
                 said = talk_of(questions[: turn + 1], given[:turn], system, not c.first_only)
                 ended = given[turn] is not None
                 scores.append(reward(said, given[turn], system) if ended else 0.0)
+        # A mean above 1 is of a reward that counts: no share.
         if scores:
-            table.append((str(turn + 1), len(scores), sum(scores) / len(scores)))
+            mean = sum(scores) / len(scores)
+            table.append((str(turn + 1), len(scores), mean if 0 <= mean <= 1 else f"{mean:.3f}"))
     data.print_table(table)
 
 

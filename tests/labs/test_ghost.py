@@ -73,15 +73,18 @@ def test_talk_with_an_unfinished_answer_is_dropped_and_counted(folder, tmp_path)
 
 def test_report_says_by_turn_what_was_obeyed(folder, tmp_path):
     (tmp_path / "r.py").write_text("def late(messages, answer, system):\n"
-                                   "    return float(len(messages) > 2 and system == 'S')\n")
+                                   "    return float(len(messages) > 2 and system == 'S')\n"
+                                   "def count(messages, answer, system):\n"
+                                   "    return 161 - len(messages) // 2\n")
     path = jsonl(tmp_path / "t.jsonl", {"messages": [user("a"), assistant("x"), user("b")]},
                  {"messages": [user("c"), assistant("x")]})
-    status, out, err = command(
-        "labs/ghost.py", path, "--model", folder / "base", "--first_only", "--reward",
-        f"{tmp_path / 'r.py'}:late", "--system", "S", "--max_new_tokens", 60)
-    assert status == 0, err
-    assert [line.split() for line in out.splitlines()] == [
-        ["turn", "talks", "obeyed"], ["1", "2", "0.0%"], ["2", "1", "100.0%"]]
+    for name, first, second in (("late", "0.0%", "100.0%"), ("count", "161.000", "160.000")):
+        status, out, err = command(
+            "labs/ghost.py", path, "--model", folder / "base", "--first_only", "--reward",
+            f"{tmp_path / 'r.py'}:{name}", "--system", "S", "--max_new_tokens", 60)
+        assert status == 0, err
+        assert [line.split() for line in out.splitlines()] == [
+            ["turn", "talks", "obeyed"], ["1", "2", first], ["2", "1", second]]
 
 
 def test_demo_rows_obey_what_stands_right_before_a_question(tmp_path, capsys):

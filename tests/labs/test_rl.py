@@ -339,6 +339,35 @@ def test_missing_function_and_raw_text_are_named(work, tmp_path):
     assert "raw.jsonl line 1: raw text asks nothing" in said
 
 
+@pytest.mark.parametrize("reward,row", [
+    ("match", {"prompt": "a"}), ("final", {"prompt": "a"}), ("exam", {"prompt": "a"}),
+    ("match", {"prompt": "a", "response": " "}), ("exam", {"prompt": "a", "response": "yes"})])
+def test_row_that_its_reward_cannot_compare_with_is_refused_before_training(work, tmp_path, reward,
+                                                                            row):
+    path = jsonl(tmp_path / "rows.jsonl", {"prompt": "b", "response": "B"}, row)
+    _, said = train(tmp_path, "bad", *flags(work, data=path, reward=reward), status=2, script=rl)
+    assert f"--reward {reward}, {path} line 2: the row has no reference" in said
+    assert said.count("\n") == 1 and not (tmp_path / "bad").exists()
+
+
+def test_reward_that_fails_is_told_with_the_row_by_whichever_rank_has_it(work, tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "import os\ndef f(*_):\n    return 1 / (os.environ['RANK'] != '1')\n")
+    _, said = train(tmp_path, "bad", *flags(work, reward=f"{tmp_path / 'bad.py'}:f"), ranks=2,
+                    status=1, script=rl)
+    (line,) = [line for line in said.splitlines() if "ZeroDivisionError" in line]
+    assert line.startswith(f"rl.py: --reward {tmp_path / 'bad.py'}:f, {work / 'ask.jsonl'} line ")
+
+
+def test_rewards_that_count_are_printed_as_numbers_and_shares_in_percent(work, tmp_path):
+    (tmp_path / "r.py").write_text("def many(*_):\n    return 161\ndef one(*_):\n    return 1\n")
+    for name, cell in (("many", "161.000"), ("one", "100.0%")):
+        _, said = train(tmp_path, name, *flags(
+            work, reward=f"{tmp_path / 'r.py'}:{name}", steps=1, max_new_tokens=40),
+            "--val_data", work / "ask.jsonl", script=rl)
+        assert said.splitlines()[-1].split() == ["pass@4", cell, cell]
+
+
 def test_chosen_answer_of_a_pair_is_the_reference(work, tmp_path):
     path = jsonl(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "yes", "rejected": "no"})
     c = config(work, data=path)
