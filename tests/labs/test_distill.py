@@ -199,7 +199,8 @@ def test_demo_student_has_half_the_width(work, tmp_path):
 
 
 @pytest.mark.parametrize("more,words", [
-    ({"beta": 1.0}, "--beta must lie between"), ({"alpha": 2}, "--alpha must be in [0, 1]"),
+    ({"beta": 1.0}, "--beta must lie between"), ({"beta": 0.4}, "--beta is for --divergence jsd"),
+    ({"alpha": 2}, "--alpha must be in [0, 1]"),
     ({"own": 1.5}, "--own must be in [0, 1]"), ({"neftune_alpha": 5}, "--neftune_alpha"),
     ({"max_new_tokens": 0}, "--max_new_tokens"), ({"teacher": "nowhere"}, "nowhere")])
 def test_bad_flags_end_with_one_line(work, more, words):

@@ -301,6 +301,14 @@ def test_advantages_have_mean_0_and_deviation_1_and_returns_are_not_scaled(work)
     assert torch.allclose(returns[last], expected, atol=1e-5)
 
 
+def test_one_token_alone_teaches_the_critic_and_no_policy(work):
+    models, pairs, c, tokenizer = setting(work, max_new_tokens=1)
+    answers = ppo.draw(models, pairs[:1], 0, c, tokenizer.stop_ids, HARDWARE)
+    a, returns = ppo.lessons(answers, c)
+    assert a.tolist() == [0.0]
+    assert returns.tolist() == pytest.approx((answers.rewards - c.kl * answers.k1).tolist())
+
+
 def test_training_raises_the_reward_and_shows_it_beside_others(work):
     """Of 64 answers to one prompt: over several prompts luck would be larger."""
     records, said = train(work, "more", *flags(
