@@ -27,6 +27,7 @@ import math
 import re
 import runpy
 import sys
+import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -96,7 +97,10 @@ def attempt(place: str, function: Callable, *arguments):
         return function(*arguments)
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        raise InputError(f"{place}: {kind}{' '.join(str(error).split())}") from None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"{f.filename} line {f.lineno}: " for f in frames if f.filename in place]
+        told = " ".join(str(error).split())
+        raise InputError(f"{place}: {''.join(lines[-1:])}{kind}{told}") from None
 
 
 # ==== read: the final answer of a text ============================================================
@@ -123,7 +127,6 @@ def final_answer(text: str) -> str:
     for pattern in reversed(FINAL_ANSWERS):
         found = re.findall(pattern, text)
         answer = found[-1] if found else answer
-
     # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
     answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
     answer = "".join(answer.split()).strip(".。,;")
@@ -148,7 +151,7 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool, room: int):
-    """What the rows of some files ask, with `room` tokens left for an answer; none is dropped."""
+    """What the rows of some files ask, all whole, with `room` tokens left for an answer to each."""
     prompts, parse = [], functools.partial(data.parse_row, ask=True)
     for source, path in enumerate(files):
         for _, row in read_rows([path], c.skip_bad_rows, quiet, parse):
@@ -159,7 +162,6 @@ def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool, roo
             messages, reference = asked["messages"], asked["reference"] or ""
             if ":" not in c.reward:  # a reward of ours, which refuses a row without an answer
                 find_reward(c.reward)(messages, "", reference, row.where)
-            # A prompt that is cut asks something else, so none is.
             ids = tokenizer.prompt_ids(messages)
             check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
                   f"room for an answer of {room} in --max_length {c.max_length}")
@@ -234,15 +236,13 @@ def scores_by_prompt(files, reward: Callable, skip_bad_rows=None) -> dict[str, l
 
 
 def main(c: Config) -> None:
-    """Score every answer, and compare the answers to one prompt."""
+    """Score every answer. Only a prompt whose answers differ can teach which of them is better."""
     groups = scores_by_prompt(c.files, find_reward(c.reward), c.skip_bad_rows)
-    # Only a prompt whose answers differ can teach which of them is better.
     scores = [found for group in groups.values() for found in group]
-    best = [max(group) for group in groups.values()]
-    alike = sum(len(set(group)) == 1 for group in groups.values())
+    top = [max(group) for group in groups.values()]
+    tied = sum(len(set(group)) == 1 for group in groups.values())
     print_table([("prompts", "answers", "mean reward", "best of n", "all alike"),
-                 (len(groups), len(scores), f"{sum(scores) / len(scores):.3f}",
-                  f"{sum(best) / len(best):.3f}", alike)])
+                 (len(groups), len(scores), f"{np.mean(scores):.3f}", f"{np.mean(top):.3f}", tied)])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_a_function_of_a_file_is_a_reward_and_anything_else_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("body,words", [
-    ("raise KeyError('x')", "KeyError: 'x'"), ("raise IOError('a\\nb')", "OSError: a b"),
+    ("raise KeyError('x')", "line 2: KeyError: 'x'"), ("raise IOError('a\\nb')", "OSError: a b"),
     ("raise SystemExit(3)", "SystemExit: 3"), ("return None", "a finite number, found None"),
     ("return '1'", "a finite number, found '1'"), ("return float('nan')", "number, found nan"),
     ("return float('inf')", "finite number, found inf"), ("return [1.0]", "number, found [1.0]")])
@@ -55,7 +55,7 @@ def test_what_a_reward_does_wrong_is_told_in_one_line_with_the_row(tmp_path, bod
 
 @pytest.mark.parametrize("text,words", [
     ("def f(messages, answer):\n    return 1\n", "TypeError: f() takes 2 positional arguments"),
-    ("def f(:\n", "SyntaxError: "), ("import nowhere_at_all\n", "ModuleNotFoundError: "),
+    ("def f(:\n", "SyntaxError: "), ("\nimport nowhere_at_all\n", "line 2: ModuleNotFoundError: "),
     ("import sys\nsys.exit(0)\n", "SystemExit: 0"), ("f = 1\n", "has no function 'f'")])
 def test_a_file_that_holds_no_reward_is_named_in_one_line(tmp_path, text, words):
     (tmp_path / "mine.py").write_text(text)
