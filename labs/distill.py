@@ -204,6 +204,7 @@ def check_flags(c: Config) -> None:
     check(c.teacher, "--teacher DIR is missing: whose probabilities the student learns")
     check(0 < c.beta < 1, f"--beta must lie between 0 and 1, not {c.beta}: forward and reverse are "
           "the ends")
+    check(c.divergence == "jsd" or c.beta == Config.beta, "--beta is for --divergence jsd")
     for name in ("alpha", "own"):
         check(0 <= getattr(c, name) <= 1, f"--{name} must be in [0, 1], not {getattr(c, name)}")
     check(c.max_new_tokens > 0, f"--max_new_tokens must be above 0, not {c.max_new_tokens}")

@@ -36,6 +36,7 @@ Exercise. If all talks had four turns, at which turns would the trained model ob
 import random
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,9 +119,9 @@ def answer_talks(model, tokenizer, talks: list[list[str]], systems: list[str],
     return answers
 
 
-def report(c: Config, talks: list, systems: list, answers: list) -> None:
+def report(c: Config, reward: Callable, talks: list, systems: list, answers: list) -> None:
     """Print by turn in what share of the answers the instruction was obeyed."""
-    reward, table = find_reward(c.reward), [("turn", "talks", "obeyed")]
+    table = [("turn", "talks", "obeyed")]
     for turn in range(max(map(len, talks))):
         # Who did not end an answer did not obey; later turns of that talk are not there.
         scores = []
@@ -129,8 +130,10 @@ def report(c: Config, talks: list, systems: list, answers: list) -> None:
                 said = talk_of(questions[: turn + 1], given[:turn], system, not c.first_only)
                 ended = given[turn] is not None
                 scores.append(reward(said, given[turn], system) if ended else 0.0)
+        # A mean above 1 is of a reward that counts: no share.
         if scores:
-            table.append((str(turn + 1), len(scores), sum(scores) / len(scores)))
+            mean = sum(scores) / len(scores)
+            table.append((str(turn + 1), len(scores), mean if 0 <= mean <= 1 else f"{mean:.3f}"))
     data.print_table(table)
 
 
@@ -139,6 +142,7 @@ def report(c: Config, talks: list, systems: list, answers: list) -> None:
 
 def obeys(messages: list[dict], answer: str, system: str) -> float:
     """The demo's reward: 1 if an answer opens as the instruction wants it."""
+    check(system in OPENINGS, f"obeys knows {POLITE} and {RUDE} alone, not the --system {system!r}")
     return float(answer.startswith(OPENINGS[system]))
 
 
@@ -191,6 +195,7 @@ def main(c: Config) -> None:
           "--temperature not negative")
     if c.output:
         check_output(c.output, *c.files)
+    reward = find_reward(c.reward) if c.reward else None
 
     # Of the conversations only the questions count; each talk draws an instruction.
     talks = []
@@ -202,11 +207,16 @@ def main(c: Config) -> None:
     rng = random.Random(c.seed)
     systems = [rng.choice(c.system) for _ in talks]
 
+    # A reward that cannot judge an instruction says so before the model has answered for an hour.
+    if c.first_only:
+        for system in c.system:
+            reward([{"role": "user", "content": talks[0][0]}], "", system)
+
     tokenizer = data.ChatTokenizer(c.model, c.template)
     model = evaluation.open_model(c, tokenizer)
     answers = answer_talks(model, tokenizer, talks, systems, c)
     if c.first_only:
-        report(c, talks, systems, answers)
+        report(c, reward, talks, systems, answers)
         return
 
     # One turn is no late turn: its instruction stands right before the answer.

@@ -159,6 +159,7 @@ def main(c: Config) -> None:
     """Write rows for a judge, or let one judge."""
     if c.output or c.train:
         check_output(c.output, *c.files)
+    check(not (c.train and c.model), "--train writes rows and asks no judge: leave --model out")
     if c.train:
         write_rows(c.output, training_rows(c))
         return

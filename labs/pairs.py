@@ -97,7 +97,7 @@ def score_answer(c: Config, reward: Callable, row: Row, reference: str) -> float
         return -float(len(answer["content"]))
     if c.by == "label":
         return float(row.label)
-    return float(reward(prompt, answer["content"], reference))
+    return reward(prompt, answer["content"], reference, row.where)
 
 
 def mean_logprobs(c: Config, rows: list[Row]) -> list[float]:
@@ -118,7 +118,7 @@ def parse_sample(c: Config, where: str, value) -> tuple[Row, str, bool]:
     """(row, reference, whether it ended) of a sample that --by can score; InputError for others."""
     row, reference = parse_answer(where, value)
     check(c.by != "label" or row.label is not None, f"{where}: --by label needs a label")
-    check(c.by != "match" or data.is_text(value.get("reference")),
+    check(c.by != "match" or reference.strip(),
           f"{where}: --by match needs a text as `reference` to compare with")
     return row, reference, value.get("finish") != "length"
 

@@ -145,7 +145,8 @@ def lessons(answers: Answers, c: Config) -> tuple[Tensor, Tensor]:
 
     # Rewards have any scale. With mean 0 and deviation 1 over the set, a step's size has none.
     a = torch.cat(parts)  # [N]
-    return (a - a.mean()) / (a.std() + 1e-8), answers.values + a
+    deviation = a.std() if len(a) > 1 else 0.0  # of one token alone it would be NaN
+    return (a - a.mean()) / (deviation + 1e-8), answers.values + a
 
 
 def ppo_pass(models: Models, answers: Answers, taught: tuple, c, hardware: Hardware, scaler):

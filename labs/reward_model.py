@@ -193,9 +193,12 @@ def describe_classifier(model: Scalar, tokenizer: data.ChatTokenizer) -> str:
     There r is read off the last token that is no padding. Many checkpoints pad with the token that
     ends an answer: then r would be read one token too early.
     """
-    # Any special token that ends no answer will do.
+    # Any added token that ends no answer will do, but not the one that ChatTokenizer adds itself.
     special = tokenizer.tokenizer.get_added_tokens_decoder()
-    pad = min(special.keys() - set(tokenizer.stop_ids))
+    unfit = {tokenizer.border_id, *tokenizer.stop_ids}
+    able = [i for i in special if i not in unfit and i < model.config.vocab_size]
+    check(able, f"{tokenizer.folder}: no added token is left to pad with; all end an answer")
+    pad = min(able)
     kind = model.config.model_type.capitalize()
     model.config.source |= {"architectures": [f"{kind}ForSequenceClassification"],
                             "id2label": {"0": "reward"}, "label2id": {"reward": 0},

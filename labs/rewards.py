@@ -2,21 +2,17 @@
 
 Idea. Learning from rewards needs no better text than the model's own, only a number for it:
 
-    reward(messages, answer, reference) -> float      of a conversation, the answer to its last
-                                                      question, and the answer that the row holds
+    reward(messages, answer, reference) -> float     of a talk, an answer to it, the row's answer
 
 `match` (the whole answer is right), `final` (what it comes to is) and `exam` (its letter is) stand
-here, others in any FILE.py.
-`labs.rl`, `labs.pairs` and `labs.ghost` take one. Look at a reward before you train on it: where
-all answers to a prompt score alike there is nothing to learn, and what the best of n samples
-reaches is what choosing alone can bring.
+here, others in any FILE.py. Look at a reward before you train on it: where all answers to a prompt
+score alike there is nothing to learn, and the best of n samples is what choosing alone can bring.
 
     python eval.py generate --model out/sft --data out/demo/pairs.jsonl --n 8 --temperature 1 \\
         --max_new_tokens 64 --output out/samples.jsonl
     python -m labs.rewards out/samples.jsonl --reward labs/rl.py:polite
 
-What you should see: the file asks each of 120 questions twice. Only three of them have nothing to
-teach, and choosing alone would bring 46% to 97%:
+What you should see: three of 120 questions have nothing to teach. (The file asks each one twice.)
 
     prompts  answers  mean reward  best of n  all alike
     120         1920        0.459      0.975          3
@@ -27,9 +23,11 @@ Exercise. Each answer to a prompt is right with probability p. What is the best 
 
 import functools
 import json
+import math
 import re
 import runpy
 import sys
+import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -46,7 +44,7 @@ import eval as evaluation
 import model as modeling
 from data import ChatTokenizer, Example, Row, print_table, read_rows
 from labs.text import Files
-from model import Sampling, check
+from model import InputError, Sampling, check
 from train_sft import Hardware
 
 
@@ -60,34 +58,49 @@ class Config(Files):
 # ==== read: rewards ===============================================================================
 
 
-def match(messages: list[dict], answer: str, reference: str) -> float:
-    """1 if the answer is the reference, outer white space aside; else 0."""
-    return float(answer.strip() == reference.strip())
+def same(key: Callable, messages: list[dict], answer: str, reference: str) -> float:
+    """1 if `key` finds the same in an answer as in the reference; else 0."""
+    wanted = key(reference)
+    # Nothing is like nothing: an empty answer would be right.
+    check(wanted, f"the row has no reference to compare an answer with, only {reference!r:.40}")
+    return float(key(answer) == wanted)
 
 
-def exam(messages: list[dict], answer: str, reference: str) -> float:
-    """1 if the answer, in words or alone, gives the reference's letter; else 0."""
-    extract = evaluation.lab("exams", "--reward exam").extract
-    letter = extract(answer)
-    return float(letter is not None and letter == extract(reference))
-
-
-def final(messages: list[dict], answer: str, reference: str) -> float:
-    """1 if the final answer is that of the reference: a number, a letter, what is boxed; else 0."""
-    check(reference, "--reward final: a row has no reference to compare its answer with")
-    return float(final_answer(answer) == final_answer(reference))
-
-
-def find_reward(name: str) -> Callable[[list[dict], str, str], float]:
-    """reward(messages, answer, reference) called match, exam or final, or a FILE.py:function."""
-    if name in ("final", "exam", "match"):
-        return {"final": final, "exam": exam, "match": match}[name]
+def find_reward(name: str) -> Callable[..., float]:
+    """reward(messages, answer, reference, where) called match, exam, final or FILE.py:function."""
+    keys = {"match": str.strip, "final": final_answer}
+    if name == "exam":
+        keys["exam"] = evaluation.lab("exams", "--reward exam").extract
+    if name in keys:
+        return functools.partial(score, functools.partial(same, keys[name]), name)
     path, _, function = name.rpartition(":")
     check(path.endswith(".py") and Path(path).is_file(),
           f"--reward: expected final, exam, match or FILE.py:function, found {name!r}")
-    found = runpy.run_path(path)
+    found = attempt(f"--reward: {path}", runpy.run_path, path)
     check(callable(found.get(function)), f"--reward: {path} has no function {function!r}")
-    return found[function]
+    return functools.partial(score, found[function], name)
+
+
+def score(reward: Callable, name: str, messages, answer: str, reference: str, where="") -> float:
+    """What a reward says of an answer, a finite number; `where` is the row, if there is one."""
+    place = f"--reward {name}, {where}".removesuffix(", ")
+    found = attempt(place, reward, messages, answer, reference)
+    # A number of numpy or torch will do. A text will not, though float() might read it.
+    value = attempt(place, float, found) if hasattr(found, "__float__") else math.nan
+    check(math.isfinite(value), f"{place}: expected a finite number, found {found!r:.60}")
+    return value
+
+
+def attempt(place: str, function: Callable, *arguments):
+    """function(*arguments); what somebody else's code raises becomes an InputError in one line."""
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"{f.filename} line {f.lineno}: " for f in frames if f.filename in place]
+        told = " ".join(str(error).split())
+        raise InputError(f"{place}: {''.join(lines[-1:])}{kind}{told}") from None
 
 
 # ==== read: the final answer of a text ============================================================
@@ -109,13 +122,11 @@ def final_answer(text: str) -> str:
     # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
-
     # The surest mark that stands there counts, and of that mark the last.
     answer = text
     for pattern in reversed(FINAL_ANSWERS):
         found = re.findall(pattern, text)
         answer = found[-1] if found else answer
-
     # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
     answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
     answer = "".join(answer.split()).strip(".。,;")
@@ -139,9 +150,8 @@ class Prompt(NamedTuple):
     targets: int = 1  # the mixer counts tokens
 
 
-def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
-                 room: int) -> tuple[list[Prompt], Counter]:
-    """(what the rows of some files ask, none dropped), with `room` tokens left for an answer."""
+def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool, room: int):
+    """What the rows of some files ask, all whole, with `room` tokens left for an answer to each."""
     prompts, parse = [], functools.partial(data.parse_row, ask=True)
     for source, path in enumerate(files):
         for _, row in read_rows([path], c.skip_bad_rows, quiet, parse):
@@ -149,13 +159,13 @@ def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool,
                 continue
             check(row.text is None, f"{row.where}: raw text asks nothing")
             asked, _ = evaluation.ask_row(row, tokenizer, "")
-            messages, reference = asked["messages"], asked["reference"]
-
-            # A prompt that is cut asks something else, so none is.
+            messages, reference = asked["messages"], asked["reference"] or ""
+            if ":" not in c.reward:  # a reward of ours, which refuses a row without an answer
+                find_reward(c.reward)(messages, "", reference, row.where)
             ids = tokenizer.prompt_ids(messages)
             check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
                   f"room for an answer of {room} in --max_length {c.max_length}")
-            prompts.append(Prompt(ids, messages, reference or "", source, row.where, str(ids)))
+            prompts.append(Prompt(ids, messages, reference, source, row.where, str(ids)))
     return prompts, Counter()
 
 
@@ -171,8 +181,6 @@ def sample_answers(model, prompts: list[list[int]], numbers, how: Sampling, c, s
             answers = modeling.generate(
                 model, [prompts[i] for i in chunk], c.max_new_tokens, stop_ids=stop_ids,
                 sampling=how, samples=[numbers[i] for i in chunk])
-
-        # The answer's tokens are the span that is scored, and perhaps trained, with weight 1.
         for i, answer in zip(chunk, answers, strict=True):
             ids = np.array(prompts[i] + answer, dtype=np.int32)
             found[i] = Example(ids, ((len(prompts[i]), len(ids), 1.0),))
@@ -184,13 +192,12 @@ def sum_logprobs(model, examples: list[Example], c, hardware: Hardware) -> Tenso
     """ln p of each answer, in nats: the sum over its tokens, [answers]; of a reward model its r."""
     out, lengths = torch.zeros(len(examples)), [len(e.ids) for e in examples]
     for chunk in data.micro_batches(lengths, c.micro_tokens, hardware.world)[hardware.rank]:
-        part = [examples[i] for i in chunk]
-        batch = data.collate(part, hardware.device)
+        batch = data.collate([examples[i] for i in chunk], hardware.device)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
-
         # Every rank fills in its own answers; the sum of the ranks' tables has all of them.
-        for i, of_answer in zip(chunk, logp.split([e.targets for e in part]), strict=True):
+        counts = [examples[i].targets for i in chunk]
+        for i, of_answer in zip(chunk, logp.split(counts), strict=True):
             out[i] = of_answer.sum()
     return hardware.sum_tensor(out)
 
@@ -204,43 +211,38 @@ def parse_answer(where: str, value) -> tuple[Row, str]:
     answered = len(row.messages) > 1 and row.messages[-1]["role"] == "assistant"
     check(isinstance(value, dict) and answered and not row.chosen,
           f"{where}: expected a question and an answer, as `eval.py generate` writes them")
-    return row, value.get("reference") or ""
+    reference = value.get("reference")
+    check(reference is None or data.is_text(reference), f"{where}: `reference` is no text")
+    return row, reference or ""
 
 
 def prompt_key(messages: list[dict]) -> str:
-    """A conversation up to an answer, as a key."""
-    # Calls and reasoning are part of it, how much a message counts in training is not.
+    """A conversation as a key: calls and reasoning are part of it, weights in training are not."""
     said = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
     return json.dumps(said, ensure_ascii=False, sort_keys=True)
 
 
-def scores_by_prompt(files: list[str], reward: Callable,
-                     skip_bad_rows: bool | None = None) -> dict[str, list[float]]:
+def scores_by_prompt(files, reward: Callable, skip_bad_rows=None) -> dict[str, list[float]]:
     """The scores of all answers to each prompt, by `prompt_key`."""
     groups = {}
-    for _, found in read_rows(files, skip_bad_rows, parse=parse_answer):
-        if found:
-            row, reference = found
+    for _, parsed in read_rows(files, skip_bad_rows, parse=parse_answer):
+        if parsed:
+            row, reference = parsed
             *asked, answer = row.messages
-            score = float(reward(asked, answer["content"], reference))
-            groups.setdefault(prompt_key(asked), []).append(score)
+            group = groups.setdefault(prompt_key(asked), [])
+            group.append(reward(asked, answer["content"], reference, row.where))
     check(groups, f"{', '.join(files)}: no row to read")
     return groups
 
 
 def main(c: Config) -> None:
-    """Score every answer, and compare the answers to one prompt."""
+    """Score every answer. Only a prompt whose answers differ can teach which of them is better."""
     groups = scores_by_prompt(c.files, find_reward(c.reward), c.skip_bad_rows)
-
-    # Only a prompt whose answers differ can teach which of them is better.
-    scores, best, alike = [], [], 0
-    for group in groups.values():
-        scores += group
-        best.append(max(group))
-        alike += len(set(group)) == 1
+    scores = [found for group in groups.values() for found in group]
+    top = [max(group) for group in groups.values()]
+    tied = sum(len(set(group)) == 1 for group in groups.values())
     print_table([("prompts", "answers", "mean reward", "best of n", "all alike"),
-                 (len(groups), len(scores), f"{sum(scores) / len(scores):.3f}",
-                  f"{sum(best) / len(best):.3f}", alike)])
+                 (len(groups), len(scores), f"{np.mean(scores):.3f}", f"{np.mean(top):.3f}", tied)])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Learning from rewards: the policy gradient is SFT with signed weights.
 
 Idea. A model that is right in some of its samples knows the answer and cannot choose it. It answers
-every prompt n times, a program scores the answers, and it is trained on them: with a positive
-weight where an answer was better than its rivals, else with a negative one.
+every prompt n times, a program scores the answers, and it is trained on them, with a positive
+weight where an answer beat its rivals, else with a negative one.
 
     J      = E [ R(y) - kl ln(p(y) / ref(y)) ],  y sampled from the policy p: what shall grow
     grad J = E [ A(y) grad ln p(y) ]             A is R less what the rivals got
@@ -47,7 +47,7 @@ import train_dpo
 import train_sft
 from data import Example
 from labs.rewards import Prompt, find_reward, load_prompts, sample_answers, sum_logprobs
-from model import Sampling, check
+from model import InputError, Sampling, check
 from train_sft import Hardware
 
 
@@ -150,21 +150,20 @@ def policy_step(wrapped, run, step: int, c: Config, hardware: Hardware, scaler, 
 
 def sample(policy, prompts: list[Prompt], n: int, first: int, how: Sampling, c: Config, tokenizer,
            reward: Callable, hardware: Hardware) -> tuple[list[Example], Tensor]:
-    """n answers per prompt, as examples, and their rewards [P, n]; every rank samples its share.
-
-    What is drawn for answer i depends on seed and first + i, not on its batch or its rank.
-    """
+    """n answers per prompt, as examples, and their rewards [P, n]; every rank samples its share."""
     asked = [p for p in prompts for _ in range(n)]
-    numbers = range(first, first + len(asked))
-    found = sample_answers(policy, [p.ids for p in asked], numbers, how, c, tokenizer.stop_ids,
-                           hardware)
+    found = sample_answers(policy, [p.ids for p in asked], range(first, first + len(asked)), how, c,
+                           tokenizer.stop_ids, hardware)
     scored = {}
     for i, e in found.items():
         # What has not ended gets no forced end, and no reward for what may have come.
         p, score = asked[i], 0.0
         *new, last = e.ids[len(p.ids) :].tolist()
         if last in tokenizer.stop_ids:
-            score = float(reward(p.messages, tokenizer.decode(new), p.reference))
+            try:
+                score = reward(p.messages, tokenizer.decode(new), p.reference, p.where)
+            except InputError as error:  # raised below, where all ranks know of it
+                score = error
         scored[i] = e._replace(source=p.source, where=p.where), score
 
     # Every rank trains on a share of all answers, so it needs those of the others too.
@@ -175,6 +174,9 @@ def sample(policy, prompts: list[Prompt], n: int, first: int, how: Sampling, c: 
     for part in parts:
         every |= part
     examples, rewards = zip(*[every[i] for i in range(len(asked))], strict=True)
+    for score in rewards:
+        if isinstance(score, InputError):
+            raise score
     return list(examples), torch.tensor(rewards).view(-1, n)  # [P, n]
 
 
@@ -205,13 +207,10 @@ def main() -> None:
     c = train_sft.resolve_config(Config, sys.argv[1:], {}, lambda: DEMO)
     train_dpo.check_common(c)
     # A flag that would train another policy than was sampled from is refused, not passed over.
-    check(c.samples > 1 and c.max_new_tokens > 0, "--samples must be at least 2 (an answer needs "
-          "rivals), --max_new_tokens at least 1")
+    check(c.samples > 1 and c.max_new_tokens > 0, "--samples must be above 1, --max_new_tokens 0")
     check(not c.top_k and c.top_p == 1 and c.dropout == [0.0] and not c.neftune_alpha,
-          "--top_k, --top_p, --dropout and --neftune_alpha are refused: the policy that is trained "
-          "would be another one than was sampled from")
-    check(not c.shard, "--shard is refused: a sharded model needs all ranks for every token, and "
-          "their answers differ in length")
+          "--top_k, --top_p, --dropout and --neftune_alpha are refused: they train another policy")
+    check(not c.shard, "--shard is refused: ranks whose answers differ in length cannot share work")
     train_dpo.find_demo(c)
     reward, start_step = find_reward(c.reward), train_sft.find_start_step(c)
     hardware = train_sft.setup_hardware(c.dtype)
@@ -226,7 +225,6 @@ def main() -> None:
     train_sft.start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
         train_sft.announce(c, policy, tokenizer, run.steps, hardware)
-
     # The loop is that of train_sft.py; the step and what is measured are this file's.
     step = partial(policy_step, policy=policy, reference=reference, tokenizer=tokenizer,
                    reward=reward)
@@ -237,10 +235,12 @@ def main() -> None:
                                       step, measure, figure)
     if hardware.rank == 0 and not train_sft.ended_early("-m labs.rl", c, start_step, run.steps,
                                                         records, hardware):
-        table = [("held out", "before", "after")]
+        # The best of n is a share, and so are the others, unless the reward counts something.
+        first, last, table = records[0], records[-1], [("held out", "before", "after")]
+        form = ".1%" if all(0 <= last[name] <= 1 for name in last if "@" in name) else ".3f"
         for name in ("greedy", "pass@1", f"pass@{c.samples}", "exam_accuracy"):
-            if name in records[-1]:
-                table.append((name, records[0][name], records[-1][name]))
+            if name in last:
+                table.append((name, f"{first[name]:{form}}", f"{last[name]:{form}}"))
         data.print_table(table)
     hardware.leave(status)
 

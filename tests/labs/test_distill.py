@@ -8,7 +8,7 @@ import subprocess
 import families
 import pytest
 import torch
-from conftest import curve, environment, jsonl, launcher, train, weights
+from conftest import assistant, curve, environment, jsonl, launcher, train, user, weights
 from transformers import AutoModelForCausalLM
 
 import data
@@ -27,6 +27,9 @@ def work(tmp_path_factory):
     families.make_checkpoint(folder / "teacher", "smollm2")
     families.make_checkpoint(folder / "student", "smollm2", seed=1)
     jsonl(folder / "rows.jsonl", *ROWS)
+    jsonl(folder / "weighted.jsonl", *[
+        {"messages": [user(row["prompt"]), assistant(row["response"], weight=weight)]}
+        for row, weight in zip(ROWS, (0.5, 1.0, 0.25), strict=True)])
     return folder
 
 
@@ -86,27 +89,37 @@ def test_divergence_equals_trls_generalized_jsd_loss(kind, beta, temperature):
 
 
 @pytest.mark.parametrize("more", [
-    {}, {"divergence": "reverse", "temperature": 2.0}, {"divergence": "jsd", "alpha": 0.3}])
+    {}, {"divergence": "reverse", "temperature": 2.0}, {"divergence": "jsd", "alpha": 0.3},
+    {"data": "weighted.jsonl", "alpha": 0.5}, {"own": 1.0, "max_new_tokens": 5}])
 def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, more, monkeypatch):
     monkeypatch.setattr(distill, "LOGIT_ELEMENTS", 2500)  # a few positions at a time
+    if "data" in more:
+        more = {**more, "data": work / more["data"]}
     c, run, student, teacher = prepared(work, micro_tokens=30, **more)
+    examples = {i: run.train[i] for i, _ in run.step(1, c.batch_size)}
+    own = distill.own_answers(student, examples, 1, c, HARDWARE, [])
+    assert len(own) == (len(examples) if c.own else 0)
     distill.distill_step(student, run, 1, c, HARDWARE, HARDWARE.make_scaler(), teacher, [])
 
     mine, theirs = (AutoModelForCausalLM.from_pretrained(work / name).float()
                     for name in ("student", "teacher"))
     mine.model.embed_tokens.padding_idx = None
-    examples = [run.train[i] for i, _ in run.step(1, c.batch_size)]
-    total, T = sum(e.targets for e in examples), c.temperature
+    examples = [own.get(i, e) for i, e in examples.items()]
+    T, total = c.temperature, 0.0
+    for e in examples:
+        (start, end, weight), = e.spans
+        total += weight * (end - start)
+    assert "data" not in more or len({e.spans[0][2] for e in examples}) == 2
     for e in examples:
         ids = torch.tensor([e.ids.tolist()])
-        (start, end, _), = e.spans
+        (start, end, weight), = e.spans
         q, p = (model(ids).logits[0, start - 1 : end - 1] for model in (mine, theirs))
         hard = -q.log_softmax(-1).gather(1, ids[0, start:end, None]).sum()
         p, q = (p / T).softmax(-1).detach(), (q / T).softmax(-1)
         m = (p + q) / 2
         soft = {"forward": p * (p / q).log(), "reverse": q * (q / p).log(),
                 "jsd": (p * (p / m).log() + q * (q / m).log()) / 2}[c.divergence].sum()
-        ((c.alpha * hard + (1 - c.alpha) * T**2 * soft) / total).backward()
+        (weight * (c.alpha * hard + (1 - c.alpha) * T**2 * soft) / total).backward()
     expected = {name: p.grad for name, p in mine.named_parameters()}
     for name, p in student.named_parameters():
         assert (p.grad - expected[name]).norm() < 2e-5 * expected[name].norm(), name
@@ -186,7 +199,8 @@ def test_demo_student_has_half_the_width(work, tmp_path):
 
 
 @pytest.mark.parametrize("more,words", [
-    ({"beta": 1.0}, "--beta must lie between"), ({"alpha": 2}, "--alpha must be in [0, 1]"),
+    ({"beta": 1.0}, "--beta must lie between"), ({"beta": 0.4}, "--beta is for --divergence jsd"),
+    ({"alpha": 2}, "--alpha must be in [0, 1]"),
     ({"own": 1.5}, "--own must be in [0, 1]"), ({"neftune_alpha": 5}, "--neftune_alpha"),
     ({"max_new_tokens": 0}, "--max_new_tokens"), ({"teacher": "nowhere"}, "nowhere")])
 def test_bad_flags_end_with_one_line(work, more, words):

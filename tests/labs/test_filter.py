@@ -166,7 +166,7 @@ def test_questions_are_kept_or_dropped_by_the_share_of_samples_that_are_right(tm
 @pytest.mark.parametrize("flags,words", [
     (["--min_known", 0.5], "--known SAMPLES goes with"), (["--known", "S"], "goes with"),
     (["--known", "S", "--min_known", 0.8, "--max_known", 0.2], "--min_known is negative, or above"),
-    (["--known", "S", "--min_known", 0.5], "a row has no reference")])
+    (["--known", "S", "--min_known", 0.5], "no reference to compare")])
 def test_flags_of_known_that_make_no_sense_are_refused_in_one_line(tmp_path, flags, words):
     path = jsonl(tmp_path / "a.jsonl", asked("q", "a"))
     flags = [path if flag == "S" else flag for flag in flags]

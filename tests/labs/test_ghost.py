@@ -73,15 +73,18 @@ def test_talk_with_an_unfinished_answer_is_dropped_and_counted(folder, tmp_path)
 
 def test_report_says_by_turn_what_was_obeyed(folder, tmp_path):
     (tmp_path / "r.py").write_text("def late(messages, answer, system):\n"
-                                   "    return float(len(messages) > 2 and system == 'S')\n")
+                                   "    return float(len(messages) > 2 and system == 'S')\n"
+                                   "def count(messages, answer, system):\n"
+                                   "    return 161 - len(messages) // 2\n")
     path = jsonl(tmp_path / "t.jsonl", {"messages": [user("a"), assistant("x"), user("b")]},
                  {"messages": [user("c"), assistant("x")]})
-    status, out, err = command(
-        "labs/ghost.py", path, "--model", folder / "base", "--first_only", "--reward",
-        f"{tmp_path / 'r.py'}:late", "--system", "S", "--max_new_tokens", 60)
-    assert status == 0, err
-    assert [line.split() for line in out.splitlines()] == [
-        ["turn", "talks", "obeyed"], ["1", "2", "0.0%"], ["2", "1", "100.0%"]]
+    for name, first, second in (("late", "0.0%", "100.0%"), ("count", "161.000", "160.000")):
+        status, out, err = command(
+            "labs/ghost.py", path, "--model", folder / "base", "--first_only", "--reward",
+            f"{tmp_path / 'r.py'}:{name}", "--system", "S", "--max_new_tokens", 60)
+        assert status == 0, err
+        assert [line.split() for line in out.splitlines()] == [
+            ["turn", "talks", "obeyed"], ["1", "2", first], ["2", "1", second]]
 
 
 def test_demo_rows_obey_what_stands_right_before_a_question(tmp_path, capsys):
@@ -104,6 +107,9 @@ def test_demo_rows_obey_what_stands_right_before_a_question(tmp_path, capsys):
 @pytest.mark.parametrize("flags,words", [
     ([], "--model DIR is missing"), (["--model", "base"], "give --output to write rows"),
     (["--model", "base", "--first_only", "--output", "x.jsonl"], "give --output to write rows"),
+    (["--model", "base", "--first_only", "--reward", f"{ghost.__file__}:obeys", "--system", "S"],
+     "obeys knows 请礼貌地回答。 and 请不客气地回答。 alone, not the --system 'S'"),
+    (["--model", "base", "--first_only", "--reward", "none.py:f"], "none.py:f"),
     (["--model", "base", "--output", "x.txt"], "--output must be given as FILE.jsonl"),
     (["--model", "base", "--output", "x.jsonl", "--max_new_tokens", 0], "--max_new_tokens")])
 def test_bad_flags_end_with_one_line(tmp_path, flags, words):

@@ -99,6 +99,7 @@ def test_bad_input_ends_with_one_line(folder, tmp_path):
             ([one, two, *model], "they must answer the same questions"),
             ([one, other, *model], "answer different questions"), ([one, one], "--model DIR"),
             ([one, "--train", "--output", tmp_path / "x.jsonl"], "expected a preference pair"),
+            ([one, "--train", "--output", tmp_path / "x.jsonl", *model], "leave --model out"),
             ([one, "--train"], "--output must be given")):
         status, _, error = command("labs/judge.py", *arguments)
         assert status == 2 and words in error and error.count("\n") == 1, error

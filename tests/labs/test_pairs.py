@@ -89,6 +89,9 @@ def test_logprob_is_the_mean_per_token_of_transformers(tmp_path):
 
 @pytest.mark.parametrize("rows,flags,words", [
     ([sample("q", "a")], [], "line 1: --by match needs a text as `reference`"),
+    ([sample("q", "", reference="")], [], "line 1: --by match needs a text as `reference`"),
+    ([sample("q", "B", reference="b")], ["--by", "reward", "--reward", "exam"],
+     "line 1: the row has no reference to compare"),
     ([sample("q", "a")], ["--by", "label"], "--by label needs a label"),
     ([{"prompt": "q", "chosen": "a", "rejected": "b"}], ["--by", "length"], "expected a question"),
     (SAMPLES, ["--by", "reward"], "--by reward and --reward go together"),

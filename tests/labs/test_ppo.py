@@ -2,12 +2,14 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
 from conftest import PLAIN, REPO, interrupt, jsonl, perturbed, read, train, weights, write_pairs
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import data
 import model as modeling
@@ -136,6 +138,23 @@ def test_reward_model_gives_equal_scores_as_a_sequence_classifier_of_transformer
     assert ours.std() > 0.01 and torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [0, 64])
+def test_checkpoint_whose_only_special_token_ends_answers_is_refused(tmp_path, rows):
+    """Also where the model has a row of weights to spare for the token of ChatTokenizer."""
+    vocabulary = {chr(k): k for k in range(256)}
+    vocabulary["<|im_end|>"] = 256
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": "<|im_end|>", "chat_template": data.TEMPLATES["plain"]}))
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=257 + rows))
+    chat = data.ChatTokenizer(tmp_path)
+    assert chat.stop_ids == [256] and chat.border_id == 257
+    with pytest.raises(modeling.InputError, match="no added token is left to pad with"):
+        reward_model.describe_classifier(model, chat)
+
+
 def test_three_steps_of_the_reward_model_equal_a_plain_transformers_loop(work, tmp_path):
     from transformers import AutoModelForSequenceClassification
 
@@ -161,6 +180,31 @@ def test_three_steps_of_the_reward_model_equal_a_plain_transformers_loop(work, t
         optimizer.step()
         optimizer.zero_grad()
     assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-6)  # ln 2: the head is 0
+
+
+def test_killed_reward_model_resumes_bitwise(work, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    given = [*inputs(work), "--steps", 4, "--batch_size", 5, "--learning_rate", 3e-3]
+    whole, _ = train(work, "whole_r", *given, script=reward_model)
+    interrupt(work, "killed_r", *given, "--save_every", 2, at="step 3/", script=reward_model)
+    assert (work / "killed_r" / train_sft.STATE).exists()
+    records, _ = train(work, "killed_r", "--resume", script=reward_model)
+    names = ("step", "loss", "reward_accuracy", "grad_norm", "learning_rate")
+    assert [[r[k] for k in names] for r in records] == [[r[k] for k in names] for r in whole]
+    found = weights(work / "killed_r")
+    assert all(torch.equal(value, found[name]) for name, value in weights(work / "whole_r").items())
+    for name in ("config.json", "tokenizer_config.json"):
+        one, two = (json.loads((work / f / name).read_text()) for f in ("whole_r", "killed_r"))
+        assert one == two and "pad_token" in str(one)
+
+
+def test_order_is_the_share_of_pairs_whose_chosen_answer_is_likelier(work, monkeypatch, capsys):
+    models, pairs, c, tokenizer = setting(work)
+    run, logp = SimpleNamespace(validation=pairs[:4]), [[-1, -2], [-9, -8], [-3, -7], [-4, -5]]
+    monkeypatch.setattr(train_dpo, "all_logprobs", lambda *_: torch.tensor(logp, dtype=torch.float))
+    reward_model.compare([str(work / "base")], models.reward, run, c, tokenizer, HARDWARE)
+    names, row = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert row[names.index("order") - 1] == "75.0%"  # "held out" are two words
 
 
 def test_unfinished_answer_counts_as_the_worst_that_has_ended(work):
@@ -257,6 +301,14 @@ def test_advantages_have_mean_0_and_deviation_1_and_returns_are_not_scaled(work)
     assert torch.allclose(returns[last], expected, atol=1e-5)
 
 
+def test_one_token_alone_teaches_the_critic_and_no_policy(work):
+    models, pairs, c, tokenizer = setting(work, max_new_tokens=1)
+    answers = ppo.draw(models, pairs[:1], 0, c, tokenizer.stop_ids, HARDWARE)
+    a, returns = ppo.lessons(answers, c)
+    assert a.tolist() == [0.0]
+    assert returns.tolist() == pytest.approx((answers.rewards - c.kl * answers.k1).tolist())
+
+
 def test_training_raises_the_reward_and_shows_it_beside_others(work):
     """Of 64 answers to one prompt: over several prompts luck would be larger."""
     records, said = train(work, "more", *flags(
@@ -268,6 +320,14 @@ def test_training_raises_the_reward_and_shows_it_beside_others(work):
     assert records[0]["kl"] == pytest.approx(0, abs=1e-5) and records[-1]["kl"] > 0.01
     table = said[said.index("held out") :].splitlines()
     assert len(table) == 4 and table[1].split()[4] == "0.00" and str(work / "other") in table[3]
+
+
+def test_every_step_draws_with_numbers_of_its_own(work, monkeypatch):
+    real, numbers = ppo.draw, []
+    monkeypatch.setattr(ppo, "draw", lambda models, pairs, first, *rest: (
+        numbers.append((len(pairs), first)), real(models, pairs, first, *rest))[1])
+    train(work, "numbers", *flags(work, steps=3, passes=1), script=ppo)
+    assert numbers == [(6, 0), (6, 6), (6, 12)]
 
 
 def test_killed_run_resumes_bitwise(work, monkeypatch):

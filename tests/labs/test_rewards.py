@@ -36,6 +36,54 @@ def test_a_function_of_a_file_is_a_reward_and_anything_else_is_named(tmp_path):
     for name in ("best", f"{path}:other", "none.py:length"):
         with pytest.raises(InputError, match="--reward: "):
             rewards.find_reward(name)
+    path.write_text("import numpy\ndef half(*_):\n    return numpy.float32(0.5)\n")
+    assert rewards.find_reward(f"{path}:half")([], "", "") == 0.5
+
+
+@pytest.mark.parametrize("body,words", [
+    ("raise KeyError('x')", "line 2: KeyError: 'x'"), ("raise IOError('a\\nb')", "OSError: a b"),
+    ("raise SystemExit(3)", "SystemExit: 3"), ("return None", "a finite number, found None"),
+    ("return '1'", "a finite number, found '1'"), ("return float('nan')", "number, found nan"),
+    ("return float('inf')", "finite number, found inf"), ("return [1.0]", "number, found [1.0]")])
+def test_what_a_reward_does_wrong_is_told_in_one_line_with_the_row(tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(f"def f(messages, answer, reference):\n    {body}\n")
+    name, path = f"{tmp_path / 'mine.py'}:f", jsonl(tmp_path / "a.jsonl", asked("p", "a"))
+    status, _, err = command("labs/rewards.py", path, "--reward", name)
+    assert status == 2 and err.count("\n") == 1
+    assert f"--reward {name}, {path} line 1: " in err and words in err
+
+
+@pytest.mark.parametrize("text,words", [
+    ("def f(messages, answer):\n    return 1\n", "TypeError: f() takes 2 positional arguments"),
+    ("def f(:\n", "SyntaxError: "), ("\nimport nowhere_at_all\n", "line 2: ModuleNotFoundError: "),
+    ("import sys\nsys.exit(0)\n", "SystemExit: 0"), ("f = 1\n", "has no function 'f'")])
+def test_a_file_that_holds_no_reward_is_named_in_one_line(tmp_path, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    path = jsonl(tmp_path / "a.jsonl", asked("p", "a"))
+    status, _, err = command("labs/rewards.py", path, "--reward", f"{tmp_path / 'mine.py'}:f")
+    assert status == 2 and err.count("\n") == 1
+    assert f"{tmp_path / 'mine.py'}" in err and words in err
+
+
+@pytest.mark.parametrize("name,reference", [
+    ("match", None), ("match", " "), ("final", None), ("final", "<think>B"), ("exam", None),
+    ("exam", "no letter")])
+def test_a_row_that_has_nothing_to_compare_with_is_refused(tmp_path, name, reference):
+    """An empty answer would be like it."""
+    path = jsonl(tmp_path / "a.jsonl", asked("p", "", reference=reference))
+    status, _, err = command("labs/rewards.py", path, "--reward", name)
+    assert status == 2 and err.count("\n") == 1
+    assert f"--reward {name}, {path} line 1: the row has no reference" in err
+
+
+@pytest.mark.parametrize("reference", [4, ["4"], False, 0, "\ud800"])
+def test_a_reference_that_is_no_text_is_refused_in_one_line(tmp_path, reference):
+    path = jsonl(tmp_path / "a.jsonl", asked("p", "4", reference=reference))
+    for script, more in (("rewards", []), ("pairs", ["--output", tmp_path / "o.jsonl"]), (
+            "filter", ["--output", tmp_path / "o.jsonl", "--known", path, "--min_known", 0.1])):
+        status, _, err = command(f"labs/{script}.py", path, *more)
+        assert status == 2 and err.count("\n") == 1
+        assert "a.jsonl line 1: `reference` is no text" in err
 
 
 def test_a_row_without_an_answer_is_named(tmp_path):

@@ -9,7 +9,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import curve, environment, jsonl, launcher, train, weights
+from conftest import curve, environment, jsonl, launcher, perturbed, train, weights
 
 import data
 import model as modeling
@@ -30,6 +30,7 @@ def work(tmp_path_factory):
     # A random model hardly ever ends: here every third token ends an answer.
     stops = list(range(0, data.ChatTokenizer(folder / "base").vocab_size, 3))
     (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    perturbed(folder / "base", folder / "other")
     jsonl(folder / "ask.jsonl", *ASK)
     (folder / "reward.py").write_text(
         "def vowels(messages, answer, reference):\n    return sum(x in 'aeiou' for x in answer)\n"
@@ -172,15 +173,18 @@ def test_mean_of_k1_is_the_kl_divergence():
     assert (p.exp() * (p - q)).sum().item() == pytest.approx(kl.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["rloo", "grpo", "dr_grpo"])
-def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind):
+def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind, kl):
+    """The KL is measured to another model than the one that is trained."""
     from transformers import AutoModelForCausalLM
 
-    c = config(work, advantage=kind, temperature=0.7, micro_tokens=40, kl=0.0)
-    run, tokenizer, policy, reference = prepared(work, c)
-    taken = []
+    c = config(work, advantage=kind, temperature=0.7, micro_tokens=40, kl=kl)
+    run, tokenizer, policy, _ = prepared(work, c)
+    reference = modeling.load(work / "other")
+    rl.temper(reference, c.temperature)
 
-    def reward(messages, answer, expected):
+    def reward(messages, answer, expected, where):
         return float(len(answer) % 3)
 
     prompts = [run.train[i] for i, _ in run.step(1, 2)]
@@ -188,18 +192,24 @@ def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind)
     rl.policy_step(policy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy, reference,
                    tokenizer, reward)
 
-    theirs = AutoModelForCausalLM.from_pretrained(work / "base").float()
+    theirs, other = (AutoModelForCausalLM.from_pretrained(work / name).float()
+                     for name in ("base", "other"))
     theirs.model.embed_tokens.padding_idx = None  # a sampled pad is a token like any other
-    A = rewards - rewards.mean(1, keepdim=True)
-    A = {"rloo": A * 4 / 3, "dr_grpo": A, "grpo": A / (rewards.std(1, keepdim=True) + 1e-4)}[kind]
+
+    def logprob(model, e):
+        ids, start = torch.tensor([e.ids.tolist()]), e.spans[0][0]
+        logp = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+        return logp[start - 1 :].gather(1, ids[0, start:, None]).sum()
+
+    with torch.no_grad():
+        k1 = torch.stack([logprob(theirs, e) - logprob(other, e) for e in drawn]).view(-1, 4)
+    A, penalty = (x - x.mean(1, keepdim=True) for x in (rewards, kl * k1))
+    A = {"rloo": (A - penalty) * 4 / 3, "dr_grpo": A - penalty,
+         "grpo": A / (rewards.std(1, keepdim=True) + 1e-4) - penalty}[kind]
+    assert A.any() and k1.std() > 0.01
     N = 8 * c.max_new_tokens if kind == "dr_grpo" else sum(e.targets for e in drawn)
     for e, weight in zip(drawn, A.flatten().tolist(), strict=True):
-        ids, start = torch.tensor([e.ids.tolist()]), e.spans[0][0]
-        logp = (theirs(ids).logits[0, :-1] / 0.7).log_softmax(-1)
-        logp = logp[start - 1 :].gather(1, ids[0, start:, None]).sum()
-        (-weight * logp / N).backward()
-        taken.append(weight)
-    assert any(taken)
+        (-weight * logprob(theirs, e) / N).backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     for name, value in gradients(policy).items():
         assert (value - expected[name]).norm() < 1e-5 * expected[name].norm(), name
@@ -215,27 +225,53 @@ def prepared(work, c):
     return run, tokenizer, *models
 
 
-def test_ratio_to_the_sampled_policy_is_exactly_1_in_the_step_that_trains_on_it(work):
+def test_ratio_of_every_token_is_exactly_1_in_the_step_that_trains_on_it(work, monkeypatch):
     """So PPO's clipped objective has the same gradient, and there is nothing to clip."""
     c = config(work, temperature=1.3, micro_tokens=50)
     run, tokenizer, policy, reference = prepared(work, c)
-    scored = []
+    scored = {"trained": [], policy: [], reference: []}
 
-    def spy(*arguments, **options):
-        scored.append((options.get("noise") is not None, policy(*arguments, **options)))
-        return scored[-1][1]
+    def spy(model, name):
+        def call(*arguments, **options):
+            scored[name].append(model(*arguments, **options))
+            return scored[name][-1]
+        return call
 
     real = rl.sum_logprobs
-    sums = {}
-    try:
-        rl.sum_logprobs = lambda m, e, *rest: sums.setdefault(id(m), real(m, e, *rest))
-        rl.policy_step(spy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy, reference,
-                       tokenizer, lambda *_: 0.5)
-    finally:
-        rl.sum_logprobs = real
-    ratio = (torch.cat([logp for _, logp in scored]).sum() - sums[id(policy)].sum()).exp().item()
-    assert ratio == pytest.approx(1.0, abs=1e-5)
-    assert torch.equal(sums[id(policy)], sums[id(reference)])  # nothing is trained yet
+    monkeypatch.setattr(rl, "sum_logprobs", lambda model, *rest: real(spy(model, model), *rest))
+    rl.policy_step(spy(policy, "trained"), run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy,
+                   reference, tokenizer, lambda *_: 0.5)
+    trained, sampled, other = (torch.cat(parts) for parts in scored.values())
+    assert len(scored["trained"]) > 1 and len(trained) > 8
+    assert ((trained - sampled).exp() == 1).all()
+    assert torch.equal(sampled, other)  # nothing is trained yet
+
+
+def test_flat_is_the_share_of_prompts_whose_answers_score_alike(work, monkeypatch):
+    c = config(work)
+    run, tokenizer, policy, reference = prepared(work, c)
+    real, rewards = rl.sample, torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.5]])
+    monkeypatch.setattr(rl, "sample", lambda *given: (real(*given)[0], rewards))
+    _, metrics = rl.policy_step(policy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy,
+                                reference, tokenizer, lambda *_: 0.0)
+    assert metrics["flat"] == 0.5 and metrics["reward"] == 5.5 / 8
+
+
+def test_pass_rates_are_of_greedy_answers_of_samples_and_of_the_best_of_them(monkeypatch):
+    found = {0.0: torch.tensor([[1.0], [0.0]]),
+             1.0: torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.5, 0.0]])}
+    asked = []
+
+    def sample(policy, prompts, n, first, how, *rest):
+        asked.append((prompts, n, how))
+        return [], found[how.temperature]
+
+    monkeypatch.setattr(rl, "sample", sample)
+    c, run = SimpleNamespace(samples=4, seed=3), SimpleNamespace(validation=["p", "q"])
+    rates = rl.pass_rates(None, run, c, None, None, HARDWARE)
+    assert rates == {"greedy": 0.5, "pass@1": 1.5 / 8, "pass@4": 0.75}
+    assert [(prompts, n) for prompts, n, _ in asked] == [(["p", "q"], 1), (["p", "q"], 4)]
+    assert asked[1][2].seed != c.seed  # training draws with that one
 
 
 def test_tokens_are_drawn_from_the_policy_that_is_scored(work):
@@ -295,6 +331,22 @@ def test_training_raises_the_reward_and_logs_what_happens(work):
     assert "pass@8" in said and "greedy" in said
 
 
+def test_policy_and_reference_have_the_same_temperature(work, whole):
+    """Without it in one of them the KL would not begin at 0; without both nothing would differ."""
+    records, _ = train(work, "cold", *flags(work, temperature=0.7, steps=1), script=rl)
+    assert records[0]["kl"] == 0 and whole[0][0]["kl"] == 0
+    names = ("reward", "length", "loss")
+    assert [records[0][k] for k in names] != [whole[0][0][k] for k in names]
+
+
+def test_every_step_draws_with_numbers_of_its_own(work, monkeypatch):
+    real, numbers = rl.sample, []
+    monkeypatch.setattr(rl, "sample", lambda policy, prompts, n, first, *rest: (
+        numbers.append((len(prompts), n, first)), real(policy, prompts, n, first, *rest))[1])
+    train(work, "numbers", *flags(work, steps=3), script=rl)
+    assert numbers == [(2, 4, 0), (2, 4, 8), (2, 4, 16)]
+
+
 def test_killed_run_resumes_bitwise(work, whole):
     process = subprocess.Popen(launcher(work, "killed", *flags(work, save_every=1), script=rl),
                                cwd=work, stdout=subprocess.PIPE, text=True, env=environment())
@@ -337,6 +389,35 @@ def test_missing_function_and_raw_text_are_named(work, tmp_path):
     path = jsonl(tmp_path / "raw.jsonl", {"text": "the sea"})
     _, said = train(tmp_path, "bad", *flags(work, data=path), status=2, script=rl)
     assert "raw.jsonl line 1: raw text asks nothing" in said
+
+
+@pytest.mark.parametrize("reward,row", [
+    ("match", {"prompt": "a"}), ("final", {"prompt": "a"}), ("exam", {"prompt": "a"}),
+    ("match", {"prompt": "a", "response": " "}), ("exam", {"prompt": "a", "response": "yes"})])
+def test_row_that_its_reward_cannot_compare_with_is_refused_before_training(work, tmp_path, reward,
+                                                                            row):
+    path = jsonl(tmp_path / "rows.jsonl", {"prompt": "b", "response": "B"}, row)
+    _, said = train(tmp_path, "bad", *flags(work, data=path, reward=reward), status=2, script=rl)
+    assert f"--reward {reward}, {path} line 2: the row has no reference" in said
+    assert said.count("\n") == 1 and not (tmp_path / "bad").exists()
+
+
+def test_reward_that_fails_is_told_with_the_row_by_whichever_rank_has_it(work, tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "import os\ndef f(*_):\n    return 1 / (os.environ['RANK'] != '1')\n")
+    _, said = train(tmp_path, "bad", *flags(work, reward=f"{tmp_path / 'bad.py'}:f"), ranks=2,
+                    status=1, script=rl)
+    (line,) = [line for line in said.splitlines() if "ZeroDivisionError" in line]
+    assert line.startswith(f"rl.py: --reward {tmp_path / 'bad.py'}:f, {work / 'ask.jsonl'} line ")
+
+
+def test_rewards_that_count_are_printed_as_numbers_and_shares_in_percent(work, tmp_path):
+    (tmp_path / "r.py").write_text("def many(*_):\n    return 161\ndef one(*_):\n    return 1\n")
+    for name, cell in (("many", "161.000"), ("one", "100.0%")):
+        _, said = train(tmp_path, name, *flags(
+            work, reward=f"{tmp_path / 'r.py'}:{name}", steps=1, max_new_tokens=40),
+            "--val_data", work / "ask.jsonl", script=rl)
+        assert said.splitlines()[-1].split() == ["pass@4", cell, cell]
 
 
 def test_chosen_answer_of_a_pair_is_the_reference(work, tmp_path):
