@@ -6,10 +6,9 @@ Idea. Learning from rewards needs no better text than the model's own, only a nu
                                                       question, and the answer that the row holds
 
 `match` (the whole answer is right), `final` (what it comes to is) and `exam` (its letter is) stand
-here, others in any FILE.py.
-`labs.rl`, `labs.pairs` and `labs.ghost` take one. Look at a reward before you train on it: where
-all answers to a prompt score alike there is nothing to learn, and what the best of n samples
-reaches is what choosing alone can bring.
+here, others in any FILE.py. `labs.rl`, `labs.pairs` and `labs.ghost` take one. Look at a reward
+before you train on it: where all answers to a prompt score alike there is nothing to learn, and
+what the best of n samples reaches is what choosing alone can bring.
 
     python eval.py generate --model out/sft --data out/demo/pairs.jsonl --n 8 --temperature 1 \\
         --max_new_tokens 64 --output out/samples.jsonl
@@ -54,6 +53,7 @@ from train_sft import Hardware
 class Config(Files):
     """Say what a reward thinks of the samples that `eval.py generate` wrote."""
 
+    files: list[str]  # samples with their references, as eval.py generate writes them
     reward: str = "match"  # exam (the letter), final (answer), match (all), or FILE.py:function
 
 
@@ -62,11 +62,13 @@ class Config(Files):
 
 def match(messages: list[dict], answer: str, reference: str) -> float:
     """1 if the answer is the reference, outer white space aside; else 0."""
+    check(reference, "--reward match: a row has no reference to compare its answer with")
     return float(answer.strip() == reference.strip())
 
 
 def exam(messages: list[dict], answer: str, reference: str) -> float:
     """1 if the answer, in words or alone, gives the reference's letter; else 0."""
+    check(reference, "--reward exam: a row has no reference to compare its answer with")
     extract = evaluation.lab("exams", "--reward exam").extract
     letter = extract(answer)
     return float(letter is not None and letter == extract(reference))

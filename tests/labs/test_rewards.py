@@ -29,6 +29,13 @@ def test_an_exam_answer_counts_by_its_letter_and_another_one_as_a_whole():
     assert rewards.find_reward("exam")([], "不知道", "B") == 0
 
 
+@pytest.mark.parametrize("name", ["match", "exam", "final"])
+def test_a_row_without_a_reference_is_refused_where_one_is_compared(name, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", asked("q", "a"))
+    status, out, err = command("labs/rewards.py", path, "--reward", name)
+    assert (status, out) == (2, "") and f"--reward {name}: a row has no reference" in err
+
+
 def test_a_function_of_a_file_is_a_reward_and_anything_else_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def length(messages, answer, reference):\n    return len(answer)\n")
