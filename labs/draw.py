@@ -16,14 +16,22 @@ the ids change?
 
 import html
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import data
 import model as modeling
+
+
+@dataclass
+class Config:
+    """Draw the two pictures of the README into labs/figures; there are no flags."""
+
 
 # ==== read: the curves of a run ===================================================================
 
@@ -157,7 +165,7 @@ def draw_conversation(path: Path) -> None:
         + "\n".join(boxes) + "\n</svg>\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(c: Config) -> None:
     """Write labs/figures/conversation.svg, and loss.png if the demo has run."""
     FIGURES.mkdir(exist_ok=True)
     draw_conversation(FIGURES / "conversation.svg")
@@ -170,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with data.one_line_errors():
+        main(Config(**data.parse_flags(Config, sys.argv[1:])))

@@ -42,13 +42,16 @@ from eval import read_csv
 from labs.text import Files, rewrite
 from model import check
 
+Style = Literal["answer_first", "explanation_first", "answer_only"]
+
 
 @dataclass
 class Config(Files):
     """Turn multiple-choice rows, with Wanjuan's keys or C-Eval's, into conversations."""
 
+    files: list[str]  # files of multiple-choice questions, of any format
     output: str = ""  # .jsonl to write
-    style: Literal["answer_first", "explanation_first", "answer_only"] = "answer_first"  # see above
+    style: Style = "answer_first"  # letter and then explanation, the reverse, or letter alone
     from_exam: bool = False  # take .csv files of C-Eval or CMMLU too: this CONTAMINATES the exam
 
 

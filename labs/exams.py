@@ -230,3 +230,7 @@ def named_subjects(benchmark: str) -> dict[str, tuple[str, str]]:
         for handle, name in zip(handles, names, strict=True):
             table[handle] = name, category
     return table
+
+
+if __name__ == "__main__":
+    print(__doc__)

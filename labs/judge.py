@@ -50,6 +50,7 @@ from model import check
 class Config(Modelled):
     """Let a model compare the answers of two files, or write rows that teach it to."""
 
+    files: list[str]  # two files of answers to the same questions; with --train, pairs
     model: str = ""  # checkpoint that judges
     output: str = ""  # .jsonl: every verdict, or with --train the rows
     train: bool = False  # write rows to train a judge on, from the preference pairs of the files
@@ -182,8 +183,9 @@ def main(c: Config) -> None:
                           "verdict": verdict(a, b), "margins": [a, b]}, ""))
         write_rows(c.output, rows)
     found = summarize(order, swapped)
-    data.print_table([("", "value"), *found.items()])
-    print(f"{found['wins']} wins of {c.files[0]} over {c.files[1]}, {found['losses']} losses, "
+    judged_by = evaluation.short_name(c.model)
+    data.print_table([(f"of {len(pairs)} pairs, judged by", judged_by), *found.items()])
+    print(f"{found['wins']} wins of {c.files[0]} over {c.files[1]},\n{found['losses']} losses, "
           f"{found['ties']} ties where the orders disagree")
 
 

@@ -189,22 +189,23 @@ def report(c, run, hardware) -> None:
                 T = max(T, sum(sizes[i] for i in chunk))
                 N = max(N, sum(items[i].targets for i in chunk))
     work = Work(T, N, passes, hardware.world, hardware.dtype, hardware.device)
-    whole = print_terms(c, work)
+    whole = print_terms(c, work, least=0.01)
     if hardware.device.type == "cuda" and torch.cuda.is_available():
         room = torch.cuda.get_device_properties(hardware.device).total_memory
         if whole > room:
-            print(f"warning: this GPU has {room / 2**30:.1f} GiB; lower --micro_tokens, or add "
+            print(f"warning: this GPU has {room / 2**30:.1f} GiB; lower --micro_tokens,\n  or add "
                   "--checkpoint_activations, --lora_rank 16, --shard")
 
 
-def print_terms(c, work: Work) -> float:
-    """A line per term, the sum first, which is returned."""
+def print_terms(c, work: Work, least: float = 0.0) -> float:
+    """The sum, which is returned, and a line for every term of `least` GiB or more."""
     found = terms(modeling.load_config(c.model), c, work)
     whole = peak(found, work.passes)
-    print(f"memory per device, estimate: {whole / 2**30:.2f} GiB at the peak (T {work.tokens}, "
-          f"N {work.targets}, {work.passes} passes per step)")
+    print(f"memory per device, estimate: {whole / 2**30:.2f} GiB at the peak\n  passes per step: "
+          f"{work.passes}, of at most T {work.tokens} tokens, N {work.targets} of them supervised")
     for name, (size, formula) in found.items():
-        print(f"  {name:12}{size / 2**30:7.2f}  {formula}")
+        if size >= least * 2**30:
+            print(f"  {name:12}{size / 2**30:7.2f} GiB  {formula}")
     return whole
 
 

@@ -52,6 +52,7 @@ from model import check
 class Config(Modelled):
     """Make preference pairs of the best and the worst answer to each prompt."""
 
+    files: list[str]  # samples, as eval.py generate writes them
     by: Literal["match", "reward", "length", "logprob", "label"] = "match"  # what is better
     reward: str = ""  # of --by reward: match, exam, final, or FILE.py:function
 

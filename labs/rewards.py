@@ -52,6 +52,7 @@ from train_sft import Hardware
 class Config(Files):
     """Say what a reward thinks of the samples that `eval.py generate` wrote."""
 
+    files: list[str]  # samples with their references, as eval.py generate writes them
     reward: str = "match"  # exam (the letter), final (answer), match (all), or FILE.py:function
 
 

@@ -74,33 +74,35 @@ def compare(before: list[dict], after: list[dict]) -> dict:
 def score_lines(r: dict) -> dict[str, tuple]:
     """The table's column of a checkpoint: {label: (questions, cell)}, shares in percent."""
 
-    def percent(*shares, digits: int = 2) -> str:
-        return " / ".join("-" if x is None else f"{100 * x:.{digits}f}" for x in shares)
+    def percent(*shares, sign: str = "/") -> str:
+        return sign.join("-" if x is None else f"{100 * x:.1f}" for x in shares)
 
-    # Subjects first, then their categories, last all together.
-    lines = {"accuracy in %" if r["floor"] else "no labels": ("questions", short_name(r["model"]))}
+    # Subjects first, then their categories, last all together. Four columns fit a terminal of 80.
+    lines = {"accuracy in %" if r["floor"] else "no labels": ("n", short_name(r["model"]))}
     for handle, row in r["subjects"].items():
         lines[handle] = row["questions"], percent(row["accuracy"])
     for name, row in {**r["categories"], "all": r}.items():
-        lines[f"{name}: macro / micro"] = row["questions"], percent(row["macro"], row["micro"])
+        lines[f"{name}:"] = row["questions"], percent(row["macro"], row["micro"])
 
     # What the score is worth; without labels there is none.
     if floor := r["floor"]:
-        lines["95% interval of micro, low / high"] = "", percent(*r["interval"])
-        lines[f"floor of micro: always {floor['letter']}"] = "", percent(floor["micro"])
-    lines["answered A / B / C / D"] = "", percent(*r["letters"].values(), digits=0)
-    lines["invalid"] = "", percent(r["invalid"])
-    lines["seconds"] = "", f"{r['seconds']:.1f}"
+        lines["95% interval"] = "", percent(*r["interval"], sign="-")
+        lines[f"floor: always {floor['letter']}"] = "", percent(floor["micro"])
     return lines
 
 
 def print_scores(results: list[dict], comparisons: list[dict]) -> None:
     """One line per subject, one column per checkpoint; then what a reader must know."""
-    table = {}
+    print("n: questions; macro/micro: mean of subjects/of questions, interval of micro")
+    table, answered = {}, [("answered", *LETTERS, "invalid", "seconds")]
     for r in results:
         for label, (count, cell) in score_lines(r).items():
             table.setdefault(label, [label, count]).append(cell)
+        answered.append((short_name(r["model"]), *r["letters"].values(), r["invalid"],
+                         f"{r['seconds']:.1f}"))
     data.print_table(list(table.values()))
+    print()
+    data.print_table(answered)
 
     # What makes a score mean less than it seems.
     for r in results:
@@ -117,9 +119,10 @@ def print_scores(results: list[dict], comparisons: list[dict]) -> None:
 
     # Of two checkpoints on the same questions only the changed answers count.
     for row in comparisons:
-        verdict = "a difference" if row["p"] < 0.05 else "which may be noise"
-        print(f"{row['first']} -> {row['second']}: {row['lost']} questions lost, {row['won']} won; "
-              f"McNemar p = {row['p']:.2g}, {verdict}")
+        noise = "which may be noise" if row["lost"] + row["won"] else "no difference"
+        verdict = "a difference" if row["p"] < 0.05 else noise
+        print(f"{row['first']} -> {row['second']}: {row['lost']} questions lost, "
+              f"{row['won']} won;\n  McNemar p = {row['p']:.2g}, {verdict}")
 
 
 def characters_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> float:
@@ -143,16 +146,14 @@ def say_what_is_lost(tokenizer: data.ChatTokenizer, sheets: list[Sheet]) -> None
     lost = characters_lost(tokenizer, sheets)
     long = sum(sheet.prompts.count(None) for sheet in sheets)
     if lost or long:
-        print(f"exam: {lost:.1%} of its characters are lost by the tokenizer, {long} questions do "
-              "not fit")
+        print(f"exam: the tokenizer loses {lost:.1%} of its text, {long} questions do not fit")
 
 
 # ---- skip on a first reading: the figure, files --------------------------------------------------
 
 
 def draw_exam(path: Path, results: list[dict]) -> None:
-    """Bars by subject; of one run's checkpoints, whose names end in their steps, a curve."""
-    # matplotlib is an extra: without it there is no figure.
+    """Bars by subject, of one run's checkpoints a curve; without the extra matplotlib, nothing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -168,8 +169,7 @@ def draw_exam(path: Path, results: list[dict]) -> None:
         axes.axhline(floor, color="gray", linestyle="--")
         axes.set(xlabel="step", ylabel="accuracy in %, with its 95% interval")
 
-    # Anything else is bars, one per subject and checkpoint: the first subject on top, its name at
-    # the middle of its bars.
+    # Anything else is bars: the first subject on top, its name at the middle of its bars.
     else:
         handles, thick = list(results[0]["subjects"]), 0.8 / len(results)
         rows = np.arange(len(handles))

@@ -153,6 +153,8 @@ def make_demo(folder: Path, source: Path) -> None:
                 tags += [f" {thing} ", f" {relation} "]
         tagged.append(({**value, "tags": tags}, ""))
     write_rows(folder / "rows.jsonl", tagged)
+    print(f"next, choose a tenth of them:\n  python -m labs.tags {folder}/rows.jsonl --n 30 "
+          f"--output {folder}/few.jsonl")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ sqrt(J (1 - J) / 64). `labs.filter` drops near duplicates by it.
 Two texts are alike as sequences. The longest common subsequence (LCS) is the most words that both
 have in the same order, gaps allowed. ROUGE-L (Lin, 2004) is the F-measure of its shares in both
 texts, of m and n words: F = 2 P R / (P + R) with P = LCS / m, R = LCS / n; that is 2 LCS / (m + n).
-Self-Instruct (arXiv:2212.10560) keeps a new instruction if this is under 0.7 to all it has kept:
-`labs.evolve`.
+Self-Instruct (arXiv:2212.10560) keeps an instruction under 0.7 to all it has kept: `labs.evolve`.
 
 Exercise. One word of a text of 100 words is changed. What are J and ROUGE-L?
     Solution: of 96 5-grams 5 hold it: J = 91 / 101 = 0.90. LCS = 99: ROUGE-L = 198 / 200 = 0.99.
@@ -98,10 +97,7 @@ MINHASHES = 64  # numbers in a signature
 
 
 def signature(words: list[str]) -> np.ndarray:
-    """MinHash: the least n-gram under each of many hash functions [MINHASHES] uint32.
-
-    Two texts agree in each number with probability |A and B| / |A or B|, A and B their n-grams.
-    """
+    """MinHash: the least n-gram under each of many hash functions [MINHASHES] uint32."""
     # Multiplying by a random odd number mod 2^64 is a hash function; its upper half is the best.
     factors = np.random.default_rng(0).integers(2**63, size=MINHASHES, dtype=np.uint64) * 2 + 1
     hashes = ngrams(words)[:, None] * factors >> 32  # [n-grams, MINHASHES]
@@ -242,9 +238,13 @@ def parallel(function, items: Iterable) -> Iterator:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with context.Pool(initializer=setattr, initargs=(run_job, "function", function)) as pool:
         results = pool.imap(run_job, items, chunksize=64)
-        yield from tqdm(results, unit=" rows", disable=not sys.stderr.isatty())
+        yield from tqdm(results, unit=" rows", ncols=76, disable=not sys.stderr.isatty())
 
 
 def run_job(item):
     """function(item) of `parallel`: a name that every process can find."""
     return run_job.function(item)
+
+
+if __name__ == "__main__":
+    print(__doc__)

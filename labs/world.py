@@ -96,8 +96,7 @@ def hold_out(phrasings: tuple[str, ...], facts: list[dict], rng: random.Random):
     for fact in facts:
         # Drawn for each fact, so that every phrasing is practised with most of the others.
         *others, kept = rng.sample(phrasings, len(phrasings))
-        for phrasing in others:
-            practised.append((phrasing, fact))
+        practised += [(phrasing, fact) for phrasing in others]
         held.append((kept, fact))
     return practised, held
 
@@ -200,9 +199,7 @@ def make_demo(folder: Path, seed: int = 0) -> None:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    entries = {}
-    for handle, (entry, _, _) in SUBJECTS.items():
-        entries[handle] = entry
+    entries = {handle: entry for handle, (entry, _, _) in SUBJECTS.items()}
     (folder / "exam/subject_mapping.json").write_text(json.dumps(entries) + "\n")
     facts = [FACT.format(**fact) for fact in chain(*map(facts_of, SUBJECTS))]
     (folder / "text.txt").write_text("\n".join(facts) + "\n", encoding="utf-8")
@@ -333,3 +330,7 @@ def make_demo_model(folder: Path, seed: int = 0) -> None:
     model = modeling.Llama(modeling.read_config(config))
     model.initialize(seed)
     modeling.save(model, folder)
+
+
+if __name__ == "__main__":
+    print(__doc__)

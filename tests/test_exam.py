@@ -270,7 +270,7 @@ def test_averages_floor_letters_and_interval_by_hand(place, tmp_path):
     for p in (low, high):
         assert abs(total / 19 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 19))
     for value in (results["micro"], results["macro"], 8 / 19):
-        assert f"{100 * value:.2f}" in out
+        assert f"{100 * value:.1f}" in out
     assert results["invalid"] == results["characters_lost"] == 0
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from conftest import REPO, command
 
 from labs import draw
 
@@ -20,6 +21,14 @@ def test_every_exam_has_its_curve_its_interval_and_its_floor(tmp_path, monkeypat
             for line in axes.lines] == [[0.5, 0.5], [0.8, 0.8], [0.3, 0.3], [0.25, 0.25]]
     bands = [band.get_paths()[0].get_extents().intervaly.tolist() for band in axes.collections]
     assert bands == [[0.4, 0.6], [0.7, 0.9]]
+
+
+def test_help_and_a_wrong_word_draw_nothing():
+    picture = REPO / "labs/figures/conversation.svg"
+    before = picture.stat().st_mtime_ns
+    status, out, _ = command("labs/draw.py", "--help")
+    assert status == 0 and "python -m labs.draw" in out
+    assert command("labs/draw.py", "loss")[0] == 2 and picture.stat().st_mtime_ns == before
 
 
 def test_figure_without_points_is_not_drawn(tmp_path):

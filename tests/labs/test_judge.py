@@ -78,6 +78,7 @@ def test_command_prints_the_table_and_writes_every_verdict(folder, tmp_path):
     rows = read(tmp_path / "verdicts.jsonl")
     assert [row["left"] for row in rows] == ["moon", "a"]
     assert rows[0]["verdict"] == "tie"  # the same answer twice
+    assert "of 2 pairs, judged by" in out and "value" not in out
     assert "win rate" in out and "verdicts for the first" in out
 
 

@@ -84,8 +84,9 @@ def test_both_trainers_say_what_they_will_take_and_how_long(script, tmp_path):
                     script={"sft": train_sft, "dpo": train_dpo}[script])
     lines = text.splitlines()
     first = next(k for k, line in enumerate(lines) if line.startswith("memory per device"))
-    assert [line.split()[0] for line in lines[first + 1 : first + 9]] == [
-        "weights", "gradients", "moments", "copies", "activations", "logits", "head", "process"]
+    assert "passes per step: 1, of at most T" in lines[first + 1] and "N " in lines[first + 1]
+    assert lines[first + 2].split()[0] == "process"  # so small a model takes nothing else
+    assert "weights " not in text and max(map(len, lines[first : first + 3])) <= 80
     assert first < next(k for k, line in enumerate(lines) if line.startswith("step 1/4"))
     assert "left ?" in text and "left 00:0" in next(x for x in lines if x.startswith("step 3/4"))
 
@@ -103,6 +104,15 @@ def test_out_of_memory_ends_with_one_line_that_names_the_flag(tmp_path):
          "--steps", "1"], capture_output=True, text=True, cwd=REPO, env=environment())
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "out of memory: lower --micro_tokens" in done.stderr
+
+
+def test_a_run_prints_the_large_terms_and_the_command_all(tmp_path):
+    make_checkpoint(tmp_path / "base", "qwen2")
+    status, out, _ = command("labs/memory.py", "--model", tmp_path / "base")
+    names = [line.split()[0] for line in out.splitlines()[2:]]
+    assert status == 0 and names == ["weights", "gradients", "moments", "copies", "activations",
+                                     "logits", "head", "process"]
+    assert max(map(len, out.splitlines())) <= 80 and out.count("GiB") == 9
 
 
 def test_table_grows_with_the_model_and_shrinks_with_every_way_to_save():

@@ -23,5 +23,6 @@ def test_stats_tells_lengths_duplicates_and_odd_answers(tmp_path):
     examples = data.load_examples([path], data.ChatTokenizer(tmp_path / "bytes"), keep_all=True)[0]
     lengths = [len(e.ids) for e in examples]
     assert f"50%: {np.percentile(lengths, 50):.0f} " in out and f"100%: {max(lengths)}" in out
+    assert max(map(len, out.splitlines())) <= 80
     bars = [int(line.split()[-1]) for line in out.splitlines() if " to " in line]
     assert sum(bars) == len(examples)

@@ -1,6 +1,7 @@
 """labs/tags.py: tags are cleaned, and rows cover them."""
 
 import random
+from pathlib import Path
 
 from conftest import asked, command, jsonl, run_lab
 
@@ -34,6 +35,12 @@ def test_rows_are_chosen_by_frequent_tags_and_the_others_say_why_not(tmp_path):
     assert "6 tags, 2 when merged and in 2 rows or more" in out
     kept, out = run_lab("tags", [path], "--n", 9)
     assert len(kept) == 4 and "--n 9 is more than there is: only 4 rows" in out
+
+
+def test_the_demo_says_what_comes_next(tmp_path, capsys):
+    source = jsonl(tmp_path / "a.jsonl", asked("q", "“铁”的元素符号是“Fe”。"))
+    tags.make_demo(tmp_path, Path(source))
+    assert f"python -m labs.tags {tmp_path}/rows.jsonl" in capsys.readouterr().out
 
 
 def test_tags_must_be_a_list_of_texts_and_some_must_be_left(tmp_path):

@@ -6,10 +6,16 @@ import random
 
 import numpy as np
 import pytest
-from conftest import CHARACTERS, sentence
+from conftest import CHARACTERS, command, sentence
 
 from labs import text as texts
 from model import InputError
+
+
+@pytest.mark.parametrize("name", ["exams", "text", "world"])
+def test_a_lab_without_a_command_says_what_it_is(name):
+    status, out, err = command(f"labs/{name}.py", "--help")
+    assert (status, err) == (0, "") and out.count("\n") > 9
 
 
 def test_words_ignore_case_width_and_punctuation_but_keep_signs():
