@@ -18,10 +18,8 @@ ones the new is learnt before the old is lost, so average them, parameter by par
     python -m labs.merge --method ema --model out/sft out/new/step-*    # after train_sft.py --keep
 
 What you should see (10 new facts, 80 steps; mean and deviation of 5 seeds; before: 0, 100, 100).
-Seen: averages keep old facts, and with replay of 100 old rows all. F of the old end is larger, so
-its l must be smaller. Not seen: that Fisher's mean is better than a plain one (l = 1:2); five times
-trained on, one out/sft: others keep 70 to 87% by EMA. LAE's warm-up of a is left out: in so short a
-run it leaves nothing of t_0.
+Seen: averages keep old facts, with replay of 100 old rows all. Not seen: that Fisher's mean is
+better than a plain one (l = 1:2). LAE's warm-up of a is left out: it would leave nothing of t_0.
 
     percent right             new facts     old facts         exam
     new rows alone          100.0 (0.0)     8.0 (4.8)  68.1 (11.7)
@@ -177,7 +175,7 @@ def lesson(c: Config) -> None:
     tokenizer, hardware, found = data.ChatTokenizer("out/sft"), train_sft.setup_hardware("fp32"), {}
     check(Path("out/demo/practice.jsonl").exists(), "out/demo is missing; train_sft.py makes it")
     check(c.method == "linear" and not (c.weights or c.fisher) and 0 <= c.decay < 1,
-          "without --model only --output_dir, --labels and --decay in [0, 1) make sense")
+          "the lesson takes --output_dir, --labels and --decay in [0, 1)")
     modeling.check_output("--output_dir", c.output_dir, ["out/sft", "out/demo"])
     for seed in range(SEEDS):
         new, old = make_files(Path(c.output_dir), seed)

@@ -21,9 +21,9 @@ The KL to where training began is part of the reward: k1 = ln p - ln ref has the
 What you should see: it learns to choose what it could already say (40 steps, 13 s of one core).
 
     held out         before   after
-    greedy            45.0%  100.0%
-    pass@1            41.2%   93.1%
-    pass@8            97.5%  100.0%
+    greedy            40.0%  100.0%
+    pass@1            43.4%   92.2%
+    pass@8            95.0%  100.0%
     exam_accuracy    100.0%  100.0%
 
 Exercise. Half of a prompt's answers are good. How often do all n of a group score alike (`flat`)?
