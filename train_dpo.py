@@ -519,7 +519,9 @@ def explain(records: list[dict]) -> None:
 
 def summary(c: Config, run: RunData, records: list[dict]) -> None:
     """What a person wants to know when a run ends."""
-    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in records if r["step"] > 0)
+    seconds = 0.0
+    for r in records:
+        seconds += r["tokens"] / r["tokens_per_second"] if r["step"] > 0 else 0.0
     print(f"{run.draw_count} preferences in {seconds:.0f} s, "
           f"{run.draw_count / seconds:.1f} per second")
     explain(records)
