@@ -153,8 +153,8 @@ def parse_line(where: str, value) -> dict:
     # None where nothing was scored, else a ln p per letter.
     scores = value["logprobs"]
     known = isinstance(scores, dict) and list(scores) == list(LETTERS)
-    known = known and all(isinstance(x, float | int) and x < 1 for x in scores.values())
-    check(scores is None or known and max(scores.values()) > -np.inf,
+    known = known and all(type(x) in (float, int) and np.isfinite(x) for x in scores.values())
+    check(scores is None or known,
           f"{where}: expected four log-probabilities, found {scores!r:.80}")
     return value
 

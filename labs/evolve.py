@@ -162,7 +162,7 @@ def keep_drafts(c: Config, questions: list[str], said: list[tuple]) -> Iterator[
 def join_principles(c: Config, rows: list[tuple], said: list[tuple]) -> Iterator[tuple[dict, str]]:
     """Step-back's second request: the principle, then the question, and the row's own answer."""
     for principle, ended, index in said:
-        check(isinstance(index, int) and 0 <= index < len(rows), f"{c.answers} answers request "
+        check(type(index) is int and 0 <= index < len(rows), f"{c.answers} answers request "
               f"{index} of {len(rows)}: give the files that the requests were written of")
         question, answer = rows[index]
         text = JOINED[c.language].format(principle=principle.strip(), question=question)
