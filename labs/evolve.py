@@ -23,8 +23,9 @@ A draft is dropped if it did not end, is a refusal, copies words of the request,
 For step_back the last command writes the questions with the principle before them, and their own
 answers: a second `generate` answers them. `--way check` drops refusals from answers.
 
-What you should see: of 602 drafts only 157 differ at all, which is what the test is for. But the
-demo asks short questions that differ in the one word that matters, and at 0.7 it drops those too:
+Seen: of 602 drafts only 157 differ at all, which is what the test is for. But the demo asks short
+questions that differ in the one word that matters, and at 0.7 it drops those too. Not seen: new
+things worth asking. Cannot be seen: whether a model gains from such rows, or from harder ones.
 
     --max_rouge    0.7  0.8  0.9    1
     kept            19   84  139  156
