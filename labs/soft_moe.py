@@ -18,9 +18,8 @@ too: as a text grows, its old tokens' states change. So here a prefix keeps its 
     python -m labs.soft_moe train --model steel-llm --data a.jsonl --output_dir out/steel  # or SFT
 
 What you should see: nats per supervised token of 100 held-out questions after 200 steps; mean and
-standard deviation of five seeds. The command runs seed 0; for another, such as 3:
-
-    python -c "from labs import soft_moe; soft_moe.lesson(3)"
+standard deviation of five seeds. The command runs seed 0; another, such as 3, is
+`python -c "from labs import soft_moe; soft_moe.lesson(3)"`.
 
     layer                 loss as trained     honest loss
     MLP                    0.362 +- 0.006  0.362 +- 0.006
