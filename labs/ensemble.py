@@ -16,9 +16,10 @@ than it is, so an ensemble that beats it (McNemar's test, labs/scores.py) does s
     python -m labs.ensemble out/some/exam
 
 What you should see: five checkpoints caught before or after the exam's skill appears (seeds 0 and 1
-have it). A vote listens to the many who guess; mean and maximum to those who are sure. Where all
-three of an ensemble guess (2, 3, 4) the mean gains 5.6 points, the vote 1.9: their errors differ.
-Over LAE's maximum the mean has no lead here that is more than noise.
+have it). Seen: a vote listens to the many who guess; mean and maximum to those who are sure. Where
+all three of an ensemble guess (2, 3, 4) the mean gains 5.6 points, the vote 1.9: their errors
+differ. Not seen: that the mean beats LAE's maximum, or any rule the best one, by more than noise.
+Cannot be seen: checkpoints that know different things, since all learnt from the same rows.
 
                   accuracy  lost  won      McNemar's p
     out-some-0       98.1%     0    0  best single one
@@ -153,8 +154,8 @@ def parse_line(where: str, value) -> dict:
     # None where nothing was scored, else a ln p per letter.
     scores = value["logprobs"]
     known = isinstance(scores, dict) and list(scores) == list(LETTERS)
-    known = known and all(isinstance(x, float | int) and x < 1 for x in scores.values())
-    check(scores is None or known and max(scores.values()) > -np.inf,
+    known = known and all(type(x) in (float, int) and np.isfinite(x) for x in scores.values())
+    check(scores is None or known,
           f"{where}: expected four log-probabilities, found {scores!r:.80}")
     return value
 

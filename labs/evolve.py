@@ -23,8 +23,9 @@ A draft is dropped if it did not end, is a refusal, copies words of the request,
 For step_back the last command writes the questions with the principle before them, and their own
 answers: a second `generate` answers them. `--way check` drops refusals from answers.
 
-What you should see: of 602 drafts only 157 differ at all, which is what the test is for. But the
-demo asks short questions that differ in the one word that matters, and at 0.7 it drops those too:
+Seen: of 602 drafts only 157 differ at all, which is what the test is for. But the demo asks short
+questions that differ in the one word that matters, and at 0.7 it drops those too. Not seen: new
+things worth asking. Cannot be seen: whether a model gains from such rows, or from harder ones.
 
     --max_rouge    0.7  0.8  0.9    1
     kept            19   84  139  156
@@ -162,7 +163,7 @@ def keep_drafts(c: Config, questions: list[str], said: list[tuple]) -> Iterator[
 def join_principles(c: Config, rows: list[tuple], said: list[tuple]) -> Iterator[tuple[dict, str]]:
     """Step-back's second request: the principle, then the question, and the row's own answer."""
     for principle, ended, index in said:
-        check(isinstance(index, int) and 0 <= index < len(rows), f"{c.answers} answers request "
+        check(type(index) is int and 0 <= index < len(rows), f"{c.answers} answers request "
               f"{index} of {len(rows)}: give the files that the requests were written of")
         question, answer = rows[index]
         text = JOINED[c.language].format(principle=principle.strip(), question=question)

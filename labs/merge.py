@@ -15,11 +15,13 @@ ones the new is learnt before the old is lost, so average them, parameter by par
     python -m labs.merge                  # the lesson, after `python train_sft.py`
     python -m labs.merge --model A B --fisher a.jsonl b.jsonl --output_dir out/merged
     python -m labs.merge --model ADAPTER --output_dir out/merged    # one LoRA into its base
-    python -m labs.merge --method ema --model out/sft out/new/step-*    # after train_sft.py --keep
+    python train_sft.py --save_every 50 --keep 6 --output_dir out/run    # its moving average:
+    python -m labs.merge --method ema --model out/run/step-*
 
 What you should see (10 new facts, 80 steps; mean and deviation of 5 seeds; before: 0, 100, 100).
 Seen: averages keep old facts, with replay of 100 old rows all. Not seen: that Fisher's mean is
-better than a plain one (l = 1:2). LAE's warm-up of a is left out: it would leave nothing of t_0.
+better than a plain one (l = 1:2). Cannot be seen: many tasks in a row, large models.
+LAE's warm-up of a is left out: it would leave nothing of t_0.
 
     percent right             new facts     old facts         exam
     new rows alone          100.0 (0.0)     8.0 (4.8)  68.1 (11.7)
@@ -172,10 +174,10 @@ def percent_right(model, tokenizer, folder: Path) -> list[float]:
 
 def lesson(c: Config) -> None:
     """Learn new facts under several seeds and in several ways; print what is known then."""
-    tokenizer, hardware, found = data.ChatTokenizer("out/sft"), train_sft.setup_hardware("fp32"), {}
-    check(Path("out/demo/practice.jsonl").exists(), "out/demo is missing; train_sft.py makes it")
     check(c.method == "linear" and not (c.weights or c.fisher) and 0 <= c.decay < 1,
           "the lesson takes --output_dir, --labels and --decay in [0, 1)")
+    check(Path("out/demo/practice.jsonl").exists(), "out/demo is missing; train_sft.py makes it")
+    tokenizer, hardware, found = data.ChatTokenizer("out/sft"), train_sft.setup_hardware("fp32"), {}
     modeling.check_output("--output_dir", c.output_dir, ["out/sft", "out/demo"])
     for seed in range(SEEDS):
         new, old = make_files(Path(c.output_dir), seed)
@@ -193,8 +195,7 @@ def lesson(c: Config) -> None:
                 ("new rows alone", run[-1:], [1]), ("mean of both ends", (run[0], run[-1]), [1, 1]),
                 ("mean, l = 1:2", (run[0], run[-1]), [1, 2]), ("EMA of the run", run, decayed),
                 ("Fisher, l = 1:1", ends, [1, 1]), ("Fisher, l = 1:9", ends, [1, 9]),
-                ("replay", replay[-1:], [1]),
-                ("EMA of replay", replay, decayed)):
+                ("replay", replay[-1:], [1]), ("EMA of replay", replay, decayed)):
             right = percent_right(merge(parts, weights), tokenizer, Path(c.output_dir))
             found.setdefault(name, []).append(right)
 

@@ -159,8 +159,8 @@ def print_hits(questions: list[tuple], kinds: dict[str, str], rows: int) -> None
     print(f"{rows} rows read, {verdict}; {len(kinds) - bad} short ones stand without options")
 
 
-def score_apart(folder: str, kinds: dict[str, str], questions: list[tuple]) -> list[tuple]:
-    """Rows of a table: a checkpoint's score on the questions without a hit, and on the rest."""
+def read_answers(folder: str, questions: list[tuple]) -> list[tuple[str, bool]]:
+    """(question's place in the exam, whether it was answered rightly) of a checkpoint's answers."""
     # predictions.jsonl names a question by subject and id; the exam's file adds the split.
     result = read_json(Path(folder) / "results.json")
     check(result.get("correct") is not None, f"{folder}: an exam without labels has no accuracy")
@@ -171,15 +171,23 @@ def score_apart(folder: str, kinds: dict[str, str], questions: list[tuple]) -> l
         if file.parent.name == result["split"]:
             names[file.stem.removesuffix(f"_{result['split']}"), number] = where
 
-    # Short ones count with the clean: without its options such a question says little.
-    right = {"clean": [], "the rest": []}
+    answers = []
     for at, line in read_values(Path(folder) / "predictions.jsonl"):
         known = isinstance(line, dict) and {"subject", "id", "prediction", "answer"} <= line.keys()
         check(known, f"{at}: expected a line as `eval.py exam` writes them")
         name = str(line["subject"]), str(line["id"])
         check(name in names, f"{at}: {name} is no question of --exam; give the exam it answered")
-        found = kinds.get(names[name], "short") != "short"
-        right["the rest" if found else "clean"].append(line["prediction"] == line["answer"])
+        answers.append((names[name], line["prediction"] == line["answer"]))
+    return answers
+
+
+def score_apart(folder: str, answered: list[tuple], kinds: dict[str, str]) -> list[tuple]:
+    """Rows of a table: a checkpoint's score on the questions without a hit, and on the rest."""
+    # Short ones count with the clean: without its options such a question says little.
+    right = {"clean": [], "the rest": []}
+    for where, is_right in answered:
+        found = kinds.get(where, "short") != "short"
+        right["the rest" if found else "clean"].append(is_right)
     right["all"] = right["clean"] + right["the rest"]
 
     rows = []
@@ -203,8 +211,11 @@ def main(c: Config) -> None:
         check((Path(folder) / "results.json").is_file(), f"--clean {folder} has no results.json; "
               "give what --output_dir of eval.py exam names")
 
-    # The index goes to each process once; the rows stream through them.
+    # A wrong folder shall not end the command after all rows were read.
     questions, index = index_exam(paths, c.skip_bad_rows)
+    answers = {folder: read_answers(folder, questions) for folder in c.clean}
+
+    # The index goes to each process once; the rows stream through them.
     find = functools.partial(find_questions, questions, index, c.near)
     rows = read_rows(c.files, c.skip_bad_rows)
     found = list(parallel(functools.partial(find_in_item, find), rows))
@@ -223,8 +234,8 @@ def main(c: Config) -> None:
     # The same answers twice, with and without the questions that were practised.
     if c.clean:
         table = [("answers of", "questions", "right", "accuracy", "95% interval")]
-        for folder in c.clean:
-            table += score_apart(folder, kinds, questions)
+        for folder, answered in answers.items():
+            table += score_apart(folder, answered, kinds)
         print_table(table)
 
 

@@ -24,10 +24,10 @@ earlier turns an answer leans on what stands before it, and its IFD is low. Then
 questions about the model itself, with every kind of answer among them.
 
 What was found (random 0.46M weights trained for 30 steps on 100 rows of alpaca_zh and firefly; loss
-in nats on held-out Chinese, three seeds, mean): random 5.89, k-center 6.39, IFD 5.87; among rows of
-like length 6.10, 6.25, 5.98. k-center lost under every seed. IFD's rows hold half as many
-supervised tokens again. Three seeds prove nothing, and neither speaks for or against papers whose
-models could already read.
+in nats on held-out Chinese, mean of only three seeds): random 5.89, k-center 6.39, IFD 5.87; among
+rows of like length 6.10, 6.25, 5.98. Seen: k-center lost under every seed. Not seen: that IFD beats
+random (its rows hold half as many supervised tokens again). Cannot be seen: what either does for a
+model that can already read, as the papers' could.
 
 Exercise. Why does k-center lose here?
     Solution: it takes the rows farthest from all others: outliers, and short rows.

@@ -1,9 +1,15 @@
 """Heads on frozen features: numbers by hand, what is kept of old groups, who forgets."""
 
+import random
+
+import families
+import numpy as np
 import pytest
 import torch
 from conftest import command
 
+import data
+import model as modeling
 from labs import classify
 
 C = classify.Config()
@@ -104,3 +110,35 @@ def test_slca_draws_rows_that_spread_as_the_class_did(groups, monkeypatch):
     (x, y), (own, classes) = drawn[-1], groups[0]
     found, expected = x[y == 1].T.cov(), own[classes == 1].T.cov()
     assert (found - expected).abs().max() < 0.1 * expected.diag().max()
+
+
+def test_esn_takes_the_vote_of_five_temperatures(groups, monkeypatch):
+    """T ln sum e^(s / T) of (1, -10) is 1, of (0.9, 0.9) 0.9 + T ln 2: more from T = 0.144 on."""
+    given = iter([torch.tensor([1.0, -10.0]), torch.tensor([0.9, 0.9])])
+
+    def head(scores):
+        return lambda x: scores.expand(len(x), 2)
+
+    monkeypatch.setattr(classify, "train_head", lambda *_, **__: head(next(given)))
+    scores = classify.esn(groups[:2], C)(torch.zeros(1, 8))[0]
+    assert scores.tolist() == pytest.approx([3.0, 2.0, 3.5, 3.5], abs=1e-3)
+
+
+def test_adam_tunes_a_copy_that_tells_the_first_group_apart(tmp_path):
+    families.make_checkpoint(tmp_path, "qwen2")
+    model, draw = modeling.load(tmp_path).requires_grad_(False), np.random.default_rng(0)
+    rows = [data.Example(draw.integers(3, 20, 6).astype(np.int32), ((4, 6, 1.0),))
+            for _ in range(8)]
+    y = torch.arange(8) % 2  # of random rows: only training can tell the classes apart
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    torch.manual_seed(0)
+    tuned = classify.adapt(model, rows, y, random.Random(0))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(p.requires_grad for p in tuned.parameters())
+
+    apart = []
+    for one in (model, tuned):
+        x = classify.features(one, rows)
+        means = classify.prototypes(x, y)
+        apart.append(((means[0] - means[1]).norm() / (x - means[y]).norm()).item())
+    assert apart[1] > 1.5 * apart[0]

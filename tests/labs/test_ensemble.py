@@ -118,19 +118,24 @@ def test_smaller_ensembles_are_all_of_their_size(tmp_path):
     assert out.splitlines()[-3].split() == ["mean", "25.0", "0.0", "25.0", "25.0"]
 
 
+SCORES = {"three": dict.fromkeys("ABC", -1.0), "five": dict.fromkeys("ABCDE", -1.0),
+          "text": "-1", "list": [-1.0] * 4, "strings": dict.fromkeys("ABCD", "-1"),
+          "nan": {**dict.fromkeys("ABC", -1.0), "D": np.nan},
+          "nothing likely": dict.fromkeys("ABCD", -np.inf)}
+
+
 @pytest.mark.parametrize("case,words", [
     ("nothing", "holds no predictions.jsonl"), ("alone", "needs two checkpoints"),
     ("words", "has no log-probabilities"), ("unlabelled", "no right answers"),
     ("others", "different exams"), ("broken", "line 2"), ("size", "--size must be at least 2"),
-    ("three", "four log-probabilities"), ("text", "four log-probabilities")])
+    *((case, "four log-probabilities") for case in SCORES)])
 def test_what_cannot_be_combined_is_refused_with_one_line(tmp_path, case, words):
     good = write(tmp_path / "good", [line(SURE), line(LEAN, 1)])
     rows = {"words": [line(None), line(None, 1)], "others": [line(SURE), line(LEAN, 2)],
             "unlabelled": [line(SURE, answer=None), line(LEAN, 1, answer=None)]}
     other = write(tmp_path / "other", rows.get(case, [line(SURE), line(LEAN, 1)]))
-    if case in ("three", "text"):
-        scores = {"A": -1.0, "B": -1.0, "C": -1.0} if case == "three" else "-1"
-        jsonl(other / "predictions.jsonl", {**line(SURE), "logprobs": scores})
+    if case in SCORES:
+        jsonl(other / "predictions.jsonl", {**line(SURE), "logprobs": SCORES[case]})
     if case == "broken":
         text = json.dumps(line(SURE)) + '\n{"subject": \n'
         (other / "predictions.jsonl").write_text(text, encoding="utf-8")

@@ -73,14 +73,22 @@ def test_step_back_joins_the_principle_with_the_question_and_keeps_the_answer(tm
     assert row["messages"] == [user("Known: Lima is a capital.\nAnswer from that: What is the "
                                     "capital of Peru?"), assistant("Lima")]
     assert "dropped 1: refusal" in out
-    status, _, err = command("labs/evolve.py", tmp_path / "seeds.jsonl", "--way", "step_back",
-                             "--answers", jsonl(tmp_path / "far.jsonl", said(7, "x")), "--output",
-                             tmp_path / "o.jsonl")
-    assert status == 2 and "answers request 7 of 2" in err
-    status, _, err = command("labs/evolve.py", tmp_path / "seeds.jsonl", "--way", "step_back",
-                             "--answers", jsonl(tmp_path / "far.jsonl", said(-1, "x")), "--output",
-                             tmp_path / "o.jsonl")
-    assert status == 2 and "answers request -1 of 2" in err
+    for index in (7, 2, -1, "1", None):
+        far = jsonl(tmp_path / "far.jsonl", said(index, "x"))
+        status, _, err = command("labs/evolve.py", tmp_path / "seeds.jsonl", "--way", "step_back",
+                                 "--answers", far, "--output", tmp_path / "o.jsonl")
+        assert status == 2 and f"answers request {index} of 2" in err and err.count("\n") == 1
+
+
+def test_broaden_asks_for_a_rarer_question_of_the_same_field(tmp_path):
+    found = ask(tmp_path, "broaden")
+    assert len(found) == 2 and all("rarer question from the same field" in text for text in found)
+    assert found[1].endswith("What is the capital of Peru?")
+    copied = "Think of a rarer question from the same field, about as hard."
+    rows, out = keep(tmp_path, "broaden", [said(0, "Which lake in Bolivia is highest?"),
+                                           said(1, copied)])
+    assert [row["messages"][0]["content"] for row in rows] == ["Which lake in Bolivia is highest?"]
+    assert "dropped 1: copies words of the request" in out
 
 
 def test_answers_are_checked_for_refusals_that_are_short(tmp_path):

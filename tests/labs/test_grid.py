@@ -50,7 +50,9 @@ def test_row_of_the_grid_is_what_train_sft_finds_with_these_weights(work):
 @pytest.mark.parametrize("change,words", [
     (("--seeds", "1"), "--seeds must be at least 2"), (("--mix", "equal"), "--mix"),
     (("--data", "sea.jsonl"), "--data needs two files"), (("--steps", "-1"), "--steps"),
-    (("--eval_every", "5"), "--eval_every means nothing"), (("--keep", "1"), "--keep means")])
+    *((pair, f"{pair[0]} means nothing here") for pair in (
+        ("--eval_every", "5"), ("--keep", "1"), ("--save_every", "5"), ("--overwrite",),
+        ("--temperature", "3"), ("--output_dir", "elsewhere"), ("--log_every", "5")))])
 def test_bad_flags_end_with_one_line(work, change, words):
     change = [work / word if word.endswith(".jsonl") else word for word in change]
     status, _, err = command("labs/grid.py", *flags(work), *change)

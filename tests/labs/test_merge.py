@@ -212,6 +212,13 @@ def test_adapter_is_merged_into_its_base_as_peft_does(work, tmp_path):
         assert torch.allclose(value, expected[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("flags", ["--decay 3", "--fisher rows.jsonl", "--weights 1 2",
+                                   "--method ema"])
+def test_lesson_refuses_what_only_the_command_reads(work, flags):
+    error = run(work, *flags.split(), "--output_dir", work / "new", status=2)
+    assert "the lesson takes" in error and error.count("\n") == 1 and not (work / "new").exists()
+
+
 @pytest.mark.parametrize("flags,words", [
     ("--model a", "needs two checkpoints"), ("--model a a --weights 1", "--weights needs a number"),
     ("--model a a --weights 1 -1", "--weights needs a number above 0"),

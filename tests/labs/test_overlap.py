@@ -68,6 +68,26 @@ def test_a_common_short_question_counts_only_with_its_options(tmp_path):
     assert [h["kind"] for h in hits] == ["short", "exact"] and "CONTAMINATED: 1 questions; 0" in out
 
 
+def test_a_short_question_that_stands_without_options_scores_with_the_clean(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/x_val.csv").write_text(
+        "id,question,A,B,C,D,answer\n"
+        "0,下列说法正确的是____。,地球是圆的,太阳绕地球转,水不会沸腾,铁是木头,A\n",
+        encoding="utf-8")
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    answer = {"subject": "x", "id": "0", "answer": "A", "prediction": "A"}
+    jsonl(folder / "predictions.jsonl", answer)
+    (folder / "results.json").write_text('{"split": "val", "correct": 1}')
+    row = asked("下列说法正确的是\nA. 猫会飞\nB. 狗会说话", "都不对")
+    status, out, err = command("labs/overlap.py", jsonl(tmp_path / "a.jsonl", row), "--exam",
+                               tmp_path, "--clean", folder)
+    found = [line.removeprefix(f"{folder}, ").split() for line in out.splitlines()
+             if line.startswith(f"{folder}, ")]
+    assert status == 0 and "clean; 1 short" in out, err
+    assert found[0][:3] == ["clean", "1", "1"] and found[1][:4] == ["the", "rest", "0", "0"]
+
+
 def test_clean_files_are_called_clean(tmp_path):
     write_exam(tmp_path / "exam")
     train = jsonl(tmp_path / "train.jsonl", asked("天气如何", "很好"), {"text": ""})
@@ -100,8 +120,15 @@ def test_a_score_is_told_apart_by_what_training_held(tmp_path):
     assert table[1][3] == "30% - 95%"  # Wilson's interval of 3 of 4
 
     # What no exam wrote is told in one line.
-    jsonl(folder / "predictions.jsonl", {"subject": "law", "id": "0"})
-    assert "expected a line as" in command(*line)[2]
+    for bad, words in (({"subject": "law", "id": "0"}, "expected a line as"),
+                       ({**answers[0], "id": [0]}, "is no question of --exam")):
+        jsonl(folder / "predictions.jsonl", bad)
+        status, out, err = command(*line)
+        assert status == 2 and words in err and err.count("\n") == 1 and not out, out
+    (folder / "results.json").write_text('{"correct": 4}')
+    status, out, err = command(*line)
+    assert status == 2 and "names no split" in err and not out
+    (folder / "results.json").write_text('{"split": "val", "correct": 4}')
 
     # The same answers to another exam, or to one without labels, have no such score.
     jsonl(folder / "predictions.jsonl", {**answers[0], "subject": "art"})

@@ -128,6 +128,26 @@ def test_kept_rows_are_half_of_a_batch(tmp_path, monkeypatch):
     assert sum(e is rows[3] for e in batches[0]) == 8 == len(batches[0]) / 2
 
 
+@pytest.mark.parametrize("arm,sizes", [("replay", [0, 5, 10, 15]), ("full", [0, 0, 0, 0])])
+def test_replay_alone_keeps_rows_of_every_task(tmp_path, monkeypatch, arm, sizes):
+    model, _ = tiny(tmp_path)
+    tasks, found = [(list(range(20 * k, 20 * k + 20)), torch.zeros(1, 1)) for k in range(4)], []
+    monkeypatch.setattr(pools, "make_tasks", lambda *_: (tasks, tasks))
+    monkeypatch.setattr(pools, "learn", lambda *given: found.append(list(given[6])))
+    monkeypatch.setattr(pools, "examine", lambda *_: (torch.ones(1), torch.zeros(1, 1).long()))
+    pools.run_arm(arm, 0, pools.Config(model=str(tmp_path)))
+    assert [len(kept) for kept in found] == sizes
+    assert arm == "full" or sorted(row // 20 for row in found[3]) == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_arms_without_prompts_show_none_as_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(pools, "run_arm", lambda *_: [1.0, 0.5, 0.5, 0.25, 1, 0.25])
+    monkeypatch.setattr("sys.argv", ["pools.py"])
+    pools.main()
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[-2:] == ["-", "-"] for row in table] == [True, True] + [False] * 6
+
+
 def test_an_odd_number_of_layers_is_cut_between_two_of_them():
     assert pools.Pool(4, 3, 12, layers=3).lower == 4
 

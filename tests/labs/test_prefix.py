@@ -104,9 +104,19 @@ def test_start_words_begins_with_the_first_rows_tokens(folder):
     assert torch.equal(tuned.table(), prefix.words_table(model, ids))
 
 
+@pytest.mark.parametrize("flag,value", [("--learning_rate", "nan"), ("--learning_rate", -3),
+                                        ("--steps", -1), ("--seeds", 2)])
+def test_bad_numbers_end_with_one_line_and_leave_no_prefix(folder, tmp_path, flag, value):
+    examples(folder)
+    status, _, err = command("labs/prefix.py", "--model", folder, "--data", folder.parent /
+                             "rows.jsonl", "--output_dir", tmp_path / "out", flag, value)
+    assert status == 2 and flag in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("flag,value", [("--tokens", 0), ("--model", "nowhere"), ("--steps", -1),
                                         ("--start", "zeros"), ("--start", "words"),
-                                        ("--learning_rate", "nan")])
+                                        ("--output_dir", "elsewhere")])
 def test_bad_flags_end_with_one_line(flag, value):
     status, _, err = command("labs/prefix.py", flag, value)
     assert status == 2 and err.count("\n") == 1
