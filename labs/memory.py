@@ -31,8 +31,7 @@ one H200, in the order all, ckpt, lora, lora ckpt: the 1B model 28.3, 22.5, 9.7,
 
 Estimated and measured peak of a CPU process in MiB, the 50M model of labs/bench.py: fp32 at 1,280
 tokens 1,864 and 1,879; bf16 at 4,096 2,499 and 2,207, at 1,280 1,925 and 1,907, with recomputed
-layers 1,700 and 1,689; DPO in bf16 2,294 and 2,005. (With MALLOC_MMAP_THRESHOLD_=1000000: without
-it the C library keeps freed blocks, 11 to 20% more.)
+layers 1,700 and 1,689; DPO in bf16 2,294 and 2,005. (MALLOC_MMAP_THRESHOLD_=1000000; else + 20%.)
 
 Exercise. 7B parameters, AdamW in fp32, one device. Where does 24 GB end? With LoRA in bf16?
     Solution: 16 B x 7e9 = 112 GB before the first token; 2 B x 7e9 = 14 GB leave 10 for tokens.

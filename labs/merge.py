@@ -20,8 +20,8 @@ ones the new is learnt before the old is lost, so average them, parameter by par
 
 What you should see (10 new facts, 80 steps; mean and deviation of 5 seeds; before: 0, 100, 100).
 Seen: averages keep old facts, with replay of 100 old rows all. Not seen: that Fisher's mean is
-better than a plain one (l = 1:2). Cannot be seen: many tasks in a row, large models.
-LAE's warm-up of a is left out: it would leave nothing of t_0.
+better than a plain one (l = 1:2). Cannot be seen: many tasks in a row, large models. (LAE's
+warm-up of a is left out: it would leave nothing of t_0.)
 
     percent right             new facts     old facts         exam
     new rows alone          100.0 (0.0)     8.0 (4.8)  68.1 (11.7)
