@@ -1273,7 +1273,7 @@ def show(c: Show) -> None:
 
     end = tokenizer.decode([tokenizer.stop_id])
     marks = "green" if sys.stdout.isatty() else "in [[ ]]"
-    print(f"--- template {tokenizer.template}; a turn ends with {end}; supervised text is {marks}")
+    print(f"--- template {tokenizer.template}; a turn ends with {end}; trained text is {marks}")
     print_sizes(c.files, examples, counts)
     if c.steps:
         print(f"{c.steps} steps of {c.batch_size}, --mix {c.mix}")

@@ -551,6 +551,10 @@ def test_show_prints_the_shares_of_several_files_and_so_many_rows_of_each(tmp_pa
     assert [f"{one} line {i}" in out for i in (1, 2, 3)] == [True, True, False]
     assert "a turn ends with <|im_end|>" in out
 
+    # Scripts find the examples by their heads: no other line begins so and says "supervised".
+    heads = [line for line in out.splitlines() if line.startswith("--- ")]
+    assert ["supervised" in line for line in heads] == [True] * (len(heads) - 1) + [False]
+
 
 def test_show_honours_train_on_and_max_length(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"messages": [HI, YO, HI, assistant("b" * 99)]},
