@@ -17,13 +17,10 @@ hold the same rows: of Steel-LLM's 3,997,183 rows 3,837,404 are left, by its not
 
 What you should see: 320 conversations, the first of which asks what has the symbol Ag: "D。"
 
-What was found. The demo's model was trained for 100 steps on 155 solved questions of C-Eval's dev
-split and asked the other 105 (chance: 26). Answer first: 23, 20, 23 right with three seeds.
-Explanation first: 1, 1, 1; most explanations never came to an answer. That agrees with the paper
-for a reason that says nothing about it: so small a model cannot explain.
+Cannot be seen at this size: which format trains better. A model that small cannot explain.
 
 Exercise. --from_exam trains on an exam's own files. What does its score mean afterwards?
-    Solution: nothing; `labs.overlap` shows how 23 of 100 becomes 100 of 100.
+    Solution: nothing; `labs.overlap` shows how 21% becomes 89%.
 Exercise. Which good rows does the test for 略 drop?
     Solution: those that speak of 战略 (strategy), 侵略 (aggression), 忽略 (to overlook).
 """

@@ -19,8 +19,8 @@ that are ever chosen, how often the first of them tells the subject.
     coda           100.0%  49.5%  33.3%  25.5%    1.1%     3.2  25.7%
     dap            100.0%  95.5%  70.7%  80.2%   11.0%     4.0  91.0%
 
-Seen: full forgets, replay helps, L2P's subjects share prompts. Less their mean (--centre, one seed)
-queries differ: CODA 67.5%, DAP 90.0%. Not seen: that a pool beats one prefix per subject.
+Seen: full forgets, replay helps, L2P's subjects share prompts: their queries are too alike. (Try
+--centre, which takes off the mean.) Not seen: that a pool beats one prefix per subject.
 
 Exercise. Why do L2P's tasks share prompts? Solution: only keys that were chosen come nearer.
 """
