@@ -11,13 +11,13 @@ that are ever chosen, how often the first of them tells the subject.
 
     right after         1      2      3      4  spread  chosen   told
     full           100.0%  50.0%  33.3%  25.0%    0.0%       -      -
-    replay         100.0%  99.0%  92.0%  91.3%    8.8%       -      -
+    replay         100.0%  99.0%  86.3%  84.3%    7.7%       -      -
     one prefix     100.0%  50.0%  33.3%  25.0%    0.0%     1.0  25.0%
-    own prefix     100.0%  95.5%  91.3%  91.0%    3.9%     4.0  91.0%
-    l2p             99.0%  49.0%  36.7%  24.5%    0.7%     3.6  35.0%
-    dualprompt     100.0%  91.0%  84.0%  69.7%   14.9%     4.0  91.0%
-    coda           100.0%  49.5%  33.3%  25.5%    1.1%     3.2  25.7%
-    dap            100.0%  95.5%  70.7%  80.2%   11.0%     4.0  91.0%
+    own prefix     100.0%  94.5%  90.7%  88.0%    2.9%     4.0  88.0%
+    l2p            100.0%  50.0%  33.0%  25.0%    0.0%     3.8  38.0%
+    dualprompt     100.0%  81.5%  75.0%  67.8%   18.0%     4.0  88.0%
+    coda           100.0%  50.0%  33.3%  25.0%    0.0%     4.0  36.3%
+    dap            100.0%  85.0%  74.7%  77.5%    5.7%     4.0  87.5%
 
 Seen: full forgets, replay helps, L2P's subjects share prompts: their queries are too alike. (Try
 --centre, which takes off the mean.) Not seen: that a pool beats one prefix per subject.
