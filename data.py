@@ -45,7 +45,7 @@ from model import InputError, check, checkpoint_file, write_atomic, write_json
 # ==== read: rows of every format ==================================================================
 
 # What the keys of a row and of a message mean. To read one more format, add its keys here.
-# A key in no line is not used, as `id`: read_rows names it once per file.
+# Keys that stand in no line, such as `id`, are not used: read_rows names them once per file.
 KEYS = (  # meaning, how its value is read (a role: texts of that role), keys of a row, of a message
     ("messages", "user", "messages conversations conversation", ""),
     ("system", "system", "system system_prompt", ""),
@@ -1170,7 +1170,7 @@ def micro_batches(lengths: list[int], micro_tokens: int, ranks: int = 1) -> list
 
     # The smallest limit that needs at most `count` chunks makes them even, where `micro_tokens`
     # would leave a small rest. The larger the limit the fewer the chunks: bisection finds it, and
-    # tries smaller ones only, because `micro_tokens` is known to do.
+    # tries smaller ones only, because `micro_tokens` is known to be enough.
     limit = 1 + bisect_left(range(1, micro_tokens), True,
                             key=lambda tokens: len(cut_at(tokens, order, lengths)) <= count)
     parts = cut_at(limit, order, lengths)
@@ -1522,8 +1522,11 @@ def print_table(rows: list) -> None:
     rows = [[f"{x:.1%}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(text_width, column)) + 2 for column in zip(*rows, strict=True)]
     for row in rows:
-        gaps = [" " * (width - text_width(cell)) for width, cell in zip(widths, row, strict=True)]
-        print(row[0] + gaps[0] + "".join(map("".join, zip(gaps[1:], row[1:], strict=True))))
+        line = ""
+        for k, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            gap = " " * (width - text_width(cell))
+            line += gap + cell if k else cell + gap  # names to the left, numbers to the right
+        print(line)
 
 
 def text_width(text: str) -> int:

@@ -346,7 +346,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)  # if rounded out
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)  # against rounding
 
 
 # ---- skip on a first reading: results.json -------------------------------------------------------

@@ -348,7 +348,8 @@ class Llama(nn.Module):
 
     def compile_layers(self, **options) -> None:
         """Compile what layers do to single tokens: the graphs serve every layer and length."""
-        # Noise or none, gradients or none make graphs of their own: more than the default allows.
+        # Noise, gradients, recomputation, a lone token make graphs of their own, up to 24 in all.
+        # With fullgraph more than the limit are an error, and by default it is 8 per function.
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True, **options)

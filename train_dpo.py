@@ -519,9 +519,7 @@ def explain(records: list[dict]) -> None:
 
 def summary(c: Config, run: RunData, records: list[dict]) -> None:
     """What a person wants to know when a run ends."""
-    seconds = 0.0
-    for r in records:
-        seconds += r["tokens"] / r["tokens_per_second"] if r["step"] > 0 else 0.0
+    seconds = train_sft.training_seconds(records)
     print(f"{run.draw_count} preferences in {seconds:.0f} s, "
           f"{run.draw_count / seconds:.1f} per second")
     explain(records)

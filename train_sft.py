@@ -955,11 +955,15 @@ def ended_early(script: str, c: Config, start_step: int, steps: int, records: li
     return last < steps or start_step == steps
 
 
+def training_seconds(records: list[dict]) -> float:
+    """What the steps took, without what was measured between them."""
+    return sum(r["tokens"] / r["tokens_per_second"] for r in records if r["step"] > 0)
+
+
 def summary(c: Config, records: list[dict]) -> None:
     """What a person wants to know when a run ends."""
-    steps = [record for record in records if record["step"] > 0]
+    steps, seconds = [record for record in records if record["step"] > 0], training_seconds(records)
     tokens = sum(r["tokens"] for r in steps)
-    seconds = sum(r["tokens"] / r["tokens_per_second"] for r in steps)
     print(f"{tokens} tokens in {seconds:.0f} s, {tokens / seconds:.0f} per second")
     print(f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per supervised token")
     print_held_out(records, [("val_loss", "validation loss", ".4f")])

@@ -11,12 +11,12 @@ against copying; here (--mask_past) words of the first answer are left out inste
 conversation where only the second answer counts.
 
     python -m labs.coh out/demo/pairs.jsonl --output out/demo/hindsight.jsonl
-    python train_sft.py --model out/sft --data out/demo/hindsight.jsonl --output_dir out/coh \
+    python train_sft.py --model out/sft --data out/demo/hindsight.jsonl --output_dir out/coh \\
         --steps 60 --learning_rate 7e-4
 
 What you should see: the demo's pairs prefer polite answers to rude ones. Of the 40 questions of
 out/demo/pairs_val.jsonl the trained model answers none rudely with "好的回答：" (a good answer)
-below them, and all 40 with "不好的回答：" (a bad one); out/sft, asked plainly, 22.
+below them, and all 40 with "不好的回答：" (a bad one); out/sft, asked plainly, 24.
 
 Exercise. Ask the trained model and add "A bad answer:". What should it do, and what does it mean
 if nothing changes?

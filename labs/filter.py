@@ -11,7 +11,7 @@ New facts are learnt last, and teach to make up others (arXiv:2405.05904; Yi, ar
 so too): --known SAMPLES --min_known 0.1 drops what a model's own samples hardly ever answer right.
 
     python -m labs.filter out/demo/practice.jsonl --output out/demo/few.jsonl --duplicates near
-    python -m labs.filter out/demo/pairs.jsonl --output out/demo/known.jsonl --min_known 0.1 \
+    python -m labs.filter out/demo/pairs.jsonl --output out/demo/known.jsonl --min_known 0.1 \\
         --known out/samples.jsonl    # samples as in the docstring of labs/rewards.py
 
 What you should see: 8,920 of 10,000 rows are kept, 1,009 near and 71 exact duplicates dropped; then

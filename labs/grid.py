@@ -7,7 +7,7 @@ validation losses would hide that one rises while another falls, so each file ha
     for w in 1, 1/2, ..., 1/64:   train on the mix (1, ..., 1, w);  loss of every validation file
 
     python -m labs.grid                          # the demo, after `python train_sft.py`
-    python -m labs.grid --model DIR --data chats.json code.json --val_data chats_val.json \
+    python -m labs.grid --model DIR --data chats.json code.json --val_data chats_val.json \\
         code_val.json --steps 200                # the weight of code.json, the last of --data
 
 What you should see (random weights, 50 steps, five seeds). Seen: below 1/8 exam practice is lost,

@@ -150,7 +150,10 @@ def policy_step(wrapped, run, step: int, c: Config, hardware: Hardware, scaler, 
 
 def sample(policy, prompts: list[Prompt], n: int, first: int, how: Sampling, c: Config, tokenizer,
            reward: Callable, hardware: Hardware) -> tuple[list[Example], Tensor]:
-    """n answers per prompt, as examples, and their rewards [P, n]; every rank samples its share."""
+    """n answers per prompt, as examples, and their rewards [P, n]; every rank samples its share.
+
+    What is drawn for answer i depends on seed and first + i, not on its batch or its rank.
+    """
     asked = [p for p in prompts for _ in range(n)]
     found = sample_answers(policy, [p.ids for p in asked], range(first, first + len(asked)), how, c,
                            tokenizer.stop_ids, hardware)
@@ -225,6 +228,7 @@ def main() -> None:
     train_sft.start_run(c, run.steps, facts, hardware)
     if hardware.rank == 0:
         train_sft.announce(c, policy, tokenizer, run.steps, hardware)
+
     # The loop is that of train_sft.py; the step and what is measured are this file's.
     step = partial(policy_step, policy=policy, reference=reference, tokenizer=tokenizer,
                    reward=reward)

@@ -97,7 +97,10 @@ MINHASHES = 64  # numbers in a signature
 
 
 def signature(words: list[str]) -> np.ndarray:
-    """MinHash: the least n-gram under each of many hash functions [MINHASHES] uint32."""
+    """MinHash: the least n-gram under each of many hash functions [MINHASHES] uint32.
+
+    Two texts agree in each number with probability |A and B| / |A or B|, A and B their n-grams.
+    """
     # Multiplying by a random odd number mod 2^64 is a hash function; its upper half is the best.
     factors = np.random.default_rng(0).integers(2**63, size=MINHASHES, dtype=np.uint64) * 2 + 1
     hashes = ngrams(words)[:, None] * factors >> 32  # [n-grams, MINHASHES]

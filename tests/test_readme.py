@@ -48,3 +48,10 @@ def test_the_core_imports_no_lab_and_labs_import_only_shared_ones():
             assert path.parent.name == "labs" or not labs, path
             shared = {"labs.text", "labs.rewards", "labs.reward_model", "labs.world"}
             assert labs <= shared, (path, labs)
+
+
+def test_commands_in_docstrings_are_shown_as_they_are_typed():
+    """A single backslash at a line's end would join two lines of a docstring into a longer one."""
+    for path in [*REPO.glob("*.py"), *Path(REPO / "labs").glob("*.py")]:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert max(map(len, text.splitlines())) <= 100, path

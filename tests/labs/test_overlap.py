@@ -53,12 +53,18 @@ def test_leaked_questions_are_found_in_whatever_form_and_no_others(tmp_path):
     assert "CONTAMINATED: 4 questions" in out
 
 
-def test_a_common_short_question_counts_only_with_its_options(tmp_path):
+@pytest.fixture
+def short_exam(tmp_path):
+    """An exam of one question that says little without its options."""
     (tmp_path / "val").mkdir()
     (tmp_path / "val/x_val.csv").write_text(
         "id,question,A,B,C,D,answer\n"
         "0,下列说法正确的是____。,地球是圆的,太阳绕地球转,水不会沸腾,铁是木头,A\n",
         encoding="utf-8")
+    return tmp_path
+
+
+def test_a_common_short_question_counts_only_with_its_options(short_exam, tmp_path):
     rows = [asked("下列说法正确的是\nA. 猫会飞\nB. 狗会说话", "都不对"),
             asked("下列说法正确的是：A、地球是圆的 B、太阳绕地球转 C、水不会沸腾 D、铁是木头",
                   "A")]
@@ -68,12 +74,7 @@ def test_a_common_short_question_counts_only_with_its_options(tmp_path):
     assert [h["kind"] for h in hits] == ["short", "exact"] and "CONTAMINATED: 1 questions; 0" in out
 
 
-def test_a_short_question_that_stands_without_options_scores_with_the_clean(tmp_path):
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val/x_val.csv").write_text(
-        "id,question,A,B,C,D,answer\n"
-        "0,下列说法正确的是____。,地球是圆的,太阳绕地球转,水不会沸腾,铁是木头,A\n",
-        encoding="utf-8")
+def test_a_short_question_that_stands_without_options_scores_with_the_clean(short_exam, tmp_path):
     folder = tmp_path / "scores"
     folder.mkdir()
     answer = {"subject": "x", "id": "0", "answer": "A", "prediction": "A"}

@@ -21,7 +21,7 @@ WAYS = [pools.own, pools.l2p, pools.dualprompt, pools.coda, pools.dap]
 def pool():
     """Four prompts for a model whose tokens have 8 numbers of keys and values."""
     torch.manual_seed(0)
-    made = pools.Pool(4, 3, 8)
+    made = pools.Pool(4, 3, 8, layers=2)
     made.keys.data = KEYS.clone()
     return made
 
@@ -80,9 +80,9 @@ def test_dap_scales_and_shifts_what_the_question_makes_by_what_its_task_learnt(p
         pool.film.weight.zero_()
         pool.film.bias.copy_(torch.cat((torch.full((8,), 2.0), torch.full((8,), 5.0))))
     made = pools.dap(pool, Q, task=0)[0][0]  # [tokens, W]
-    normed = torch.tensor([-1.0, 0.5, 0.5]) * 2**0.5  # (1, 2, 2) less its mean, by its deviation
+    normed = torch.tensor([-2.0, 1, 1]) / 3 / (2 / 9 + 1e-5) ** 0.5  # (1, 2, 2) and LN's epsilon
     expected = 2 * pool.w * (pool.V.weight @ normed) + 5
-    assert torch.allclose(made, expected, atol=1e-3)
+    assert torch.allclose(made, expected, rtol=1e-5)
 
 
 def test_coda_asks_for_parts_that_are_orthogonal(pool):
@@ -159,7 +159,7 @@ def test_each_question_gets_its_own_prefix_whoever_stands_beside_it(way, tmp_pat
     config, generator = model.config, torch.Generator().manual_seed(0)
     W = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     torch.manual_seed(0)
-    pool, q = pools.Pool(4, 6, W), torch.randn(3, 6, generator=generator)
+    pool, q = pools.Pool(4, 6, W, 2), torch.randn(3, 6, generator=generator)
     pool.learnt = 4
     lengths, ids = [5, 5, 7], torch.arange(3, 20)
     prompts = way(pool, q)[0]
