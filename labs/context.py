@@ -24,9 +24,9 @@ stage learns the positions that it was shown, 256 and then 512:
     128               2.06            1.14    0.59    0.57
     192               3.53            1.44    0.61    0.52
     256               3.41            1.66    0.71    0.50
-    320               3.36            2.94    1.26    0.41
-    384               3.33            3.22    1.02    0.40
-    512               3.29            3.29    1.26    0.39
+    320               3.36            2.94    1.26    0.45
+    384               3.33            3.22    1.01    0.44
+    512               3.29            3.29    1.25    0.45
 
 Exercise. Dh = 16, theta 10,000, s = 4: the new theta? How far does the slowest pair turn within the
 new context, as a share of a turn within the old one before?

@@ -20,13 +20,14 @@ The earlier answers are not trained on: with S right before them they teach noth
         --first_only --reward labs/ghost.py:obeys; done
 
 What you should see: before, an instruction rules its own turn, later ones are polite or rude by
-chance. After, on held-out questions, it rules to the end (the exam stays at 100%):
+chance. After, on held-out questions, it rules to the end. The exam, of which no row was trained
+here, falls from 100 to 91%:
 
-    turn  talks  obeyed before  after
+    turn  talks  obeyed before   after
     1       100         100.0%  100.0%
-    2       100          56.0%  100.0%
-    3       100          58.0%  100.0%
-    4       100          59.0%   99.0%
+    2       100          60.0%  100.0%
+    3       100          54.0%  100.0%
+    4       100          67.0%  100.0%
 
 Exercise. If all talks had four turns, at which turns would the trained model obey, and why?
     Solution: at the fourth (67% to 89% when tried), little at the second and third (37% to 48%, 62%

@@ -19,15 +19,15 @@ in both orders, answered by the letter. (Trained in one order, it learns the let
 The two files are of `eval.py generate`: before with --model out/sft, after with --model out/dpo,
 both with --data out/demo/pairs_val.jsonl --max_new_tokens 64.
 
-What you should see: 22 of the 40 answers before DPO are rude, and lose to the polite ones after it.
-The other 18 pairs are polite on both sides: ties. Before it was trained, out/sft as the judge of
-the same files disagreed with itself in 33 of 40 pairs.
+What you should see: 24 of the 40 answers before DPO are rude, and lose to the polite ones after it.
+The other 16 pairs are polite on both sides: ties. Before it was trained, out/sft as the judge of
+the same files disagreed with itself in 28 of 40 pairs.
 
                                  out/sft   out/judge/sft
-    wins / losses / ties      3 / 4 / 33     0 / 22 / 18
-    win rate                       48.8%           22.5%
-    wins of decided, 95%       16% - 75%        0% - 15%
-    verdicts for the first         41.2%           30.0%
+    wins / losses / ties     2 / 10 / 28     0 / 24 / 16
+    win rate                       40.0%           20.0%
+    wins of decided, 95%        5% - 45%        0% - 14%
+    verdicts for the first         37.5%           30.0%
 
 Exercise. What do win rate and bias say of a judge that answers A whatever it reads?
     Solution: all pairs are ties and the win rate is 50%: fair at a glance. The bias is 100%.

@@ -31,7 +31,8 @@ one H200, in the order all, ckpt, lora, lora ckpt: the 1B model 28.3, 22.5, 9.7,
 
 Estimated and measured peak of a CPU process in MiB, the 50M model of labs/bench.py: fp32 at 1,280
 tokens 1,864 and 1,879; bf16 at 4,096 2,499 and 2,207, at 1,280 1,925 and 1,907, with recomputed
-layers 1,700 and 1,689; DPO in bf16 2,294 and 2,005. (MALLOC_MMAP_THRESHOLD_=1000000; else + 20%.)
+layers 1,700 and 1,689; DPO in bf16 2,294 and 2,005. MALLOC_MMAP_THRESHOLD_=1000000 was set: without
+it the C library keeps freed blocks, and the peaks of SFT are 11 to 20% higher.
 
 Exercise. 7B parameters, AdamW in fp32, one device. Where does 24 GB end? With LoRA in bf16?
     Solution: 16 B x 7e9 = 112 GB before the first token; 2 B x 7e9 = 14 GB leave 10 for tokens.
@@ -94,9 +95,8 @@ def parameters(config: ModelConfig, rank: int) -> tuple[int, int, int, int]:
 def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     """Bytes that a layer keeps of each token for the backward pass: (up to attention, behind it).
 
-    The norm's input is fp32, its output e.
-    Attention keeps q, k, v, its output (on a CPU in fp32: `attend` in model.py) and a logarithm per
-    head; the MLP four vectors of width I.
+    The norm's input is fp32, its output e. Attention keeps q, k, v, its output (on a CPU in fp32:
+    `attend` in model.py) and a logarithm per head; the MLP four vectors of width I.
     """
     D, I, e = config.hidden_size, config.intermediate_size, work.dtype.itemsize  # noqa: E741
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim

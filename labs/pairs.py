@@ -24,9 +24,9 @@ What you should see: polite and right answers to the 40 held-out questions of ou
 better the model, the more groups tie.
 
     round                  0      1      2      3
-    pairs                       117    116     97   of 120 prompts
-    greedy              45.0   87.5  100.0  100.0
-    mean of 8 samples   42.8   66.9   85.0   92.2
+    pairs                       117    115     96   of 120 prompts
+    greedy              40.0   92.5  100.0  100.0
+    mean of 8 samples   46.3   66.6   83.4   91.6
     best of 8           97.5  100.0  100.0  100.0
     exam               100.0  100.0  100.0  100.0
 

@@ -24,7 +24,8 @@ mlp          6         99.3%    0.9%        98.0%    3.3%
 full         6        100.0%    0.0%       100.0%    0.0%
 all four    60        100.0%    0.0%      >= 99.0% <= 2.2%
 
-Seen: 1% of the numbers do what all do. Not seen: that words begin better, that a prefix wins.
+Seen: to learn 1% of the numbers does as well as to train them all. Not seen: that words are a
+better beginning than random numbers, or that a prefix wins where rows are few.
 
 Exercise. How many numbers are 8 virtual tokens for 32 layers with 8 key/value heads of 128?
     Solution: 8 * 32 * 2 * 8 * 128 = 524,288.

@@ -17,7 +17,7 @@ Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py, or
 of n samples by (rejection sampling).
 
 What you should see: all 40 held-out pairs in the right order; r is -0.01 in the mean of samples,
-and 0.47 of the best of 8: all that PPO reaches. Five seeds differ by 0.02.
+and 0.47 of the best of 8: all that PPO reaches.
 
 Exercise. r is 1.2 and 0.4. The loss, its slope in r(chosen)? Both scores grow by 1: the loss?
     Solution: 0.3711, -0.3100; the same.

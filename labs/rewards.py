@@ -12,10 +12,10 @@ score alike there is nothing to learn, and the best of n samples is what choosin
         --max_new_tokens 64 --output out/samples.jsonl
     python -m labs.rewards out/samples.jsonl --reward labs/rl.py:polite
 
-What you should see: three of 120 questions have nothing to teach. (The file asks each one twice.)
+What you should see: four of 120 questions have nothing to teach. (The file asks each one twice.)
 
     prompts  answers  mean reward  best of n  all alike
-    120         1920        0.459      0.975          3
+    120         1920        0.475      0.983          4
 
 Exercise. Each answer to a prompt is right with probability p. What is the best of n worth?
     Solution: 1 - (1 - p)^n; with p = 0.3 and n = 8 it is 0.94.
@@ -62,6 +62,7 @@ class Config(Files):
 def same(key: Callable, messages: list[dict], answer: str, reference: str) -> float:
     """1 if `key` finds the same in an answer as in the reference; else 0."""
     wanted = key(reference)
+
     # Nothing is like nothing: an empty answer would be right.
     check(wanted, f"the row has no reference to compare an answer with, only {reference!r:.40}")
     return float(key(answer) == wanted)
@@ -123,11 +124,13 @@ def final_answer(text: str) -> str:
     # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
+
     # The surest mark that stands there counts, and of that mark the last.
     answer = text
     for pattern in reversed(FINAL_ANSWERS):
         found = re.findall(pattern, text)
         answer = found[-1] if found else answer
+
     # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
     answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
     answer = "".join(answer.split()).strip(".。,;")
@@ -182,6 +185,8 @@ def sample_answers(model, prompts: list[list[int]], numbers, how: Sampling, c, s
             answers = modeling.generate(
                 model, [prompts[i] for i in chunk], c.max_new_tokens, stop_ids=stop_ids,
                 sampling=how, samples=[numbers[i] for i in chunk])
+
+        # The answer's tokens are the span that is scored, and perhaps trained, with weight 1.
         for i, answer in zip(chunk, answers, strict=True):
             ids = np.array(prompts[i] + answer, dtype=np.int32)
             found[i] = Example(ids, ((len(prompts[i]), len(ids), 1.0),))
@@ -196,6 +201,7 @@ def sum_logprobs(model, examples: list[Example], c, hardware: Hardware) -> Tenso
         batch = data.collate([examples[i] for i in chunk], hardware.device)
         with hardware.autocast():
             logp = model(batch.ids, batch.lengths, batch.targets).cpu()  # [N]
+
         # Every rank fills in its own answers; the sum of the ranks' tables has all of them.
         counts = [examples[i].targets for i in chunk]
         for i, of_answer in zip(chunk, logp.split(counts), strict=True):
