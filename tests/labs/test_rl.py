@@ -164,13 +164,14 @@ def test_expected_gradient_over_all_answers_is_the_exact_policy_gradient(kl):
         assert torch.allclose(found[name], value, atol=2e-6), name
 
 
-def test_mean_of_k1_is_the_kl_divergence():
-    p, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
-    assert (p * (p / ref).log()).sum().item() == pytest.approx(0.274887, abs=1e-6)
-    model, other, examples, _, c = exact_setting(0.0)
-    p, q = (rl.sum_logprobs(m, examples, c, HARDWARE) for m in (model, other))
-    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
-    assert (p.exp() * (p - q)).sum().item() == pytest.approx(kl.item(), abs=1e-6)
+def test_k1_weighs_every_answer_by_how_much_likelier_it_is_than_under_the_reference():
+    """With p = (.5, .3, .2), ref = (.2, .3, .5) its mean is KL(p || ref) = 0.274887."""
+    p, ref = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.3, 0.5]])
+    c = SimpleNamespace(advantage="dr_grpo", kl=0.1)
+    k1 = (p / ref).log()
+    found = rl.answer_weights(torch.zeros(1, 3), k1, c)  # -kl (k1 - its mean): here that is 0
+    assert found[0].tolist() == pytest.approx([-0.0916291, 0.0, 0.0916291], abs=1e-6)
+    assert (p * -found / c.kl).sum().item() == pytest.approx(0.274887, abs=1e-6)
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
@@ -189,8 +190,8 @@ def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind,
 
     prompts = [run.train[i] for i, _ in run.step(1, 2)]
     drawn, rewards = rl.sample(policy, prompts, 4, 0, DRAW, c, tokenizer, reward, HARDWARE)
-    rl.policy_step(policy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy, reference,
-                   tokenizer, reward)
+    _, metrics = rl.policy_step(policy, run, 1, c, HARDWARE, HARDWARE.make_scaler(), policy,
+                                reference, tokenizer, reward)
 
     theirs, other = (AutoModelForCausalLM.from_pretrained(work / name).float()
                      for name in ("base", "other"))
@@ -207,6 +208,7 @@ def test_gradient_of_a_step_equals_that_of_a_plain_transformers_loop(work, kind,
     A = {"rloo": (A - penalty) * 4 / 3, "dr_grpo": A - penalty,
          "grpo": A / (rewards.std(1, keepdim=True) + 1e-4) - penalty}[kind]
     assert A.any() and k1.std() > 0.01
+    assert metrics["kl"] == pytest.approx(k1.mean().item(), abs=1e-5)  # nats per answer
     N = 8 * c.max_new_tokens if kind == "dr_grpo" else sum(e.targets for e in drawn)
     for e, weight in zip(drawn, A.flatten().tolist(), strict=True):
         (-weight * logprob(theirs, e) / N).backward()
