@@ -34,11 +34,9 @@ modeling.best_device = lambda local=0: torch.device("cpu")
 
 
 def pytest_configure(config):
-    """Let no process that the tests start see a GPU; pytest-xdist's own are to see it."""
-    if torch.cuda.is_available():
-        torch.cuda.init()  # from here on the variable only counts for processes to come
-    if not getattr(config.option, "numprocesses", None):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    """Hide a GPU from the tests and from what they start, unless `pytest -k cuda` asks for it."""
+    if "cuda" not in (config.option.keyword or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first looks for a GPU
 
 
 REPO = Path(data.__file__).resolve().parent

@@ -522,11 +522,11 @@ def allocations(compute, folder):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_alive_at_once_are_a_few_chunks(monkeypatch, tmp_path, autocast):
-    N, V, D, rows = 256, 1024, 8, 8
+    N, V, D, rows = 1024, 4096, 64, 64
     monkeypatch.setattr(M, "LOGIT_BYTES", 4 * rows * V)
     monkeypatch.setattr(M, "CACHED_LOGITS", rows * V)
     states, head = (torch.randn(n, D, requires_grad=True) for n in (N, V))
-    targets = torch.arange(N)
+    targets = torch.arange(N) % V
 
     def compute():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -535,7 +535,7 @@ def test_logits_alive_at_once_are_a_few_chunks(monkeypatch, tmp_path, autocast):
 
     largest, peak = allocations(compute, tmp_path)
     chunk, heads = rows * V * 4, V * D * 4  # a chunk is as large as the head here
-    assert largest < 3 * chunk  # 32 chunks would be all the logits
+    assert largest < 3 * chunk  # 16 chunks would be all the logits
     # logits, their copy in fp32, exponentials, the last chunk; the head in bf16, its gradient twice
     assert peak < 4 * chunk + 3 * heads + 2 * N * D * 4
 
@@ -1346,8 +1346,8 @@ def test_generation_on_cuda_equals_generation_on_the_cpu(checkpoint):
 PRETEND = Path(M.__file__).parent.parent / "shared/tools/pretend_cuda/run.py"
 
 
-@pytest.mark.skipif(not PRETEND.exists() or not shutil.which("g++"),
-                    reason="needs the pretend device beside the project, and a compiler")
+@pytest.mark.skipif(not PRETEND.exists() or not shutil.which("g++") or torch.version.cuda,
+                    reason="needs the pretend device beside the project, a compiler, a CPU build")
 @pytest.mark.parametrize("script", ["train_sft", "train_dpo"])
 def test_a_step_of_two_micro_batches_waits_for_the_device_at_most_eight_times(tmp_path, script):
     """Two runs of other lengths: what differs is a step's, not the start's or the end's."""

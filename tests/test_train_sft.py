@@ -197,7 +197,7 @@ def test_run_killed_at_any_moment_resumes_bitwise(work, reference):
 
 @pytest.mark.parametrize("flags,device,dtype,wanted", [
     ({}, "cuda", torch.bfloat16, True), ({}, "cuda", torch.float16, False),
-    ({}, "cpu", torch.bfloat16, False), ({"lora_rank": 4}, "cuda", torch.bfloat16, False),
+    ({}, "cpu", torch.bfloat16, False), ({"lora_rank": 4}, "cuda", torch.bfloat16, True),
     ({"compile": False}, "cuda", torch.bfloat16, False),
     ({"compile": True}, "cpu", torch.float32, True)])
 def test_layers_are_compiled_on_a_gpu_in_bf16_or_where_asked(monkeypatch, flags, device, dtype,

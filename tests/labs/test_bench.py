@@ -52,7 +52,8 @@ def test_a_loop_that_needs_more_memory_than_there_is_stops_no_other(capsys):
 
 def test_profile_names_what_takes_the_time_of_a_step():
     status, out, _ = command("labs/bench_gpu.py", "--only", "profile", "--tiny")
-    assert status == 0 and "aten::mm" in out
+    assert status == 0 and "Self CPU" in out
+    assert out.count("aten::") > 5  # which operations lead depends on the machine
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -91,6 +91,8 @@ def test_both_trainers_say_what_they_will_take_and_how_long(script, tmp_path):
     assert "left ?" in text and "left 00:0" in next(x for x in lines if x.startswith("step 3/4"))
 
 
+@pytest.mark.skipif(torch.version.cuda is not None,
+                    reason="a CUDA build maps more libraries while it runs than the limit allows")
 def test_out_of_memory_ends_with_one_line_that_names_the_flag(tmp_path):
     make_checkpoint(tmp_path / "base", "qwen2")
     rows = jsonl(tmp_path / "a.jsonl", *(asked("q " * 900, "a " * 900) for _ in range(64)))
