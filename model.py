@@ -304,8 +304,9 @@ class Llama(nn.Module):
         kept, last = [], len(self.model.layers) - 1
         for i, layer in enumerate(self.model.layers):
             past = prefix.layers[i] if prefix is not None else None
-            drops = noise is not None and (layer.dropout or self.adapter.get("lora_dropout"))
-            mine = combine(noise, i + 1) if drops else None  # [T] each layer draws its own
+            mine = None
+            if noise is not None and (layer.dropout or self.adapter.get("lora_dropout")):
+                mine = combine(noise, torch.full_like(noise, i + 1))  # [T] each layer draws its own
 
             # Checkpointing computes the layer again in the backward pass. Our noise is a function
             # of its keys: there is no state of a generator to bring back.
@@ -541,18 +542,20 @@ class Layout:
 # ==== read: noise as a pure function ==============================================================
 
 
-def combine(key: Tensor, value: Tensor | int) -> Tensor:
-    """A 32-bit hash of `value` below 2^31 under `key` below 2^32, both non-negative integers.
+def combine(key: Tensor, value: Tensor) -> Tensor:
+    """A 32-bit hash of `value` under `key`, both int32: the mixer of Wellons' hash prospector.
 
-    The mixer is of Wellons' hash prospector; multipliers below 2^31 keep int64 from overflow.
+    Sums and products of int32 wrap around, on every device: they are those modulo 2^32.
     """
-    # 0x9E3779B1 less 2^32, the same modulo 2^32: torch.compile wants it to fit in an int32.
-    x = (key + value * -0x61C8864F) & 0xFFFFFFFF
-    x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & 0xFFFFFFFF
-    x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+    x = key + value * -0x61C8864F  # 0x9E3779B1 less 2^32, the same modulo 2^32
+    x = (x ^ shift_right(x, 16)) * 0x21F0AAAD
+    x = (x ^ shift_right(x, 15)) * 0x735A2D97
+    return x ^ shift_right(x, 15)
+
+
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """The 32 bits of x moved to the right; zeros come in from the left, where >> copies a sign."""
+    return (x >> bits) & (2 ** (32 - bits) - 1)
 
 
 def noise_keys(seed: int, visits: list, examples: list, lengths: list, device="cpu") -> Tensor:
@@ -562,19 +565,22 @@ def noise_keys(seed: int, visits: list, examples: list, lengths: list, device="c
     the device changes what a token gets.
     """
     # The seed plus 1, for the hash of 0 would be 0.
-    key = combine(torch.tensor(seed % 2**31 + 1), 0)
-    key = combine(combine(key, torch.tensor(visits)), torch.tensor(examples))  # [B]
+    seed, visit, example = (torch.tensor(x, dtype=torch.int32)
+                            for x in (seed % 2**31, visits, examples))
+    key = combine(seed + 1, torch.zeros_like(seed))
+    key = combine(combine(key, visit), example)  # [B]
 
     # Positions count from the example's own start, not from the micro-batch's.
     count = torch.tensor(lengths)  # [B]
     starts = (count.cumsum(0) - count).repeat_interleave(count)  # [T]
-    position = torch.arange(len(starts)) - starts  # [T]
+    position = (torch.arange(len(starts)) - starts).int()  # [T]
     return send(combine(key.repeat_interleave(count), position), device)
 
 
 def uniform(keys: Tensor, size: int) -> Tensor:
     """`size` uniform numbers in (0, 1) for each key: [T] -> [T, size], alike on every device."""
-    bits = combine(keys[:, None], torch.arange(size, device=keys.device)) >> 9  # [T, size]
+    columns = torch.arange(size, dtype=torch.int32, device=keys.device)
+    bits = shift_right(combine(keys[:, None], columns), 9)  # [T, size]
     return (bits.float() + 0.5) / 2**23  # 23 bits, and half of their unit, are exact in fp32
 
 
@@ -600,7 +606,8 @@ def dropout(x: Tensor, p: float, noise: Tensor | None, site: int) -> Tensor:
     """
     if p == 0.0 or noise is None:
         return x
-    kept = uniform(combine(noise, site + 1), x.shape[-1]) >= p  # [T, D]
+    mine = combine(noise, torch.full_like(noise, site + 1))  # [T]
+    kept = uniform(mine, x.shape[-1]) >= p  # [T, D]
     return x * kept / (1 - p)
 
 

@@ -630,9 +630,18 @@ def test_uniform_numbers_stay_inside_the_open_interval_from_0_to_1():
     # infinite, and a token that top-k had excluded would be drawn: once in 2^24 numbers, which is
     # one token in 110 at a vocabulary of 152k.
     for key, column, extreme in ((5074, 933, 1.0), (68236, 885, 1.0), (1306, 560, 0.0)):
-        u = M.uniform(torch.tensor([key]), 1000)[0, column].item()
+        u = M.uniform(torch.tensor([key], dtype=torch.int32), 1000)[0, column].item()
         assert abs(u - extreme) < 1e-6, "the hash has changed: look for the extremes again"
         assert 0 < u < 1
+
+
+@pytest.mark.parametrize("key, value", [(0, 1), (7, 2**31 - 1), (2**31, 5), (2**32 - 1, 123456)])
+def test_hash_in_32_bits_that_wrap_around_is_that_of_whole_numbers(key, value):
+    x = (key + value * 0x9E3779B1) % 2**32
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        x = (x ^ x >> shift) * factor % 2**32
+    one, other = (torch.tensor(n - (n >> 31 << 32), dtype=torch.int32) for n in (key, value))
+    assert M.combine(one, other).item() % 2**32 == x
 
 
 def keys_for(examples, seed=0):
