@@ -352,7 +352,7 @@ class Llama(nn.Module):
         """Compile what layers do to single tokens: the graphs serve every layer and length."""
         # Noise, gradients, recomputation, a lone token make graphs of their own, up to 24 in all.
         # With fullgraph more than the limit are an error, and by default it is 8 per function.
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64  # the name that all versions know
         for layer in self.model.layers:
             layer.before = torch.compile(layer.before, dynamic=True, fullgraph=True, **options)
             layer.after = torch.compile(layer.after, dynamic=True, fullgraph=True, **options)

@@ -1222,7 +1222,7 @@ def test_twelve_layers_of_ragged_batches_compile_to_four_graphs_without_a_break(
         out.sum().backward()
         plain.append((out.detach(), gradients(model)))
     model.compile_layers(backend=count)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True):
         for batch, (wanted, wanted_gradients) in zip(batches, plain, strict=True):
             out = torch.cat(logprobs(model, batch))
             out.sum().backward()
