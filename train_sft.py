@@ -1120,6 +1120,8 @@ def check_config(c: Config) -> None:
               f"there are {', '.join(modeling.PROJECTIONS)}")
     check(not c.shard or c.resume or int(os.environ.get("WORLD_SIZE", 1)) > 1, "--shard deals a "
           "model to several ranks, and here is one; start with torchrun --nproc_per_node=N")
+    check(not c.shard or torch.__version__ >= (2, 11), "--shard needs torch 2.11 or later, here is "
+          f"{torch.__version__}; on CPU ranks 2.8 sums gradients wrongly, and 2.6 fails")
     data.check_mix(c, c.data)
 
 

@@ -96,7 +96,7 @@ def kept_per_token(config: ModelConfig, c, work: Work) -> tuple[int, int]:
     """Bytes that a layer keeps of each token for the backward pass: (up to attention, behind it).
 
     The norm's input is fp32, its output e. Attention keeps q, k, v, its output (on a CPU in fp32:
-    `attend` in model.py) and a logarithm per head; the MLP four vectors of width I.
+    `attend` in model.py) and a logarithm per head; the MLP four vectors. Old torch keeps more.
     """
     D, I, e = config.hidden_size, config.intermediate_size, work.dtype.itemsize  # noqa: E741
     H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -26,6 +26,8 @@ import train_dpo
 import train_sft
 from labs import kto, rl
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 11), reason="--shard needs torch 2.11")
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):

@@ -405,6 +405,17 @@ def test_bad_flags_end_with_one_line_and_touch_nothing(work, flags, said):
     assert not (work / "bad").exists()
 
 
+def test_sharding_is_refused_where_torch_sums_its_gradients_wrongly(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    c = train_sft.Config(model="base", data=["rows.jsonl"], shard=True)
+    version = torch.torch_version.TorchVersion
+    monkeypatch.setattr(torch, "__version__", version("2.11.0+cpu"))
+    train_sft.check_config(c)
+    monkeypatch.setattr(torch, "__version__", version("2.10.1"))
+    with pytest.raises(modeling.InputError, match="needs torch 2.11 or later, here is 2.10.1"):
+        train_sft.check_config(c)
+
+
 def test_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(work):
     flags = [*inputs(work), "--batch_size", 4, "--steps", 9, "--save_every", 1, "--warmup", 0,
              "--schedule", "constant", "--max_grad_norm", 0, "--learning_rate", 1e18]

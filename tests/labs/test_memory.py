@@ -36,6 +36,7 @@ def bytes_kept(model, dtype):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="norms of older versions keep more")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("flags", [{}, {"dropout": [0.1]}, {"lora_rank": 4},
                                    {"lora_rank": 4, "lora_dropout": 0.1}])
