@@ -26,7 +26,7 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -70,7 +70,8 @@ KEYS = (  # meaning, how its value is read (a role: texts of that role), keys of
     ("refused", "", "image images video videos audio audios objects documents reasoning "
      "reasoning_content thinking rationale tool_calls function_call train loss weight loss_mask "
      "loss_weight loss_scale mask completion_mask input_ids labels",
-     "image images video videos audio audios documents loss_mask loss_weight loss_scale mask"),
+     "image images video videos audio audios documents loss_mask loss_weight loss_scale mask "
+     "tools functions"),
 )
 ROW_KEYS = {key: (meaning, kind) for meaning, kind, keys, _ in KEYS for key in keys.split()}
 MESSAGE_KEYS = {key: (meaning, kind) for meaning, kind, _, keys in KEYS for key in keys.split()}
@@ -135,14 +136,18 @@ def read_row(row: dict, ask: bool) -> dict:
         if "messages" not in values or messages[-1]["role"] != "assistant":
             messages = messages + values.pop("answer", [])
         check_beside(values, keys, {"answer", "text"}, messages)
+        check_unweighted(messages[-1:] if label is not None else [])
         return {"messages": messages, "label": label, "tools": tools}
 
     # Raw text: nothing beside it asks a question. A completion alone is one, too.
     if "text" not in values and "completion" in row:
-        values["text"] = as_text(row["completion"])
+        values["text"], keys["text"] = as_text(row["completion"]), keys.pop("answer")
     check("text" in values, "expected messages, a question and an answer, chosen and rejected, or "
           f"text; found the keys {', '.join(row) or '(none)'}")
     check(label is None and not tools, "'label' and 'tools' go with answers only")
+    beside = [key for meaning, key in keys.items() if meaning != "text"]
+    check(not beside, f"{beside} beside a raw text, which stands for itself: name its key as that "
+          "of a question, or remove the others")
     return {"messages": [], "text": values["text"]}
 
 
@@ -170,10 +175,11 @@ def parts_of(row: dict, table: dict) -> tuple[dict, dict]:
         if before != "":
             continue
         try:
-            value = READERS[kind](value) if kind in READERS else as_messages(value, role=kind)
+            value = READERS[kind](value) if kind in READERS else as_messages(value, kind, meaning)
         except InputError as error:
             raise InputError(f"{key!r}: {error}") from None
-        values[meaning], keys[meaning] = value, key
+        if value != []:
+            values[meaning], keys[meaning] = value, key
     return values, keys
 
 
@@ -189,6 +195,8 @@ def read_question(values: dict, keys: dict) -> list[dict]:
     if not question or question[-1]["content"] == "":
         question = below or question
     elif below and below[-1]["content"]:
+        check(len(below) == 1 and question[-1]["role"] == below[0]["role"],
+              f"{keys['input']!r} is a conversation of its own beside {keys['question']!r}")
         joined = question[-1]["content"] + "\n" + below[-1]["content"]
         question = [*question[:-1], {**question[-1], "content": joined}]
     return system + values.get("history", []) + question
@@ -215,6 +223,7 @@ def read_pair(values: dict, keys: dict) -> dict:
     # text that they do not have is kept of it.
     if whole:
         beside |= {"system", "history", "messages", "input"}
+        beside |= {"question"} if len(values.get("question", [])) > 1 else set()
         kept = messages[:1] if chosen[0]["role"] != "system" else []
         messages = kept if kept and kept[0]["role"] == "system" else []
     elif messages and messages[-1]["role"] == "assistant":
@@ -228,6 +237,7 @@ def read_pair(values: dict, keys: dict) -> dict:
     check(whole or any(m["role"] != "system" for m in messages),
           "expected a prompt beside chosen and rejected")
     check_beside(values, keys, beside, messages + chosen[shared:])
+    check_unweighted(chosen[shared:] + rejected[shared:])
     return {"messages": messages, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
@@ -244,22 +254,38 @@ def check_beside(values: dict, keys: dict, beside: set, messages: list[dict]) ->
                   "remove one of the two")
 
 
-def as_messages(value, role: str) -> list[dict]:
+def check_unweighted(answers: list[dict]) -> None:
+    """Refuse weights where a preference is learnt: it has one for all of its tokens."""
+    for m in answers:
+        check(m.get("weight", 1) == 1 and m.get("train", True),
+              "'weight' and 'train' are not read in the answers of a preference")
+
+
+def as_messages(value, role: str, meaning: str) -> list[dict]:
     """Messages from a text of `role`, a dialogue, a message, or a list of messages or of turns."""
+    # Cells of tables are texts: a conversation is JSON there.
+    if isinstance(value, str) and value[:1] == "[" and meaning in ("messages", "history"):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if isinstance(value, str):
-        return dialogue(as_text(value)) or [{"role": role, "content": value}]
+        # HH-RLHF's pairs are dialogues, and so are prompts that end with "Assistant:".
+        said = dialogue(as_text(value)) if meaning in ("chosen", "rejected", "question") else []
+        asks = meaning != "question" or value.rstrip().endswith("Assistant:")
+        return said if said and asks else [{"role": role, "content": as_text(value)}]
     check(isinstance(value, dict | list), f"expected a text or messages, found {value!r:.60}")
     messages = []
     for turn in [value] if isinstance(value, dict) else value:
-        # history's [question, answer]
+        # history's [question, answer], or LangChain's [role, text]
         if isinstance(turn, list) and len(turn) == 2:
-            turn = {"user": turn[0], "assistant": turn[1]}
+            named = isinstance(turn[0], str) and turn[0] in ROLES
+            turn = dict([turn] if named else zip(("user", "assistant"), turn, strict=True))
         if not isinstance(turn, dict):
             raise InputError(f"expected messages or pairs [question, answer], found {turn!r:.60}")
 
-        # Firefly's {human, assistant}, or a message
+        # Firefly's {human, assistant}, in whatever order, or a message
         if turn and turn.keys() <= ROLES.keys():
-            for name, text in turn.items():
+            order = list(ROLES.values()).index  # system, user, assistant, tool
+            for name, text in sorted(turn.items(), key=lambda item: order(ROLES[item[0]])):
                 if text is not None:
                     messages.append({"role": ROLES[name], "content": as_text(text)})
         else:
@@ -276,6 +302,9 @@ def read_message(message: dict) -> dict:
                          f"{message!r:.60}")
     if "content" not in said and "tool_calls" not in said:
         raise InputError(f"expected a text under 'content', found {message!r:.60}")
+    taught = said.get("weight", 0) > 0 or said.get("train", False)
+    check(ROLES[name] == "assistant" or not taught,
+          f"'weight' and 'train' teach answers, not what the {ROLES[name]} says")
     if name == "function_call":  # LLaMA-Factory: the content is the call
         said["tool_calls"] = functions(said.pop("content", ""))
     return {"role": ROLES[name], "content": "", **said}
@@ -312,8 +341,10 @@ def functions(value) -> list[dict]:
         pass  # said below
     out = []
     for item in value if isinstance(value, list) else [value]:
-        check(isinstance(item, dict) and ("function" in item or "name" in item),
+        inner = item.get("function", item) if isinstance(item, dict) else None
+        check(isinstance(inner, dict) and is_text(inner.get("name")),
               f"expected functions with a name, found {value!r:.60}")
+        as_text(json.dumps(item, ensure_ascii=False))
         out.append(item if "function" in item else {"type": "function", "function": item})
     return out
 
@@ -338,7 +369,7 @@ def as_truth(value) -> bool:
 
 def as_weight(value) -> float:
     """How much a message counts in the loss."""
-    known = type(value) in (int, float) and 0 <= value < math.inf
+    known = type(value) in (int, float) and 0 <= value < 2**53
     check(known, f"expected a number from 0 on, found {value!r:.40}")
     return value
 
@@ -391,7 +422,8 @@ def read_rows(files, skip_bad_rows: bool | None = None, quiet: bool = False, par
                     tqdm.write(f"dropped {error}")
             yield value, row
         if unused and not quiet:
-            tqdm.write(f"{path}: not used: {', '.join(sorted(unused))}")
+            names = ", ".join(sorted(unused)).encode(errors="backslashreplace").decode()
+            tqdm.write(f"{path}: not used: {names}")
 
 
 def refuse_unless(skip_bad_rows: bool | None, error: InputError) -> None:
@@ -445,7 +477,15 @@ def named_template(name: str) -> str:
     path = Path(name) if name.endswith(".jinja") else folder / f"{name}.jinja"
     known = ", ".join([*TEMPLATES, *sorted(p.stem for p in folder.glob("*.jinja"))])
     check(path.is_file(), f"unknown template {name!r}: expected {known}, or a .jinja file")
-    return path.read_text(encoding="utf-8")
+    return read_template(path)
+
+
+def read_template(path: Path) -> str:
+    """The text of a .jinja file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 @functools.lru_cache
@@ -738,7 +778,7 @@ class ChatTokenizer(ChatTemplate):
         if isinstance(source, list):  # several, by name
             source = {t["name"]: t["template"] for t in source}.get("default", "")
         path = self.folder / "chat_template.jinja"  # newer checkpoints; transformers prefers it
-        return path.read_text(encoding="utf-8") if path.exists() else source
+        return read_template(path) if path.exists() else source
 
     def end_turns_with(self, eot: str) -> str:
         """The template's source with this token at the end of every turn (--eot).

@@ -9,6 +9,7 @@ from conftest import HI, NO, PAIRS, YO, assistant, command, jsonl, system, user
 import data
 from data import InputError, Row
 
+HUMAN = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 TALK = [user("a"), assistant("b"), user("c"), assistant("d")]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -48,6 +49,19 @@ CONVERSATIONS = {
     "Firefly with a system text and a null": ({"conversation": [
         {"system": "s", "human": "hi", "assistant": "yo"},
         {"system": None, "human": "hi", "assistant": "no"}]}, [system("s"), HI, YO, HI, NO]),
+    "Firefly with sorted keys": ({"conversation": [{"assistant": "b", "human": "a"},
+                                                   {"assistant": "d", "human": "c"}]}, TALK),
+    "LangChain's pairs of role and text": (
+        {"messages": [["system", "s"], ["human", "hi"], ["ai", "yo"]]}, [system("s"), HI, YO]),
+    "history and messages as JSON in a text": (
+        {"history": "[]", "messages": '[{"role": "user", "content": "hi"}]', "answer": "yo"},
+        [HI, YO]),
+    "a dialogue as input, as answer and as system text": (
+        {"system": HUMAN + " x", "instruction": "What mood?", "input": HUMAN + " y",
+         "output": HUMAN + " z"},
+        [system(HUMAN + " x"), user("What mood?\n" + HUMAN + " y"), assistant(HUMAN + " z")]),
+    "weights of 0 on a question": ({"messages": [user("hi", weight=0), YO]},
+                                   [user("hi", weight=0), YO]),
     "content in parts": ({"messages": [
         {"role": "user", "content": [{"type": "text", "text": "h"}, {"text": "i"}]},
         {"role": "assistant", "content": ["yo"]}]}, [HI, YO]),
@@ -140,7 +154,6 @@ def test_prompt_without_answer_is_accepted_only_where_answers_are_generated():
 
 # ------------------------------------------------------------------------------ preference pairs
 
-HUMAN = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 LONG_PAIRS = {  # all of them: TALK's question c, then d or e
     "whole conversations": {"chosen": TALK, "rejected": [*TALK[:3], assistant("e")]},
     "a prompt of messages": {"prompt": TALK[:3], "chosen": "d", "rejected": "e"},
@@ -200,6 +213,25 @@ def test_conversations_of_a_pair_that_are_alike_share_all_but_the_last_answer():
 QA = {"question": "q", "answer": "a"}
 BAD_ROWS = {  # (row, words of the message)
     "no object": (5, "object"),
+    "an answer beside raw text": ({"text": "q", "output": "a"}, "['output'] beside a raw text"),
+    "history beside raw text": ({"text": "q", "history": [["a", "b"]]}, "['history'] beside"),
+    "a completion beside raw text": ({"text": "q", "completion": "a"}, "['completion'] beside"),
+    "input below a conversation": ({"prompt": [HI, YO], "input": "x", "output": "o"},
+                                   "'input' is a conversation of its own beside 'prompt'"),
+    "weight of a preference": (
+        {"prompt": "q", "chosen": [assistant("a", weight=0.5)], "rejected": "b"},
+        "not read in the answers of a preference"),
+    "weight of an unpaired preference": (
+        {"messages": [HI, assistant("a", train=False)], "label": 1}, "of a preference"),
+    "a question to be taught": ({"messages": [user("q", train=True), YO]}, "the user says"),
+    "turns before whole conversations": (
+        {"prompt": TALK[:3], "chosen": [HI, YO], "rejected": [HI, NO]}, "'prompt' says what"),
+    "tools in a message": ({"messages": [{**system("s"), "tools": [TOOL]}, HI, YO]}, "'tools'"),
+    "a call without a name": ({"messages": [HI, {
+        "role": "assistant", "tool_calls": [{"function": {"name": None}}]}]}, "with a name"),
+    "half of a surrogate pair in tools": (
+        {**QA, "tools": [{"function": {"name": "f", "description": "\ud800"}}]}, "ud800"),
+    "a weight beyond all numbers": ({"messages": [HI, assistant("a", weight=10**400)]}, "weight"),
     "unknown keys": ({"frage": "q", "antwort": "a"}, "the keys frage, antwort"),
     "no keys": ({}, "messages"),
     "an answer alone": ({"output": "a"}, "output"),
