@@ -489,6 +489,8 @@ def ask_row(row: data.Row, tokenizer: data.ChatTokenizer, system: str) -> tuple[
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     asked = {"messages": messages, "reference": reference}
+    if row.tools:
+        asked["tools"] = row.tools
     return asked, tokenizer.prompt(messages, row.tools)
 
 
@@ -550,12 +552,13 @@ def generate_command(c: Generate) -> None:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     # Only a whole output gets its name.
-    os.replace(path, c.output)
     found = Counter()
-    with open(c.output, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as file:
         for line in map(json.loads, file):
-            found.update(ended=line["finish"] == "stop", tokens=line["tokens"],
+            found.update(lines=1, ended=line["finish"] == "stop", tokens=line["tokens"],
                          repeated=line["repetition"])
+    check(found["lines"] == done, f"{path} was written by two commands at once: remove it")
+    os.replace(path, c.output)
     print(f"{done} samples of {len(prompts)} rows in {c.output}: {found['ended'] / done:.1%} ended "
           f"themselves, {found['tokens'] / done:.1f} tokens and {found['repeated'] / done:.1%} "
           "repetition in the mean")
@@ -570,7 +573,7 @@ def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
     path = output.with_name(f".{output.name}.{key}.partial")
 
     # A stop may have cut the last line.
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     modeling.write_lines(path, [whole])
     return path, whole.count("\n")
@@ -823,6 +826,10 @@ def start_exam(c: Exam, subjects: list[Subject], asked: list[tuple]) -> None:
     chat = ", in the chat template" if c.chat else ""
     print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of "
           f"{len(subject_table(c))} subjects; protocol {c.protocol}, {c.shots} shots{chat}")
+    known = {exam_file(c, c.split, handle).name for handle in subject_table(c)}
+    others = sorted({f.name for f in Path(c.data, c.split).glob("*.csv")} - known)
+    if others:
+        print(f"not asked, since {c.benchmark} has no such subject: {', '.join(others)}")
 
     # Checkpoints with one tokenizer get one prompt: it is printed once.
     shown = {}  # first prompt and options: the checkpoints that get them
@@ -925,13 +932,14 @@ def check_flags(c) -> None:
     # Input and output.
     inputs = getattr(c, "data", "")
     check(inputs != [], "--data FILE... is missing")
+    inputs = [] if isinstance(inputs, str) else [*inputs, *Path(c.model).glob("*")]
     if isinstance(c, Generate):
         check(c.output, "--output FILE.jsonl is missing")
         check(c.n == 1 or c.temperature > 0,
               "--n above 1 needs --temperature above 0: greedy samples are all alike")
     for flag in ("output", "output_dir"):
         if output := getattr(c, flag, ""):
-            modeling.check_output(f"--{flag}", output, [] if isinstance(inputs, str) else inputs)
+            modeling.check_output(f"--{flag}", output, inputs)
 
 
 def open_model(c: Common, tokenizer: data.ChatTokenizer) -> modeling.Llama:

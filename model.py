@@ -1325,7 +1325,8 @@ def check_output(flag: str, output: str | Path, inputs=(), size: int = 2**20) ->
     folder = next(p for p in (place, *place.parents) if p.exists())
     no = f"{flag} {output} cannot be written:"
     check(folder.is_dir(), f"{no} {folder} is a file")
-    check(flag == "--output_dir" or not output.is_dir(), f"{no} it is a folder")
+    check(flag == "--output_dir" or not output.exists() or output.is_file(),
+          f"{no} it is a {'folder' if output.is_dir() else 'device or a pipe'}")
     try:
         free = shutil.disk_usage(folder).free
         tempfile.TemporaryFile(dir=folder).close()

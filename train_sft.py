@@ -623,6 +623,7 @@ def try_exams(c: Config, tokenizer, config, quiet: bool) -> dict[str, float]:
 # ---- skip on a first reading: checkpoints and state ----------------------------------------------
 
 STATE = "state"  # in output_dir: what --resume goes on from, in a folder by its step
+WRITTEN = ("metrics.jsonl", "run.json", "chat_template.jinja")  # there, and could be an input
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -698,8 +699,8 @@ def save_state(folder: Path, model, optimizer, scaler, step: int, write: bool = 
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
     new, older = folder / "new", step_folders(folder)
-    if write:
-        shutil.rmtree(new, ignore_errors=True)
+    for stale in new.glob("*") if write else ():
+        stale.unlink()
     meta = {"scaler": json.dumps(scaler.state_dict())}
     modeling.write_tensors(new, "state", tensors, meta, write)
     if write:
@@ -736,6 +737,8 @@ def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
              hardware: Hardware) -> None:
     """Checkpoint and state: the first rank writes, the others send it their rows if sharded."""
     folder, first = Path(c.output_dir), hardware.rank == 0
+    if first:  # a checkpoint beside neither a state nor this was not written by a run that goes on
+        modeling.write_lines(folder / STATE / "new" / "begun", [])
     save_checkpoint(model, tokenizer, folder, c.lora_merge, first)
     if first and c.keep:
         keep_checkpoint(folder, step, c.keep)
@@ -761,15 +764,25 @@ def find_start_step(c: Config) -> int:
     size *= (c.lora_merge or not c.lora_rank) * (1 + c.keep) + 3 * (not c.lora_rank)
     given = [getattr(c, name, "") for name in ("model", "reference", "teacher", "reward_model")]
     modeling.check_output("--output_dir", folder, input_folders(filter(None, given)), size)
+    for path in map(Path, (*c.data, *c.val_data, c.template)):
+        check(path.name not in WRITTEN or path.resolve().parent != folder.resolve(),
+              f"{path} is an input, and a run into {folder} would replace it; choose another place")
 
-    # The state says how far the run came that stands there.
-    states = step_folders(folder / STATE)
+    # The state says how far the run came that stands there. A new run removes it.
+    states, new = step_folders(folder / STATE), folder / STATE / "new"
     step = int(states[-1].name[5:]) if states else 0
-    if c.resume or c.overwrite:
-        return step if c.resume else 0
+    others = (folder / STATE).is_file() or set((folder / STATE).glob("*")) - {*states, new}
+    check(not others, f"{folder / STATE} is not the state of a run; choose another --output_dir")
+    held = modeling.checkpoint_in(folder) or next((p.name for p in step_folders(folder)), "")
+    if c.resume:
+        # A run that was stopped in its first save has begun a state.
+        check(step or not held or new.exists() or c.overwrite, f"--resume: {folder} holds a "
+              f"checkpoint ({held}), but no state to go on from; --overwrite begins anew")
+        return step
+    if c.overwrite:
+        return 0
 
     # What stands there may be a run of ours, or somebody's checkpoint.
-    held = modeling.checkpoint_in(folder) or next((p.name for p in step_folders(folder)), "")
     what, run = f"a checkpoint ({held})" if held else "", folder / "run.json"
     if step and not run.exists():
         what = f"the state of a run, at step {step}, but no run.json"
@@ -887,10 +900,10 @@ class Log:
         # What comes after the saved step is computed, and written, once more.
         records = []
         if start_step and self.path.exists():  # who has lost it can go on all the same
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     records.append(json.loads(line))
-        records = [record for record in records if record["step"] <= start_step]
+        records = [r for r in records if isinstance(r, dict) and r.get("step", 1e9) <= start_step]
         modeling.write_lines(self.path, (json.dumps(record) + "\n" for record in records))
         return records
 
@@ -1080,7 +1093,7 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
 
 def resumed_flags(cls, path: Path, given: dict) -> dict:
     """The flags of the run to go on with; those that change the result must stay as they were."""
-    base = modeling.read_json(path)["config"]
+    base = modeling.read_json(path).get("config", {})
     check(set(base) == {f.name for f in fields(cls)},
           f"--resume: the run in {path} is of another script, or of another version of this one")
 
@@ -1095,6 +1108,7 @@ def check_config(c: Config) -> None:
     """Raise InputError for values and combinations that make no sense."""
     check(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
     check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
+    check(c.output_dir, "--output_dir is empty; . is the folder you are in")
     data.check_numbers(c)
     check(c.epochs > 0, f"--epochs must be above 0, is {c.epochs}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction", "lora_dropout"):

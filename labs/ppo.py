@@ -202,6 +202,7 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int, hardware: 
         # The critic is needed to go on, but is no part of the checkpoint.
         stop = signals[:1]  # what comes later than this is not saved
         if stop or train_sft.is_due(c.save_every, step, run.steps):
+            modeling.write_lines(state / "new" / "begun", [])  # see train_sft.save_run
             train_sft.save_checkpoint(models.policy, tokenizer, Path(c.output_dir))
             train_sft.save_state(state, both, optimizer, scaler, step)
         if stop and step < run.steps:

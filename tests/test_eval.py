@@ -437,6 +437,10 @@ BAD = {
     "logprobs over the data": (["logprobs", "--model", "MODEL", "--data", "GOOD", "--output",
                                 "GOOD"], "is the input"),
     "no weights": (["chat", "--model", "BARE"], "config.json"),
+    "generate over the model": (["generate", "--model", "MODEL", "--data", "GOOD", "--output",
+                                 "MODEL/tokenizer.json"], "is the input"),
+    "logprobs into a pipe": (["logprobs", "--model", "MODEL", "--data", "GOOD", "--output", "PIPE"],
+                             "it is a device or a pipe"),
 }
 
 
@@ -454,6 +458,9 @@ def test_bad_input_ends_with_one_line_and_status_2_and_leaves_the_output_alone(
               "EMPTY": jsonl(tmp_path / "empty.jsonl", {"text": ""}),
               "MODEL": str(letters[0]), "BARE": str(tmp_path / "bare"), "OUT": str(output),
               "DIR": str(tmp_path / "folder")}
+    os.mkfifo(tmp_path / "pipe")
+    places["PIPE"] = str(tmp_path / "pipe")
+    places["MODEL/tokenizer.json"] = f"{letters[0]}/tokenizer.json"
     places["GOOD/x.jsonl"] = places["GOOD"] + "/x.jsonl"
     status, _, err = command("eval.py", *(places.get(a, a) for a in arguments))
     assert (status, err.count("\n")) == (2, 1)

@@ -516,6 +516,43 @@ def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_output_dir_that_is_empty_is_refused():
+    with pytest.raises(modeling.InputError, match="--output_dir is empty"):
+        train_sft.check_config(train_sft.Config(model="a", data=["b"], output_dir=""))
+
+
+def test_data_that_bears_a_name_of_the_run_is_refused(work):
+    rows = (work / "rows.jsonl").read_text()
+    (work / "own").mkdir()
+    (work / "own/run.json").write_text(rows)
+    _, text = train(work, "own", "--model", work / "base", "--data", work / "own/run.json",
+                    status=2)
+    assert "is an input" in text and (work / "own/run.json").read_text() == rows
+
+
+def test_resume_without_a_state_does_not_begin_over_a_checkpoint(work):
+    train(work, "stateless", *inputs(work), "--steps", 1)
+    shutil.rmtree(work / "stateless/state")
+    before = contents(work / "stateless")
+    _, text = train(work, "stateless", "--resume", status=2)
+    assert "no state to go on from" in text and contents(work / "stateless") == before
+
+    # But so looks a run that was killed while it saved for the first time: that one begins again.
+    (work / "stateless/state/new").mkdir(parents=True)
+    records, _ = train(work, "stateless", "--resume")
+    assert [record["step"] for record in records] == [1]
+
+
+@pytest.mark.parametrize("lost", [b"\xff\xfe\n", b"5\n", b"{}\n", b"null\n"])
+def test_metrics_that_hold_something_else_do_not_stop_a_resumed_run(work, reference, lost):
+    interrupt(work, "odd", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
+    with open(work / "odd/metrics.jsonl", "ab") as file:
+        file.write(lost)
+    records, _ = train(work, "odd", "--resume")
+    assert curve(records) == curve(reference[0])
+    shutil.rmtree(work / "odd")
+
+
 @pytest.mark.parametrize("output,said", [
     ("base", "is the input"), ("./nowhere/../base", "is the input"), ("link", "is the input"),
     ("finished", "holds a finished run; choose another --output_dir, or add --overwrite"),
@@ -523,6 +560,7 @@ def contents(folder):
     ("foreign", "holds a checkpoint (config.json)"), ("adapter", "holds a checkpoint (adapter_con"),
     ("shards", "holds a checkpoint (w.safe"), ("rows.jsonl", "is a file"),
     ("rows.jsonl/below", "is a file"), ("/proc/here", "cannot be written"),
+    ("notes", "notes/state is not the state of a run"),
 ])
 def test_output_that_would_replace_something_or_has_no_place_is_refused(work, output, said):
     if not (work / "link").exists():
@@ -534,6 +572,8 @@ def test_output_that_would_replace_something_or_has_no_place_is_refused(work, ou
         train(work, "finished", *inputs(work), "--steps", 1)
         shutil.copytree(work / "finished", work / "lost")
         (work / "lost/run.json").unlink()
+        (work / "notes/state").mkdir(parents=True)
+        (work / "notes/state/precious.txt").write_text("mine")
     before = contents(work)
     _, text = train(work, output, *inputs(work), "--steps", 1, status=2)
     assert said in text and text.count("\n") == 1 and contents(work) == before
@@ -681,7 +721,7 @@ def test_bar_fits_80_columns(work, monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     c = train_sft.Config(output_dir=str(work / "bar"))
-    log = train_sft.Log(c, 0, 100000, hardware, train_sft.FIGURE)
+    log = train_sft.Log(c, 0, 1000, hardware, train_sft.FIGURE)
     log.write({"step": 1, "loss": 2.0, "val_loss": 12.3456, "exam_accuracy": 0.5,
                "learning_rate": 1e-5, "tokens_per_second": 123456.0})
     log.bar.refresh()
