@@ -108,6 +108,13 @@ def test_long_prompt_gives_way_to_the_answer_but_keeps_half_of_the_window(tmp_pa
     assert supervised(letters, example) == ["a" * example.targets]
 
 
+def test_row_that_just_fits_is_not_counted_as_truncated(tmp_path, letters):
+    row = {"prompt": "p", "completion": "answer"}
+    (example,), _ = load_one(tmp_path, letters, row, 100)
+    assert load_one(tmp_path, letters, row, len(example.ids))[1]["truncated"] == 0
+    assert load_one(tmp_path, letters, row, len(example.ids) - 1)[1]["truncated"] == 1
+
+
 def test_short_prompt_with_a_long_answer_keeps_the_prompt(tmp_path, letters):
     row = {"prompt": "short prompt", "completion": "a" * 500}
     (example,), _ = load_one(tmp_path, letters, row, 100)
@@ -228,6 +235,13 @@ def test_truncation_cuts_both_answers_of_a_shared_history_at_the_same_point(
             assert spans == ((1, min(len(ids), len(row[side]) + 2), 1.0),)
         cut += max(map(len, (row["chosen"], row["rejected"]))) + 1 + len(full) > max_length
     assert counts["truncated"] == cut and len(items) == 100
+
+
+def test_long_prompt_gives_way_to_the_longer_answer_of_a_pair(tmp_path, letters):
+    row = {"prompt": "p" * 200, "chosen": "yes", "rejected": "n" * 30}
+    (item,), _ = preferences(tmp_path, letters, row, max_length=100)
+    texts = [supervised(letters, answer) for answer in item.answers]
+    assert texts == [["yes<|im_end|>"], ["n" * 30 + "<|im_end|>"]]
 
 
 @pytest.mark.parametrize("row,said", [
@@ -383,12 +397,24 @@ def test_draws_are_a_function_of_seed_and_position_alone(name):
         assert Mixer(sizes, rates, 8).draws(0, end) != whole
 
 
+def test_sources_of_one_size_are_shuffled_each_in_its_own_way():
+    mixer = Mixer([30, 30], mixing_rates([30, 30], "equal"), seed=0)
+    one, other = (mixer.source(m, 0, 30)[:, 0] - 30 * m for m in (0, 1))
+    assert (one != other).sum() > 15
+
+
 def test_source_is_shuffled_anew_on_every_visit():
     mixer = Mixer([10, 30], mixing_rates([10, 30], "equal"), seed=0)  # 20 draws an epoch of each
     first = {i for i, visit in mixer.draws(0, 40) if i >= 10}
     second = {i for i, visit in mixer.draws(40, 80) if i >= 10 and visit == 1}
     assert (len(first), len(second)) == (20, 10)
     assert not second <= first
+
+
+def test_sources_take_turns_in_another_order_in_every_epoch():
+    mixer = Mixer([30, 30], mixing_rates([30, 30], "equal"), seed=0)
+    one, other = ([i < 30 for i, _ in mixer.draws(60 * e, 60 * e + 60)] for e in (0, 1))
+    assert one != other
 
 
 # ------------------------------------------------------------------------------------ micro-batches
@@ -555,6 +581,15 @@ def test_show_prints_the_shares_of_several_files_and_so_many_rows_of_each(tmp_pa
     # Scripts find the examples by their heads: no other line begins so and says "supervised".
     heads = [line for line in out.splitlines() if line.startswith("--- ")]
     assert ["supervised" in line for line in heads] == [True] * (len(heads) - 1) + [False]
+
+
+def test_show_says_how_long_the_examples_of_each_file_are(tmp_path):
+    one = jsonl(tmp_path / "one.jsonl", {"text": "x" * 9}, {"text": "x" * 19})
+    two = jsonl(tmp_path / "two.jsonl", {"text": "y" * 99})  # a token a byte, and EOS
+    _, out, _ = command("data.py", "show", one, two, "--rows", 0)
+    table = [line.split() for line in out.splitlines() if line.startswith(("one", "two"))]
+    assert [cells[-2:] for cells in table] == [["15", "20"], ["100", "100"]]
+    assert " 50%: 20  75%: 60 " in out and " 100%: 100 " in out
 
 
 def test_show_honours_train_on_and_max_length(tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -122,6 +123,16 @@ def test_logprobs_of_a_file_are_those_of_transformers_in_its_order(name, family,
     assert loss == pytest.approx(-sum(values) / len(values), abs=2e-6)
     assert perplexity == pytest.approx(math.exp(-sum(values) / len(values)), rel=1e-5)
     assert str(len(values)) in out
+
+
+def test_loss_of_a_file_weighs_its_messages_as_training_does(letters, tmp_path):
+    talk = [HI, assistant("b c", weight=0.25), HI, assistant("the sea")]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": talk})
+    out, (row,) = run("logprobs", letters[0], path)
+    (example,), _ = data.load_examples([path], letters[2])
+    sums = [(w * sum(row["logprobs"][a:b]), w * (b - a)) for a, b, w in example.spans]
+    total, weight = map(sum, zip(*sums, strict=True))
+    assert float(re.search(r"loss (\S+)", out)[1]) == pytest.approx(-total / weight, abs=2e-6)
 
 
 def test_logprobs_mean_by_train_on_and_max_length_what_training_means(letters, tmp_path):
@@ -291,8 +302,26 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
     assert not part.exists()
 
 
+def test_answers_of_other_weights_are_not_gone_on_with(letters, tmp_path):
+    folder = shutil.copytree(letters[0], tmp_path / "model")
+    c = evaluation.Generate(model=str(folder), output=str(tmp_path / "out.jsonl"))
+    path, _ = evaluation.partial_output(c, [[1]])
+    path.write_text("{}\n", encoding="utf-8")
+    assert evaluation.partial_output(c, [[1]]) == (path, 1)
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert evaluation.partial_output(c, [[1]])[1] == 0
+
+
+def test_answers_end_with_the_turn_even_where_generation_config_does_not_say_so(letters, tmp_path):
+    folder = shutil.copytree(letters[0], tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
+    path = jsonl(tmp_path / "asked.jsonl", {"prompt": "hi"})
+    _, rows = run("generate", folder, path, *NEARLY_UNIFORM, "--n", 32)
+    assert not any("<|im_end|>" in row["messages"][-1]["content"] for row in rows)
+
+
 def test_prompts_beyond_the_context_are_said(letters, tmp_path):
-    path = jsonl(tmp_path / "asked.jsonl", {"prompt": "x" * 3000})
+    path = jsonl(tmp_path / "asked.jsonl", {"prompt": "hi"}, {"prompt": "x" * 3000})
     out, _ = run("generate", letters[0], path, "--max_new_tokens", 1)
     assert "answers beyond 2048 are unreliable" in out
     _, out, _ = command("eval.py", "chat", "--model", letters[0], "--max_new_tokens", 2,

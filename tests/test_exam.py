@@ -143,6 +143,15 @@ def test_ids_are_those_of_the_whole_string_with_the_tokenizers_own_bos(tmp_path)
     assert compared >= 24
 
 
+def test_an_option_has_the_space_that_a_chat_template_writes_before_answers(place, tmp_path):
+    source = data.TEMPLATES["chatml"].replace("\\n", " ")
+    (tmp_path / "spaces.jinja").write_text(source, encoding="utf-8")
+    tokenizer = data.ChatTokenizer(place / "one", str(tmp_path / "spaces.jinja"))
+    c, subjects, _ = asked(place / "ceval", protocol="lm_eval", shots=0, chat=True)
+    sheet = evaluation.make_sheet(tokenizer, subjects[0], c, 10**6)
+    assert [tokenizer.decode(ids) for ids in sheet.options] == [" A", " B", " C", " D"]
+
+
 @real
 def test_real_prompt_keeps_the_line_ends_of_its_cells():
     c, subjects, p = asked(CEVAL, shots=5)

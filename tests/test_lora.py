@@ -145,6 +145,17 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_peft_draws_it(work):
         assert A.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
+def test_alpha_is_twice_the_rank_where_no_flag_says_it(work):
+    keys = M.read_adapter(work / "adapter")[1]
+    assert (keys["r"], keys["lora_alpha"]) == (4, 8)
+
+
+def test_default_learning_rate_of_an_adapter_is_ten_times_that_of_all_weights(work):
+    flags = ["--lora_rank", 4, "--steps", 1, "--warmup", 0]
+    records, _ = train(work, "rate", *inputs(work), *flags)
+    assert records[0]["learning_rate"] == pytest.approx(10 * 2e-5 * 4096 / 64)
+
+
 def test_only_the_adapter_is_trained_and_saved_as_state(work):
     (folder,) = train_sft.step_folders(work / "adapter/state")
     state = load_file(folder / "state.safetensors")
@@ -334,6 +345,13 @@ def test_reference_of_dpo_is_what_the_policy_starts_from(work, start):
         wanted = train_dpo.answer_logprobs(M.load(work / start), items)
     (kept,) = (work / f"dpo_{start}/reference").iterdir()
     assert torch.allclose(load_file(kept)["training"], wanted, atol=1e-4)
+
+
+def test_reference_is_another_where_the_scale_of_its_adapter_is(work, tmp_path):
+    folder = shutil.copytree(work / "adapter", tmp_path / "scaled")
+    before, path = train_dpo.fingerprint(folder, {}), folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 3}))
+    assert train_dpo.fingerprint(folder, {}) != before
 
 
 def test_reference_may_be_the_base_of_the_adapter_that_is_trained_further(work):

@@ -264,6 +264,13 @@ def test_missing_keys_of_config_json_mean_what_they_mean_in_transformers(family)
         assert ours.windows == [window if t == "sliding_attention" else None for t in types]
 
 
+def test_qwen2_has_biases_on_q_k_and_v_whatever_attention_bias_says():
+    for attention_bias in (False, True):
+        model = small(model_type="qwen2", attention_bias=attention_bias)
+        biased = {name.split(".")[-2] for name, _ in model.named_parameters() if "bias" in name}
+        assert biased == {"q_proj", "k_proj", "v_proj"}
+
+
 def test_missing_sliding_window_means_4096_for_mistral_and_null_means_none():
     shape = dict(model_type="mistral", vocab_size=8, hidden_size=4, num_hidden_layers=1)
     shape.update(num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=4200)
@@ -295,7 +302,10 @@ LLAMA3 = dict(kind="llama3", positions=131072, factor=8.0, low_freq_factor=1.0,
      {0: 1, 28: 0.00321145, 29: 0.00216657, 32: 0.000524846, 36: 7.78466e-5}, 1),
     ("yarn blends on a ramp, scales cos and sin", dict(
         kind="yarn", positions=16384, factor=4.0, original_max_position_embeddings=4096),
-     [1, 0.1, 0.00625, 0.00025], 1.138629)])
+     [1, 0.1, 0.00625, 0.00025], 1.138629),
+    ("yarn takes the factor for cos and sin that the file names", dict(
+        kind="yarn", positions=16384, factor=4.0, original_max_position_embeddings=4096,
+        attention_factor=1.5), [1, 0.1, 0.00625, 0.00025], 1.5)])
 def test_rope_frequencies_worked_out_by_hand(style, name, settings, wanted, factor):
     parameters = dict(settings)
     kind, length = parameters.pop("kind"), parameters.pop("length", 1)
@@ -790,6 +800,12 @@ def test_generation_past_the_length_of_dynamic_rope_turns_all_tokens_by_new_angl
     assert generate(model, prompts, 12) == [greedy_without_cache(model, p, 12) for p in prompts]
 
 
+def test_first_token_beyond_the_length_of_dynamic_rope_turns_all_tokens_anew(checkpoint):
+    model = M.load(checkpoint("llama_dynamic")[0]).requires_grad_(False)
+    prompts = prompts_of([32] * 40, model.config.vocab_size)
+    assert generate(model, prompts, 2) == [greedy_without_cache(model, p, 2) for p in prompts]
+
+
 def test_greedy_generation_equals_transformers_with_a_repetition_penalty(checkpoint):
     folder, hf = checkpoint("llama3")
     prompts = prompts_of([6, 11], hf.config.vocab_size)
@@ -820,6 +836,15 @@ def test_generation_ends_with_any_stop_id_and_the_finished_leave_the_batch(monke
     for row, ids in zip(zip(*steps, strict=True), wanted, strict=True):
         assert list(row) == [*ids, *[None] * (len(steps) - len(ids))]
     assert batches == [sum(end > step for end in ends) for step in range(max(ends))]
+
+
+@pytest.mark.parametrize("how", [{"repetition_penalty": 1.5}, {"temperature": 1.0}])
+def test_a_text_goes_on_as_it_would_alone_when_another_has_ended(how):
+    model, prompts = small(3), prompts_of([4, 2, 7], 50)
+    stops = {generate(model, prompts, 12, **how)[0][1]}
+    alone = [generate(model, [p], 12, stops, samples=[i], **how)[0] for i, p in enumerate(prompts)]
+    assert len(alone[0]) == 2 and len(alone[2]) > 4
+    assert generate(model, prompts, 12, stops, **how) == alone
 
 
 def test_samples_of_one_prompt_encode_it_once(monkeypatch):
@@ -855,6 +880,11 @@ def test_scores_are_changed_as_transformers_changes_them():
         for value in values:
             found = M.adjust_scores(logits, seen, M.Sampling(**{name: value}))
             assert torch.equal(found, reference(value)(ids, logits.clone())), (name, value)
+
+
+def test_nucleus_is_full_when_it_reaches_top_p_exactly():
+    logits, seen = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.bool)
+    assert M.adjust_scores(logits, seen, M.Sampling(top_p=0.5)).isfinite().sum() == 2
 
 
 def first_tokens(model, prompt, n, **sampling):
@@ -1020,6 +1050,13 @@ def test_broken_checkpoint_is_refused_in_one_line_that_names_the_fault(folder, d
         assert name in message, message
 
 
+def test_length_of_pretraining_beside_the_rope_keys_wins_as_in_transformers(folder):
+    configured(original_max_position_embeddings=16)(folder)
+    hf = AutoModelForCausalLM.from_pretrained(folder)
+    examples = draw([100], hf.config.vocab_size)
+    assert_close(logprobs(M.load(folder), examples), theirs(hf, examples))
+
+
 def test_rotary_buffers_that_old_conversions_stored_are_passed_over(checkpoint, folder):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     weights(lambda tensors: tensors.update({name: torch.zeros(8)}))(folder)
@@ -1045,6 +1082,24 @@ def test_tied_checkpoint_may_store_either_name_or_both_if_equal(
             M.load(folder)
     else:
         assert_same(M.load(folder).parameters(), M.load(source).parameters())
+
+
+def test_what_ends_an_answer_stands_in_generation_config_or_else_in_config_json(folder):
+    configured(eos_token_id=3)(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert M.load(folder).stop_ids == (7, 9)
+    (folder / "generation_config.json").write_text("{}")
+    assert M.load(folder).stop_ids == (3,)
+
+
+def test_a_new_token_may_take_a_row_that_the_embedding_has_already(folder):
+    """As that of Qwen2.5 has: its tokenizer is smaller than its vocabulary."""
+    before, after = M.load(folder), M.load(folder, new_token=(20, 5))
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        wanted = old.detach().clone()
+        if len(old) == before.config.vocab_size:
+            wanted[20] = old[5]
+        assert torch.equal(new, wanted)
 
 
 def test_loaded_model_is_in_eval_mode_and_in_the_dtype_asked_for(checkpoint):
@@ -1152,6 +1207,13 @@ def test_config_keys_that_the_project_does_not_know_survive(folder, tmp_path):
     before, after = (M.read_json(path / "config.json") for path in (folder, tmp_path))
     kinds = [[c.pop(key, None) for key in ("torch_dtype", "dtype")] for c in (before, after)]
     assert after == before and "float32" in kinds[1]
+
+
+def test_saved_config_names_no_type_but_that_of_the_weights(folder, tmp_path):
+    configured(dtype="bfloat16", torch_dtype=None)(folder)
+    M.save(M.load(folder), tmp_path)
+    config = M.read_json(tmp_path / "config.json")
+    assert {config.get(key) for key in ("dtype", "torch_dtype")} == {None, "float32"}
 
 
 def test_a_folder_may_be_saved_over_itself_and_only_saving_changes_it(folder):

@@ -317,6 +317,13 @@ def test_one_command_line_begins_a_run_goes_on_with_it_and_finds_it_complete(wor
     assert "is complete, all 4 steps" in text
 
 
+def test_steps_of_more_than_five_digits_come_after_the_others(tmp_path):
+    for name in ("step-100000", "step-99999", "step-new"):
+        (tmp_path / name).mkdir()
+    found = [folder.name for folder in train_sft.step_folders(tmp_path)]
+    assert found == ["step-99999", "step-100000"]
+
+
 def test_last_checkpoints_are_kept_and_do_not_change_with_the_current_one(work):
     flags = [*inputs(work), *BASIC, "--save_every", 1, "--schedule", "constant", "--warmup", 0]
     train(work, "kept", *flags, "--keep", 2)

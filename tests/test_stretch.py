@@ -46,6 +46,11 @@ def test_stretched_checkpoint_has_the_same_logits_in_transformers(flags, style, 
     assert positions == (128 if "dynamic" in flags else 512)
 
 
+def test_llama3_scaling_has_the_bounds_of_llama_3_1():
+    rope = modeling.stretch(modeling.read_config(SHAPE), 0, "llama3", 8.0).rope
+    assert (rope["low_freq_factor"], rope["high_freq_factor"]) == (1.0, 4.0)
+
+
 def test_rope_that_is_scaled_already_is_not_stretched_again(tmp_path):
     make_checkpoint(tmp_path / "base", "llama3")
     rows = jsonl(tmp_path / "a.jsonl", asked("q", "a"))

@@ -199,6 +199,26 @@ def test_eos_named_only_in_special_tokens_map_is_found(tmp_path):
     assert rendered_by(theirs, TALK) == render(tokenizer, TALK)[0]
 
 
+def test_tokenizer_config_wins_over_special_tokens_map(tmp_path):
+    write_tokenizer(tmp_path, "llama2")
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "added_tokens_decoder": {}}), encoding="utf-8")
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
+    assert data.ChatTokenizer(tmp_path).stop == "</s>"
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).eos_token == "</s>"
+
+
+def test_of_several_templates_the_default_one_is_taken(tmp_path):
+    write_tokenizer(tmp_path, "qwen2_5", "old")
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    pairs = {"tool_use": MARKED, "default": config["chat_template"]}
+    named = [{"name": name, "template": source} for name, source in pairs.items()]
+    path.write_text(json.dumps({**config, "chat_template": named}), encoding="utf-8")
+    assert data.ChatTokenizer(tmp_path).source == config["chat_template"]
+
+
 def test_unknown_template_and_unreadable_tokenizers_are_refused_in_one_line(tmp_path, folder_of):
     with pytest.raises(InputError, match=r"unknown template 'chatlm': expected chatml.*vicuna"):
         data.ChatTokenizer(folder_of("qwen2"), "chatlm")
@@ -436,6 +456,15 @@ def test_calls_are_supervised_and_their_results_are_not(name, tools, chat, their
     assert answer.endswith("Sunny.<|im_end|>") and "sunny" not in call + answer
 
 
+def test_a_call_that_ends_with_a_token_of_its_own_is_supervised_whole(tmp_path):
+    """As in Llama 3.1, where a call begins with <|python_tag|> and may end with <|eom_id|>."""
+    tokenizer = with_template(tmp_path, """{% for m in messages %}{{ '<|im_start|>' + m.role }}
+        {%- if m.tool_calls %}{{ '<|box_start|>' + m.tool_calls[0].function.name + '<|box_end|>' }}
+        {%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}
+        {%- if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}""")
+    assert texts(tokenizer, CALLS) == [["<|box_start|>weather<|box_end|>", "Sunny.<|im_end|>"]]
+
+
 def test_arguments_and_results_of_tools_cannot_forge_a_turn(chat):
     def count(text):
         call = {"type": "function", "function": {"name": "f", "arguments": {text: [text]}}}
@@ -458,6 +487,12 @@ def test_reasoning_beside_the_content_or_in_it_is_the_same_text(chat, theirs):
         ["<think>\nhm\nso\n</think>\n\n47<|im_end|>"]] * 2
     assert texts(chat("minimind"), [HI, THOUGHT, HI, YO]) == [
         ["hm\nso\n</think>\n\n47<|im_end|>", "yo<|im_end|>"]]
+
+
+def test_reasoning_that_the_template_does_not_write_of_an_answer_to_learn_is_refused(tmp_path):
+    source = "{% if reasoning_content %}{{ reasoning_content }}{% endif %}" + MARKED
+    with pytest.raises(InputError, match="leaves out what the assistant says .hm, so"):
+        with_template(tmp_path, source).conversation([HI, THOUGHT])
 
 
 def test_reasoning_that_the_template_drops_from_answers_is_learnt_all_the_same(tmp_path):

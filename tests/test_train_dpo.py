@@ -156,6 +156,11 @@ def test_recipes_hold_the_published_values():
     assert (c.length_normalize, c.beta, c.learning_rate, c.loss) == (True, 5.0, 5e-7, "sigmoid")
 
 
+def test_default_learning_rate_is_a_quarter_of_that_of_fine_tuning(work):
+    records, _ = run(work, "rate", *inputs(work), "--steps", 1, "--warmup", 0)
+    assert records[0]["learning_rate"] == pytest.approx(5e-6 * 4096 / 64)
+
+
 # ------------------------------------------------------------------------- log-probabilities
 
 
@@ -361,6 +366,13 @@ def test_run_whose_reference_has_changed_is_not_resumed(work, monkeypatch):
     assert "the reference has changed" in text
 
 
+def test_noise_is_another_with_another_seed(work):
+    write_pairs(work / "pair.jsonl", 1)
+    flags = [*inputs(work, "pair.jsonl"), "--steps", 1, "--neftune_alpha", 5, "--overwrite"]
+    one, other = (curve(run(work, "noise", *flags, "--seed", seed)[0]) for seed in (1, 2))
+    assert one != other
+
+
 # ------------------------------------------------------------------------------ reference cache
 
 
@@ -400,6 +412,19 @@ def test_reference_is_computed_anew_when_weights_data_lengths_or_template_change
     shutil.copyfile(work / "other/model.safetensors", work / "grown/model.safetensors")
     run(work, "cache", *flags)
     assert len(cached(work / "cache")) == 7
+
+
+def test_reference_is_another_where_other_tokens_are_supervised(work):
+    (item,) = random_items(100, 1)
+    fewer = item._replace(answers=tuple((ids, ((2, len(ids), 1.0),)) for ids, _ in item.answers))
+    one, other = (train_dpo.fingerprint(work / "base", {"training": [p]}) for p in (item, fewer))
+    assert one != other
+
+
+def test_reference_in_another_precision_is_computed_anew(work):
+    for count, dtype in enumerate(("fp32", "bf16"), 1):
+        _, text = run(work, "kinds", *inputs(work), "--steps", 1, "--overwrite", "--dtype", dtype)
+        assert "log-probabilities of" in text and len(cached(work / "kinds")) == count
 
 
 def test_reference_is_gone_before_the_policy_is_loaded_and_simpo_loads_none(work, monkeypatch):

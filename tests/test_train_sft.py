@@ -239,6 +239,12 @@ def test_mixed_precision_follows_fp32(work, reference, dtype):
     assert curve(records)[:2] == pytest.approx(curve(reference[0])[:2], rel=2e-2)
 
 
+def test_norm_of_fp16_gradients_is_that_of_fp32(work, reference):
+    """The scaler makes them 65536 times as large, and clipping must not see that."""
+    records, _ = train(work, "norms", *inputs(work), *BASIC, "--dtype", "fp16", "--steps", 1)
+    assert records[0]["grad_norm"] == pytest.approx(reference[0][0]["grad_norm"], rel=2e-2)
+
+
 # ----------------------------------------------------------------------------- data, validation
 
 
@@ -276,6 +282,21 @@ def test_validation_loss_of_every_file_is_what_that_file_alone_would_give(work, 
     assert record["val_loss"] == pytest.approx(whole, abs=1e-5)
 
 
+def test_noise_is_another_with_another_seed_and_whenever_an_example_comes_again(work):
+    jsonl(work / "one.jsonl", {"messages": [user("the sea"), assistant("a b c")]})
+    flags = [*inputs(work, "one.jsonl"), "--steps", 2, "--batch_size", 1, "--overwrite",
+             "--neftune_alpha", 5, "--learning_rate", 1e-20]  # nothing else changes the loss
+    one, other = (curve(train(work, "noise", *flags, "--seed", seed)[0]) for seed in (1, 2))
+    assert len({*one, *other}) == 4
+
+
+def test_exams_do_not_touch_the_curve(work, reference):
+    conftest.write_exam(work / "exam")
+    flags = ["--exam_data", work / "exam", "--exam_every", 2]
+    records, _ = train(work, "examined", *inputs(work), *BASIC, *flags)
+    assert curve(records) == curve(reference[0]) and "exam_accuracy" in records[1]
+
+
 def test_system_text_stands_where_a_conversation_has_none(work):
     """The same rows with the message written out give the same steps."""
     jsonl(work / "told.jsonl", *(
@@ -287,6 +308,14 @@ def test_system_text_stands_where_a_conversation_has_none(work):
     assert [r["tokens"] for r in flag] == [r["tokens"] for r in written]
 
 
+@pytest.mark.parametrize("flag, count", [
+    (["--max_length", 16], "tokens"), (["--train_on", "last"], "target_tokens")])
+def test_rows_are_read_as_max_length_and_train_on_say(work, flag, count):
+    flags = [*inputs(work), "--steps", 1, "--batch_size", 24, "--overwrite"]
+    (whole,), (less,) = (train(work, "read", *flags, *extra)[0] for extra in ([], flag))
+    assert 0 < less[count] < whole[count]
+
+
 def test_raw_text_and_conversations_train_together(work):
     records, text = train(work, "mixed", *inputs(work, "rows.jsonl", "text.txt"), "--epochs", 1,
                         "--mix", "equal", "--batch_size", 10)
@@ -295,6 +324,11 @@ def test_raw_text_and_conversations_train_together(work):
     assert facts["mix"]["rows"]["rate"] == 0.5
     assert len(facts["data_hashes"]) == 2 and "of supervised tokens" in text
     assert len(records) == 3 and records[-1]["epoch"] == 1.0
+
+
+def test_last_step_of_an_epoch_takes_the_examples_that_are_left(work):
+    records, _ = train(work, "left", *inputs(work), "--epochs", 1, "--batch_size", 10)
+    assert [r["epoch"] for r in records] == [0.4167, 0.8333, 1.0]  # 24 rows
 
 
 def test_output_folder_holds_a_checkpoint_and_the_metrics_that_the_readme_explains(work, reference):
@@ -323,6 +357,25 @@ def test_schedules_warm_up_and_reach_their_floor():
     cosine = rates(schedule="cosine", warmup=0, min_learning_rate=0.2)
     wanted = [0.2 + 0.4 * (1 + math.cos(math.pi * s / 10)) for s in range(10)]
     assert cosine == pytest.approx(wanted)
+
+
+def test_warmup_of_1_is_one_step():
+    c = train_sft.Config(learning_rate=1.0, schedule="constant", warmup=1)
+    assert train_sft.learning_rate_at(1, 10, c) == 1.0
+
+
+def test_optimizer_takes_the_flags_of_adam(work):
+    c = train_sft.Config(adam_beta1=0.8, adam_beta2=0.99, adam_epsilon=1e-5, weight_decay=0.3)
+    matrices, _ = train_sft.make_optimizer(modeling.load(work / "base"), c).param_groups
+    found = [matrices[key] for key in ("betas", "eps", "weight_decay")]
+    assert found == [(0.8, 0.99), 1e-5, 0.3]
+
+
+def test_two_dropout_rates_are_those_of_the_bottom_and_the_top_layer(work):
+    c = train_sft.Config(model=str(work / "base"), dropout=[0.0, 0.2])
+    hardware = train_sft.Hardware(0, 1, torch.device("cpu"), torch.float32)
+    model, _ = train_sft.load_trainable(c, hardware)
+    assert [layer.dropout for layer in model.model.layers] == [0.0, 0.1, 0.2]
 
 
 def test_norms_and_biases_are_not_decayed(work):
@@ -384,6 +437,7 @@ def test_explicit_flags_win_over_a_recipe():
     (["--learning_rat", "1"], "did you mean --learning_rate?"),
     (["--epochs", "many"], "--epochs"), (["--mix", "random"], "--mix"),
     (["--batch_size", "0"], "--batch_size must be 1 or more"),
+    (["--learning_rate", "inf"], "--learning_rate must be 0 or more, is inf"),
     (["--recipe", "gpt"], "known are llama2"), (["--steps", "3", "--epochs", "2"], "exclude"),
     (["--cap", "5"], "--mix temperature"), (["--weights", "1"], "--mix weights"),
     (["--mix", "weights", "--weights", "1", "2"], "each of the 1 files"),
@@ -604,6 +658,15 @@ def test_disk_that_is_full_is_said_in_one_line(work):
     status, text = isolated(work, code)
     assert status == 2 and "cannot be written: " in text.splitlines()[-1]
     assert "Traceback" not in text and not (work / "full/model.safetensors").exists()
+
+
+def test_generation_config_names_the_token_that_begins_a_text(tmp_path):
+    families.make_checkpoint(tmp_path / "base", "llama2")
+    (tmp_path / "base/generation_config.json").unlink()
+    tokenizer, model = data.ChatTokenizer(tmp_path / "base"), modeling.load(tmp_path / "base")
+    train_sft.save_checkpoint(model, tokenizer, tmp_path / "out")
+    saved = modeling.read_json(tmp_path / "out/generation_config.json")
+    assert [saved["bos_token_id"]] == tokenizer.bos_ids
 
 
 def test_generation_config_keeps_the_sources_sampling_defaults_but_not_its_stop_ids(work):
