@@ -723,9 +723,12 @@ class ChatTokenizer(ChatTemplate):
         self.tokenizer, self.config = open_tokenizer(folder), self.read("tokenizer_config.json")
         added = {t.content: t for t in self.tokenizer.get_added_tokens_decoder().values()}
 
-        # Special tokens by name, such as eos_token. Old checkpoints keep them in a file apart.
-        named, names = self.read("special_tokens_map.json"), {}
-        for key, value in (*named.items(), *self.config.items()):  # the newer file wins
+        # Special tokens by name, such as eos_token. Old checkpoints keep them in a file apart: for
+        # transformers that one wins unless the config lists the added tokens, as newer ones do.
+        files, names = [self.config, self.read("special_tokens_map.json")], {}
+        if "added_tokens_decoder" in self.config:
+            files.reverse()
+        for key, value in itertools.chain(*(file.items() for file in files)):
             value = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(value, str):
                 names[key] = value

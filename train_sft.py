@@ -758,6 +758,8 @@ def find_start_step(c: Config) -> int:
     Raises InputError if output_dir is an input, cannot be written, or holds something that nobody
     said may be replaced.
     """
+    check(c.output_dir, "--output_dir is empty; . is the folder you are in")
+
     # The first save writes the weights, and for the state three times as much, or more.
     folder, base = Path(c.output_dir), modeling.read_adapter(c.model)[0]
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
@@ -1108,7 +1110,6 @@ def check_config(c: Config) -> None:
     """Raise InputError for values and combinations that make no sense."""
     check(c.model, "--data needs --model DIR, a checkpoint (no flag at all runs the demo)")
     check(c.data, "--model needs --data FILE..., what to train on (no flag runs the demo)")
-    check(c.output_dir, "--output_dir is empty; . is the folder you are in")
     data.check_numbers(c)
     check(c.epochs > 0, f"--epochs must be above 0, is {c.epochs}")
     for name in ("adam_beta1", "adam_beta2", "val_fraction", "lora_dropout"):

@@ -199,14 +199,16 @@ def test_eos_named_only_in_special_tokens_map_is_found(tmp_path):
     assert rendered_by(theirs, TALK) == render(tokenizer, TALK)[0]
 
 
-def test_tokenizer_config_wins_over_special_tokens_map(tmp_path):
+@pytest.mark.parametrize("listed, eos", [({"added_tokens_decoder": {}}, "</s>"), ({}, "<unk>")])
+def test_tokenizer_config_wins_over_special_tokens_map_if_it_lists_tokens(tmp_path, listed, eos):
     write_tokenizer(tmp_path, "llama2")
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "added_tokens_decoder": {}}), encoding="utf-8")
+    config.pop("added_tokens_decoder", None)
+    path.write_text(json.dumps({**config, **listed}), encoding="utf-8")
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
-    assert data.ChatTokenizer(tmp_path).stop == "</s>"
-    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).eos_token == "</s>"
+    assert data.ChatTokenizer(tmp_path).names["eos_token"] == eos
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).eos_token == eos
 
 
 def test_of_several_templates_the_default_one_is_taken(tmp_path):

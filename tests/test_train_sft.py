@@ -572,7 +572,7 @@ def contents(folder):
 
 def test_output_dir_that_is_empty_is_refused():
     with pytest.raises(modeling.InputError, match="--output_dir is empty"):
-        train_sft.check_config(train_sft.Config(model="a", data=["b"], output_dir=""))
+        train_sft.find_start_step(train_sft.Config(output_dir=""))
 
 
 def test_data_that_bears_a_name_of_the_run_is_refused(work):
