@@ -269,9 +269,10 @@ def as_messages(value, role: str, meaning: str) -> list[dict]:
             value = json.loads(value)
     if isinstance(value, str):
         # HH-RLHF's pairs are dialogues, and so are prompts that end with "Assistant:".
-        said = dialogue(as_text(value)) if meaning in ("chosen", "rejected", "question") else []
-        asks = meaning != "question" or value.rstrip().endswith("Assistant:")
-        return said if said and asks else [{"role": role, "content": as_text(value)}]
+        said = dialogue(as_text(value))
+        told = meaning in ("messages", "chosen", "rejected")
+        told = told or (meaning == "question" and value.rstrip().endswith("Assistant:"))
+        return said if said and told else [{"role": role, "content": value}]
     check(isinstance(value, dict | list), f"expected a text or messages, found {value!r:.60}")
     messages = []
     for turn in [value] if isinstance(value, dict) else value:
