@@ -826,10 +826,9 @@ def start_exam(c: Exam, subjects: list[Subject], asked: list[tuple]) -> None:
     chat = ", in the chat template" if c.chat else ""
     print(f"{c.benchmark} {c.split}: {count} questions in {len(subjects)} of "
           f"{len(subject_table(c))} subjects; protocol {c.protocol}, {c.shots} shots{chat}")
-    known = {exam_file(c, c.split, handle).name for handle in subject_table(c)}
-    others = sorted({f.name for f in Path(c.data, c.split).glob("*.csv")} - known)
-    if others:
-        print(f"not asked, since {c.benchmark} has no such subject: {', '.join(others)}")
+    known = map(partial(exam_file, c, c.split), subject_table(c))
+    if others := set(Path(c.data, c.split).glob("*.csv")) - set(known):
+        print(f"not asked, for {c.benchmark} has no such subject:", *sorted(map(str, others)))
 
     # Checkpoints with one tokenizer get one prompt: it is printed once.
     shown = {}  # first prompt and options: the checkpoints that get them

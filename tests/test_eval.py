@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,6 +256,13 @@ def test_generated_rows_are_training_rows_again(letters, tmp_path):
     assert len(examples) == len(rows)
 
 
+def test_functions_that_a_row_offers_stay_in_what_is_generated_for_it():
+    row = {"messages": [HI], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    asked, plan = evaluation.ask_row(
+        data.parse_row("here", row, ask=True), SimpleNamespace(prompt=lambda *given: given), "")
+    assert asked == {**row, "reference": None} and plan == (row["messages"], row["tools"])
+
+
 def test_system_flag_gives_a_system_message_to_conversations_that_have_none(letters, tmp_path):
     folder, model, tokenizer = letters
     path, own = jsonl(tmp_path / "a.jsonl", *ASKED), [system("Be brief."), TALK[0]]
@@ -295,8 +303,8 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
     assert status == 130 and "stopped after 3 of 8" in out
     assert not (tmp_path / "out.jsonl").exists()
     (part,) = tmp_path.glob(".out.jsonl.*.partial")
-    with open(part, "a", encoding="utf-8") as file:
-        file.write('{"half of a line')
+    with open(part, "ab") as file:
+        file.write('{"half of a line, and of a 字'.encode()[:-1])
     assert sample(letters, tmp_path, *flags, rows=rows) == wanted
     assert list(map(list, calls[4:])) == [[3], [4], [5], [6], [7]]
     assert not part.exists()

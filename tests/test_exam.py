@@ -601,6 +601,14 @@ def test_a_bad_question_can_be_left_out(place, tmp_path):
     assert "18 questions" in out and f"dropped {tmp_path / 'ceval' / LAW} row 2" in out
 
 
+def test_files_of_subjects_that_no_table_names_are_said(place, tmp_path):
+    shutil.copytree(place / "ceval", tmp_path / "ceval")
+    known = next((tmp_path / "ceval/val").glob("*.csv"))
+    shutil.copy(known, known.with_name("my_subject_val.csv"))
+    _, _, out = exam(tmp_path / "out", "--data", tmp_path / "ceval", "--model", place / "one")
+    assert f"no such subject: {known.with_name('my_subject_val.csv')}" in out
+
+
 def test_training_refuses_an_exam_it_cannot_score(place, tmp_path):
     rows_ = jsonl(tmp_path / "rows.jsonl", {"prompt": "hi", "completion": "A"})
     flags = ["--model", place / "one", "--data", rows_, "--output_dir", tmp_path / "run"]
