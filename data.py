@@ -76,7 +76,7 @@ KEYS = (  # meaning, how its value is read (a role: texts of that role), keys of
 ROW_KEYS = {key: (meaning, kind) for meaning, kind, keys, _ in KEYS for key in keys.split()}
 MESSAGE_KEYS = {key: (meaning, kind) for meaning, kind, _, keys in KEYS for key in keys.split()}
 MAY_BE_EMPTY = ("question", "input", "answer", "text", "content")  # elsewhere "" is absent
-ROLES = {
+ROLES = {  # in the order in which they speak
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
@@ -136,18 +136,19 @@ def read_row(row: dict, ask: bool) -> dict:
         if "messages" not in values or messages[-1]["role"] != "assistant":
             messages = messages + values.pop("answer", [])
         check_beside(values, keys, {"answer", "text"}, messages)
-        check_unweighted(messages[-1:] if label is not None else [])
+        if label is not None:
+            check_unweighted(messages[-1:])
         return {"messages": messages, "label": label, "tools": tools}
 
     # Raw text: nothing beside it asks a question. A completion alone is one, too.
-    if "text" not in values and "completion" in row:
+    if "text" not in values and keys.get("answer") == "completion":
         values["text"], keys["text"] = as_text(row["completion"]), keys.pop("answer")
     check("text" in values, "expected messages, a question and an answer, chosen and rejected, or "
           f"text; found the keys {', '.join(row) or '(none)'}")
     check(label is None and not tools, "'label' and 'tools' go with answers only")
     beside = [key for meaning, key in keys.items() if meaning != "text"]
-    check(not beside, f"{beside} beside a raw text, which stands for itself: name its key as that "
-          "of a question, or remove the others")
+    check(not beside, f"{', '.join(beside)} beside {keys['text']!r}, which is raw text and learnt "
+          "as a whole: name a question 'question' and an answer 'answer', or remove the others")
     return {"messages": [], "text": values["text"]}
 
 
@@ -178,7 +179,7 @@ def parts_of(row: dict, table: dict) -> tuple[dict, dict]:
             value = READERS[kind](value) if kind in READERS else as_messages(value, kind, meaning)
         except InputError as error:
             raise InputError(f"{key!r}: {error}") from None
-        if value != []:
+        if value != []:  # "[]" is one, too
             values[meaning], keys[meaning] = value, key
     return values, keys
 
@@ -196,7 +197,8 @@ def read_question(values: dict, keys: dict) -> list[dict]:
         question = below or question
     elif below and below[-1]["content"]:
         check(len(below) == 1 and question[-1]["role"] == below[0]["role"],
-              f"{keys['input']!r} is a conversation of its own beside {keys['question']!r}")
+              f"{keys['input']!r} does not go on with the text of {keys['question']!r}: write both "
+              "as messages")
         joined = question[-1]["content"] + "\n" + below[-1]["content"]
         question = [*question[:-1], {**question[-1], "content": joined}]
     return system + values.get("history", []) + question
@@ -258,7 +260,7 @@ def check_unweighted(answers: list[dict]) -> None:
     """Refuse weights where a preference is learnt: it has one for all of its tokens."""
     for m in answers:
         check(m.get("weight", 1) == 1 and m.get("train", True),
-              "'weight' and 'train' are not read in the answers of a preference")
+              "'weight' and 'train' are not read in the answers of a preference: remove them")
 
 
 def as_messages(value, role: str, meaning: str) -> list[dict]:
@@ -269,26 +271,26 @@ def as_messages(value, role: str, meaning: str) -> list[dict]:
             value = json.loads(value)
     if isinstance(value, str):
         # HH-RLHF's pairs are dialogues, and so are prompts that end with "Assistant:".
-        said = dialogue(as_text(value))
-        told = meaning in ("messages", "chosen", "rejected")
-        told = told or (meaning == "question" and value.rstrip().endswith("Assistant:"))
-        return said if said and told else [{"role": role, "content": value}]
+        asks = meaning == "question" and value.rstrip().endswith("Assistant:")
+        whole = asks or meaning in ("messages", "chosen", "rejected")
+        said = dialogue(as_text(value)) if whole else []
+        return said or [{"role": role, "content": as_text(value)}]
     check(isinstance(value, dict | list), f"expected a text or messages, found {value!r:.60}")
     messages = []
     for turn in [value] if isinstance(value, dict) else value:
         # history's [question, answer], or LangChain's [role, text]
         if isinstance(turn, list) and len(turn) == 2:
-            named = isinstance(turn[0], str) and turn[0] in ROLES
-            turn = dict([turn] if named else zip(("user", "assistant"), turn, strict=True))
+            first, second = turn
+            named = isinstance(first, str) and first in ROLES
+            turn = {first: second} if named else {"user": first, "assistant": second}
         if not isinstance(turn, dict):
             raise InputError(f"expected messages or pairs [question, answer], found {turn!r:.60}")
 
-        # Firefly's {human, assistant}, in whatever order, or a message
+        # Firefly's {human, assistant}, whose keys some tools sort, or a message
         if turn and turn.keys() <= ROLES.keys():
-            order = list(ROLES.values()).index  # system, user, assistant, tool
-            for name, text in sorted(turn.items(), key=lambda item: order(ROLES[item[0]])):
-                if text is not None:
-                    messages.append({"role": ROLES[name], "content": as_text(text)})
+            for name in sorted(turn, key=list(ROLES).index):
+                if turn[name] is not None:
+                    messages.append({"role": ROLES[name], "content": as_text(turn[name])})
         else:
             messages.append(read_message(turn))
     return messages
@@ -305,7 +307,7 @@ def read_message(message: dict) -> dict:
         raise InputError(f"expected a text under 'content', found {message!r:.60}")
     taught = said.get("weight", 0) > 0 or said.get("train", False)
     check(ROLES[name] == "assistant" or not taught,
-          f"'weight' and 'train' teach answers, not what the {ROLES[name]} says")
+          f"'weight' and 'train' teach answers: remove them from what the {ROLES[name]} says")
     if name == "function_call":  # LLaMA-Factory: the content is the call
         said["tool_calls"] = functions(said.pop("content", ""))
     return {"role": ROLES[name], "content": "", **said}

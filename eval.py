@@ -557,7 +557,7 @@ def generate_command(c: Generate) -> None:
         for line in map(json.loads, file):
             found.update(lines=1, ended=line["finish"] == "stop", tokens=line["tokens"],
                          repeated=line["repetition"])
-    check(found["lines"] == done, f"{path} was written by two commands at once: remove it")
+    check(found["lines"] == done, f"{path}: two commands wrote it at once; remove it, run one")
     os.replace(path, c.output)
     print(f"{done} samples of {len(prompts)} rows in {c.output}: {found['ended'] / done:.1%} ended "
           f"themselves, {found['tokens'] / done:.1f} tokens and {found['repeated'] / done:.1%} "
@@ -931,6 +931,7 @@ def check_flags(c) -> None:
     # Input and output.
     inputs = getattr(c, "data", "")
     check(inputs != [], "--data FILE... is missing")
+    # The checkpoint's files are inputs as well. An exam's data is a folder.
     inputs = [] if isinstance(inputs, str) else [*inputs, *Path(c.model).glob("*")]
     if isinstance(c, Generate):
         check(c.output, "--output FILE.jsonl is missing")

@@ -508,8 +508,8 @@ def load_trainable(c: Config, hardware: Hardware, tokenizer=None):
 def compiles(c: Config, hardware: Hardware) -> bool:
     """Whether layers are compiled: what --compile says, else where it was measured to pay.
 
-    That is in bf16 on a GPU (labs/bench_gpu.py): half a minute at the start, with an adapter up to
-    a minute and a half; then a fifth more speed, with --lora_dropout three times the speed.
+    That is in bf16 on a GPU (labs/bench_gpu.py): up to half a minute at the start, with an adapter
+    a minute more, and then a fifth more speed.
     """
     if c.compile is not None:
         return c.compile
@@ -699,8 +699,9 @@ def save_state(folder: Path, model, optimizer, scaler, step: int, write: bool = 
         for key, value in optimizer.state[p].items():
             tensors[f"{key}.{name}"] = value
     new, older = folder / "new", step_folders(folder)
-    for stale in new.glob("*") if write else ():
-        stale.unlink()
+    if write:
+        for stale in new.glob("*"):
+            stale.unlink()
     meta = {"scaler": json.dumps(scaler.state_dict())}
     modeling.write_tensors(new, "state", tensors, meta, write)
     if write:
@@ -733,16 +734,20 @@ def load_state(folder: Path, model, optimizer, scaler) -> None:
         scaler.load_state_dict(saved)
 
 
-def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int,
-             hardware: Hardware) -> None:
-    """Checkpoint and state: the first rank writes, the others send it their rows if sharded."""
+def save_run(c: Config, tokenizer, model, optimizer, scaler, step: int, hardware: Hardware,
+             learnt=None) -> None:
+    """Checkpoint and state: the first rank writes, the others send it their rows if sharded.
+
+    `learnt` is what the state holds, if that is more than the model.
+    """
+    # A run that is killed before its first state is whole is known by this file.
     folder, first = Path(c.output_dir), hardware.rank == 0
-    if first:  # a checkpoint beside neither a state nor this was not written by a run that goes on
+    if first:
         modeling.write_lines(folder / STATE / "new" / "begun", [])
     save_checkpoint(model, tokenizer, folder, c.lora_merge, first)
     if first and c.keep:
         keep_checkpoint(folder, step, c.keep)
-    save_state(folder / STATE, model, optimizer, scaler, step, first)
+    save_state(folder / STATE, learnt or model, optimizer, scaler, step, first)
     hardware.barrier()
 
 
@@ -777,9 +782,9 @@ def find_start_step(c: Config) -> int:
     check(not others, f"{folder / STATE} is not the state of a run; choose another --output_dir")
     held = modeling.checkpoint_in(folder) or next((p.name for p in step_folders(folder)), "")
     if c.resume:
-        # A run that was stopped in its first save has begun a state.
-        check(step or not held or new.exists() or c.overwrite, f"--resume: {folder} holds a "
-              f"checkpoint ({held}), but no state to go on from; --overwrite begins anew")
+        # A run that was killed in its first save has begun a state.
+        check(step or not held or new.exists(), f"--resume: {folder} holds a checkpoint ({held}), "
+              "but no state to go on from; --overwrite instead of --resume begins anew")
         return step
     if c.overwrite:
         return 0
@@ -905,7 +910,8 @@ class Log:
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     records.append(json.loads(line))
-        records = [r for r in records if isinstance(r, dict) and r.get("step", 1e9) <= start_step]
+        records = [record for record in records if isinstance(record, dict)
+                   and "step" in record and record["step"] <= start_step]
         modeling.write_lines(self.path, (json.dumps(record) + "\n" for record in records))
         return records
 
@@ -1135,8 +1141,9 @@ def check_config(c: Config) -> None:
               f"there are {', '.join(modeling.PROJECTIONS)}")
     check(not c.shard or c.resume or int(os.environ.get("WORLD_SIZE", 1)) > 1, "--shard deals a "
           "model to several ranks, and here is one; start with torchrun --nproc_per_node=N")
-    check(not c.shard or torch.__version__ >= (2, 11), "--shard needs torch 2.11 or later, here is "
-          f"{torch.__version__}; on CPU ranks 2.8 sums gradients wrongly, and 2.6 fails")
+    # With 2.8 the gradients of two CPU ranks were wrong without a word; 2.6 failed.
+    check(not c.shard or torch.__version__ >= (2, 11),
+          f"--shard needs torch 2.11 or later, here is {torch.__version__}")
     data.check_mix(c, c.data)
 
 

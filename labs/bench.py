@@ -12,7 +12,7 @@ random model on the same random tokens, in lengths as chats have them. Speed cou
 
 Two x86-64 cores, --dtype bf16 --steps 6, 50M parameters (of the exam 3M too), ours over bare:
 
-    SFT 1.23    DPO 1.20    exam 1.09 (3M), 1.18 (50M); a ratio moves by some percent per run
+    SFT 1.23, 1.24    DPO 1.20, 1.12    exam 1.09, 1.05 (3M), 1.18, 1.16 (50M), on two days
 
 Exercise. Both loops use torch's kernels. Where can ours be faster?
     Solution: fewer casts, passes over logits and norms; fp32 attention where 16 bits are slower.

@@ -173,10 +173,10 @@ def ppo_pass(models: Models, answers: Answers, taught: tuple, c, hardware: Hardw
 def train(c: Config, tokenizer, run, models: Models, start_step: int, hardware: Hardware):
     """The loop: answers, a few passes over them, and again; its records and exit status."""
     both = nn.ModuleDict({"policy": models.policy, "critic": models.critic})
-    both.device, state = hardware.device, Path(c.output_dir) / train_sft.STATE
+    both.device = hardware.device
     optimizer, scaler = train_sft.make_optimizer(both, c), hardware.make_scaler()
     if start_step:
-        train_sft.load_state(state, both, optimizer, scaler)
+        train_sft.load_state(Path(c.output_dir) / train_sft.STATE, both, optimizer, scaler)
     log = train_sft.Log(c, start_step, run.steps, hardware, train_sft.Figure(
         "reward.png", "reward", {"reward": "samples"}, {"reward": "reward", "kl": "kl"}))
 
@@ -202,9 +202,7 @@ def train(c: Config, tokenizer, run, models: Models, start_step: int, hardware: 
         # The critic is needed to go on, but is no part of the checkpoint.
         stop = signals[:1]  # what comes later than this is not saved
         if stop or train_sft.is_due(c.save_every, step, run.steps):
-            modeling.write_lines(state / "new" / "begun", [])  # see train_sft.save_run
-            train_sft.save_checkpoint(models.policy, tokenizer, Path(c.output_dir))
-            train_sft.save_state(state, both, optimizer, scaler, step)
+            train_sft.save_run(c, tokenizer, models.policy, optimizer, scaler, step, hardware, both)
         if stop and step < run.steps:
             return log.close(), 128 + stop[0]
     train_sft.release_signals()

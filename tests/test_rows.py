@@ -213,11 +213,11 @@ def test_conversations_of_a_pair_that_are_alike_share_all_but_the_last_answer():
 QA = {"question": "q", "answer": "a"}
 BAD_ROWS = {  # (row, words of the message)
     "no object": (5, "object"),
-    "an answer beside raw text": ({"text": "q", "output": "a"}, "['output'] beside a raw text"),
-    "history beside raw text": ({"text": "q", "history": [["a", "b"]]}, "['history'] beside"),
-    "a completion beside raw text": ({"text": "q", "completion": "a"}, "['completion'] beside"),
+    "an answer beside raw text": ({"text": "q", "output": "a"}, "output beside 'text'"),
+    "history beside raw text": ({"text": "q", "history": [["a", "b"]]}, "history beside 'text'"),
+    "a completion beside raw text": ({"text": "q", "completion": "a"}, "completion beside 'text'"),
     "input below a conversation": ({"prompt": [HI, YO], "input": "x", "output": "o"},
-                                   "'input' is a conversation of its own beside 'prompt'"),
+                                   "'input' does not go on with the text of 'prompt'"),
     "weight of a preference": (
         {"prompt": "q", "chosen": [assistant("a", weight=0.5)], "rejected": "b"},
         "not read in the answers of a preference"),
@@ -235,6 +235,7 @@ BAD_ROWS = {  # (row, words of the message)
     "unknown keys": ({"frage": "q", "antwort": "a"}, "the keys frage, antwort"),
     "no keys": ({}, "messages"),
     "an answer alone": ({"output": "a"}, "output"),
+    "an answer alone, and an empty completion": ({"output": "a", "completion": ""}, "output"),
     "null answer": ({"instruction": "q", "output": None}, "output (null)"),
     "number as answer": ({"prompt": "q", "completion": 5}, "'completion': expected a text"),
     "number as text": ({"text": 5}, "'text': expected a text"),
