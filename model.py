@@ -251,6 +251,8 @@ class Block(nn.Module):
         Tokens that are not wanted still serve the others as keys and values.
         """
         q, k, v = self.before(x, layout.cos, layout.sin, noise)
+        if keep_kv and wanted is not None and not len(wanted):
+            return x[:0], (k, v)  # the last layer of a prefix: nobody asks what its tokens see
         attended = layout.attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
 
         # From here on tokens are on their own: those that nobody asks for may go.
@@ -534,8 +536,10 @@ class Layout:
         # Worked out in the first layer, used by all.
         key = L, S, window, q.dtype
         if key not in self.masks:
-            seen = visible(torch.arange(S - L, S, device=q.device), S, window)  # [L, S]
-            self.masks[key] = q.new_zeros(L, S).masked_fill(~seen, -torch.inf)
+            unseen = q.new_full((L, S), -torch.inf)
+            self.masks[key] = unseen.triu(S - L + 1)  # tokens that come later
+            if window:
+                self.masks[key] += unseen.tril(S - L - window)  # and those too far back
         return self.masks[key]
 
 
