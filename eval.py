@@ -214,7 +214,6 @@ def make_sheet(tokenizer: data.ChatTokenizer, subject: Subject, c: Exam, context
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # ever new lengths: compiling them would not pay
 def score_options(model, prompts: list[list[int]], options: list[tuple], micro_tokens: int):
     """ln p(option | prompt) in nats of every option after every prompt: [prompts, options].
 
@@ -289,7 +288,9 @@ def answer_sheet(model, tokenizer: data.ChatTokenizer, sheet: Sheet,
             words = lab("exams", "an answer in words")
             found = words.answer_in_words(model, tokenizer, prompts, sheet.protocol, micro_tokens)
         else:
-            found = map(choose_letter, score_options(model, prompts, sheet.options, micro_tokens))
+            with modeling.eager():  # lengths are new each time
+                scores = score_options(model, prompts, sheet.options, micro_tokens)
+            found = map(choose_letter, scores)
         for i, answer in zip(places, found, strict=True):
             lines[i] |= answer
     return lines

@@ -25,11 +25,12 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 # The threads of a small model wait for each other thousands of times a second. GNU OpenMP lets a
@@ -50,11 +51,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-try:
-    from torch.nn.attention.varlen import varlen_attn  # flat tokens on CUDA, in newer torch
-except ImportError:
-    varlen_attn = None
 
 # ==== read: the model =============================================================================
 
@@ -247,9 +243,12 @@ class Llama(nn.Module):
         self.stop_ids = ()  # the tokens that end an answer; `load` fills them in
         self.adapter = {}  # with LoRA the keys of PEFT's adapter_config.json; see `add_adapter`
 
+        # As nn.Embedding draws them. It would import torch's compiler, for seconds, inside `load`.
+        embedding = torch.randn(config.vocab_size, config.hidden_size)
+
         # The names are those of the checkpoint, where these weights begin with `model.`.
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
             "layers": nn.ModuleList(Block(config, window) for window in config.windows),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
@@ -795,6 +794,13 @@ def read_prompts(model: Llama, texts: list[list[int]]) -> tuple[Tensor, Cache]:
     return states[rows], Cache(prefix.select(rows))
 
 
+def eager():
+    """Here compiled layers run as written: for lengths that are new each time."""
+    # torch's compiler takes seconds to import. Where it was not, nothing is compiled.
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
 @torch.no_grad()
 def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids=None,
                    temperature: float = 0.0, sampling: Sampling | None = None,
@@ -818,8 +824,7 @@ def generate_steps(model: Llama, prompts: list[list[int]], max_new_tokens: int, 
     texts, cache, token = [list(prompt) for prompt in prompts], None, None
     alive = list(range(len(prompts)))  # the prompts that still go on: the rows of seen and cache
     for step in range(max_new_tokens):
-        # Eager, because every step has a new length.
-        with torch.compiler.set_stance("force_eager"):
+        with eager():  # every step has a new length
             if cache is None:
                 states, cache = read_prompts(model, [texts[i] for i in alive])
             else:
@@ -885,7 +890,18 @@ class CPUNorm(torch.autograd.Function):
 
 # ---- skip on a first reading: attention by CUDA's kernel for flat tokens -------------------------
 
-VARLEN_FLAGS = inspect.signature(varlen_attn).parameters if varlen_attn else {}  # newer torch: more
+
+@lru_cache
+def find_varlen() -> tuple:
+    """torch's `varlen_attn` and the names of its arguments; newer torch has it, then more of them.
+
+    Imported where it is needed alone, since that takes two seconds.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, ()
+    return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_fits(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -894,7 +910,8 @@ def varlen_fits(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         return False
     if device.type != "cuda" or dtype == torch.float32 or not torch.cuda.is_available():
         return False
-    return "window_size" in VARLEN_FLAGS and torch.cuda.get_device_capability(device)[0] >= 8
+    _, known = find_varlen()
+    return "window_size" in known and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def plan_varlen(layout: Layout, counts: Tensor, stored: list, rows: list, device) -> None:
@@ -921,8 +938,9 @@ def attend_varlen(q, k, v, past, layout, window) -> Tensor:
         k, v = torch.cat((past[0], k)), torch.cat((past[1], v))  # [stored + T, K, Dh] each
     if layout.order is not None:
         k, v = k.index_select(0, layout.order), v.index_select(0, layout.order)  # [sum of S, K, Dh]
+    varlen_attn, known = find_varlen()
     flags = {"window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in VARLEN_FLAGS:  # before torch 2.12 nobody asked for it
+    if "enable_gqa" in known:  # before torch 2.12 nobody asked for it
         flags["enable_gqa"] = q.shape[1] != k.shape[1]
     return varlen_attn(q, k, v, layout.query_ends, layout.key_ends, *layout.longest, **flags)
 

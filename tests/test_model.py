@@ -184,7 +184,7 @@ def test_attention_in_16_bits_rounds_what_goes_in_and_what_comes_out(L, S):
 def use_varlen(monkeypatch):
     """Take CUDA's path on a CPU, with a plain reference in the place of CUDA's kernel."""
     monkeypatch.setattr(M, "varlen_fits", lambda config, device, dtype: True)
-    monkeypatch.setattr(M, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(M, "find_varlen", lambda: (reference_varlen, ("window_size", "enable_gqa")))
 
 
 @pytest.mark.parametrize("path", ["groups", "varlen"])
@@ -1309,7 +1309,7 @@ def test_layers_compiled_by_inductor_give_the_same_logprobs():
         assert_close(logprobs(model, batch), wanted)
 
 
-@pytest.mark.skipif(M.varlen_attn is None, reason="torch without varlen_attn")
+@pytest.mark.skipif(M.find_varlen()[0] is None, reason="torch without varlen_attn")
 @pytest.mark.parametrize("window", [None, 4])
 def test_cudas_kernel_for_flat_tokens_takes_what_we_give_it(monkeypatch, window):
     """On the meta device, which checks arguments, shapes and types, and computes nothing."""

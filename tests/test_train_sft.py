@@ -544,6 +544,13 @@ def test_core_imports_neither_labs_nor_eval_when_it_starts(work):
     assert isolated(work, code) == (0, "[]\n")
 
 
+def test_torchs_compiler_which_takes_seconds_to_import_is_left_to_training(work):
+    """A wrong flag, an exam or a chat must not wait for it."""
+    code = f"import sys, train_dpo, eval, model; m = model.load({str(work / 'base')!r}); "
+    code += "model.generate(m, [[1, 2]], 3); print('torch._dynamo' in sys.modules)"
+    assert isolated(work, code) == (0, "False\n")
+
+
 def test_without_labs_everything_works_but_the_demo_which_says_what_is_missing(work):
     sft = ["--model", work / "base", "--data", work / "rows.jsonl", "--steps", 1,
            "--output_dir", work / "alone"]
