@@ -162,11 +162,11 @@ def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool, roo
             if row is None:
                 continue
             check(row.text is None, f"{row.where}: raw text asks nothing")
-            asked, _ = evaluation.ask_row(row, tokenizer, "")
+            asked, plan = evaluation.ask_row(row, tokenizer, "")
             messages, reference = asked["messages"], asked["reference"] or ""
             if ":" not in c.reward:  # a reward of ours, which refuses a row without an answer
                 find_reward(c.reward)(messages, "", reference, row.where)
-            ids = tokenizer.prompt_ids(messages)
+            ids = tokenizer.encode([plan])[0][0].tolist()
             check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
                   f"room for an answer of {room} in --max_length {c.max_length}")
             prompts.append(Prompt(ids, messages, reference, source, row.where, str(ids)))
