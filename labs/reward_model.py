@@ -85,6 +85,8 @@ def learn(c: train_dpo.Config, tokenizer, run, facts: dict, start_step: int,
           hardware: Hardware) -> tuple[list[dict], int]:
     """Train on the pairs in the loop of train_dpo.py; its records and exit status."""
     model = load_scalar(c.model, hardware.device, new_head=True)
+    model.set_dropout(c.dropout[0], c.dropout[-1])
+    model.checkpoint_activations = c.checkpoint_activations
     pad = describe_classifier(model, tokenizer)
     zeros = [torch.zeros(len(run.train), 2), torch.zeros(len(run.validation), 2)]
     train_sft.start_run(c, run.steps, facts, hardware)
@@ -104,9 +106,7 @@ def sample(policy, pairs: list[Preference], first: int, seed: int, c, stop_ids: 
            hardware: Hardware) -> list[Example]:
     """An answer to each pair's prompt; answer i is a function of the policy, seed and first + i."""
     # The answers of a pair begin with the prompt's last token.
-    prompts = []
-    for p in pairs:
-        prompts.append([*p.prompt.tolist(), int(p.answers[0][0][0])])
+    prompts = [[*p.prompt.tolist(), int(p.answers[0][0][0])] for p in pairs]
     numbers, how = range(first, first + len(pairs)), modeling.Sampling(1.0, seed=seed)
     found = sample_answers(policy, prompts, numbers, how, c, stop_ids, hardware)
     return [found[i] for i in range(len(pairs))]

@@ -182,6 +182,15 @@ def test_three_steps_of_the_reward_model_equal_a_plain_transformers_loop(work, t
     assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-6)  # ln 2: the head is 0
 
 
+def test_dropout_is_in_the_layers_of_a_reward_model(work):
+    given = [*inputs(work), "--steps", 2, "--learning_rate", 1e-2]
+    plain, _ = train(work, "plain_r", *given, script=reward_model)
+    again, _ = train(work, "again_r", *given, "--checkpoint_activations", script=reward_model)
+    noisy, _ = train(work, "noisy_r", *given, "--dropout", 0.5, script=reward_model)
+    assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in plain]
+    assert noisy[0]["grad_norm"] != plain[0]["grad_norm"]  # under zeros the first loss is ln 2
+
+
 def test_killed_reward_model_resumes_bitwise(work, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     given = [*inputs(work), "--steps", 4, "--batch_size", 5, "--learning_rate", 3e-3]
