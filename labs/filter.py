@@ -182,7 +182,7 @@ def drop_by_perplexity(c: Config, reasons: list[str]) -> None:
 
     model, numbers = evaluation.open_model(c, tokenizer), list(examples)
     for k, logp in evaluation.example_logprobs(model, list(examples.values()), c.micro_tokens):
-        inside = c.min_perplexity <= math.exp(-logp.mean()) <= c.max_perplexity  # False for NaN
+        inside = c.min_perplexity <= (-logp.double().mean()).exp() <= c.max_perplexity  # NaN: no
         reasons[numbers[k]] = "" if inside else "perplexity"
 
 
