@@ -71,7 +71,7 @@ class Config(train_sft.Config):
     # what differs from train_sft.py
     teacher: str = ""  # checkpoint with the same tokenizer
     divergence: Literal["forward", "reverse", "jsd"] = "forward"  # between teacher and student
-    beta: float = 0.5  # of jsd: near 0 like forward, near 1 like reverse
+    beta: float = 0.5  # of jsd: near 0 like beta * forward, near 1 like (1 - beta) * reverse
     temperature: float = 1.0  # T, of both; above 1 unlikely tokens count for more
     alpha: float = 0.0  # a, the share of the ordinary loss
     own: float = 0.0  # share of the examples whose last answer the student samples itself
