@@ -198,7 +198,11 @@ def describe_classifier(model: Scalar, tokenizer: data.ChatTokenizer) -> str:
     unfit = {tokenizer.border_id, *tokenizer.stop_ids}
     able = [i for i in special if i not in unfit and i < model.config.vocab_size]
     check(able, f"{tokenizer.folder}: no added token is left to pad with; all end an answer")
-    pad = min(able)
+
+    # Some tools read r before the first pad of a text, so best is one that no text holds.
+    asked = tokenizer.prompt_ids([{"role": "user", "content": "?"}])
+    held, own = tokenizer.source + tokenizer.decode(asked), tokenizer.names.get("pad_token")
+    pad = min(able, key=lambda i: (special[i].content in held, special[i].content != own, i))
     kind = model.config.model_type.capitalize()
     model.config.source |= {"architectures": [f"{kind}ForSequenceClassification"],
                             "id2label": {"0": "reward"}, "label2id": {"reward": 0},

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections import Counter
 from types import SimpleNamespace
 
 import families
@@ -136,6 +137,21 @@ def test_reward_model_gives_equal_scores_as_a_sequence_classifier_of_transformer
             train_dpo.load_preferences([str(tmp_path / "pairs.jsonl")], data.ChatTokenizer(
                 tmp_path / "base"), 512)[0], train_dpo.Config(), HARDWARE).flatten()
     assert ours.std() > 0.01 and torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family,pad", [
+    ("llama3", "<|end_of_text|>"), ("llama3_1", "<|finetune_right_pad_id|>"),
+    ("smollm2", "<|endoftext|>"), ("qwen3", "<|endoftext|>")])
+def test_pad_of_a_reward_model_stands_in_no_text(tmp_path, family, pad):
+    """TRL's get_reward, for one, takes the first pad for the end of a text: BOS would be one."""
+    families.make_checkpoint(tmp_path, family)
+    tokenizer = data.ChatTokenizer(tmp_path)
+    model = reward_model.load_scalar(tmp_path, "cpu", new_head=True)
+    assert reward_model.describe_classifier(model, tokenizer) == pad
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (example,) = data.to_examples([data.Row("", talk)], 0, Counter(), tokenizer)
+    number = model.config.source["pad_token_id"]
+    assert number == tokenizer.tokenizer.token_to_id(pad) and number not in example.ids
 
 
 @pytest.mark.parametrize("rows", [0, 64])
