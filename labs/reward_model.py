@@ -92,10 +92,11 @@ def learn(c: train_dpo.Config, tokenizer, run, facts: dict, start_step: int,
     train_sft.start_run(c, run.steps, facts, hardware)
     records, status = train_dpo.train(c, tokenizer, run, zeros, start_step, model, model, hardware)
 
-    # The tokenizer must pad with the token that config.json names.
-    path = Path(c.output_dir) / "tokenizer_config.json"
-    if path.exists():
-        modeling.write_json(path, {**modeling.read_json(path), "pad_token": pad})
+    # The tokenizer must pad with the token that config.json names. Old ones have it in two files.
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = Path(c.output_dir) / name
+        if path.exists():
+            modeling.write_json(path, {**modeling.read_json(path), "pad_token": pad})
     return records, status
 
 

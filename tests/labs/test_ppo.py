@@ -121,7 +121,11 @@ def test_reward_model_gives_equal_scores_as_a_sequence_classifier_of_transformer
     """In one padded batch. SmolLM2 pads with the token that ends an answer, which would hide it."""
     from transformers import AutoTokenizer
 
-    families.make_checkpoint(tmp_path / "base", family)
+    families.make_checkpoint(tmp_path / "base", family, style="old")
+    # The file of old checkpoints names the special tokens once more.
+    path = tmp_path / "base" / "tokenizer_config.json"
+    end = json.loads(path.read_text())["eos_token"]
+    (path.parent / "special_tokens_map.json").write_text(json.dumps({"pad_token": end}))
     write_pairs(tmp_path / "pairs.jsonl", 8)
     train(tmp_path, "reward", *inputs(tmp_path), "--steps", 2, "--learning_rate", 1e-2,
           script=reward_model)
