@@ -13,8 +13,7 @@ beta (ln p - ln ref) for r; so what trains here is train_dpo.py's own loop, with
     python -m labs.reward_model               # the demo, after `python train_sft.py`
     python -m labs.reward_model --model out/sft --data pairs.json --output_dir out/reward
 
-Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py, or to choose the best
-of n samples by (rejection sampling).
+Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py or for best-of-n.
 
 What you should see: all 40 held-out pairs in the right order; r is -0.01 in the mean of samples,
 and 0.47 of the best of 8: all that PPO reaches.
@@ -169,8 +168,7 @@ def load_scalar(folder: str | Path, device, new_head: bool = False) -> Scalar:
     weights = {}
     for path in modeling.weight_files(Path(folder)):
         with modeling.open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                weights[name] = file.get_tensor(name)
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     # It is saved in the type that it came in; an adapter's own folder holds no whole model.
     model.stored_dtype = next(iter(weights.values())).dtype
@@ -204,10 +202,9 @@ def describe_classifier(model: Scalar, tokenizer: data.ChatTokenizer) -> str:
     asked = tokenizer.prompt_ids([{"role": "user", "content": "?"}])
     held, own = tokenizer.source + tokenizer.decode(asked), tokenizer.names.get("pad_token")
     pad = min(able, key=lambda i: (special[i].content in held, special[i].content != own, i))
-    kind = model.config.model_type.capitalize()
-    model.config.source |= {"architectures": [f"{kind}ForSequenceClassification"],
-                            "id2label": {"0": "reward"}, "label2id": {"reward": 0},
-                            "pad_token_id": pad}
+    kind = f"{model.config.model_type.capitalize()}ForSequenceClassification"
+    model.config.source |= {"architectures": [kind], "pad_token_id": pad,
+                            "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return special[pad].content
 
 
@@ -242,10 +239,9 @@ def main() -> None:
         answers = sample(modeling.load(c.model, torch.float32, hardware.device),
                          run.validation * SAMPLES, 0, c.seed, *rest)
         r = rewards_of(load_scalar(c.output_dir, hardware.device), answers, *rest)
-        best = r.view(SAMPLES, -1).amax(0)  # [prompts]
         data.print_table([("held out", "right order", "one sample", f"best of {SAMPLES}"),
                           ("reward model", records[-1]["val_reward_accuracy"],
-                           f"r {r.mean():.2f}", f"r {best.mean():.2f}")])
+                           f"r {r.mean():.2f}", f"r {r.view(SAMPLES, -1).amax(0).mean():.2f}")])
     hardware.leave(status)
 
 
