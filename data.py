@@ -761,7 +761,6 @@ class ChatTokenizer(ChatTemplate):
             for text in sorted(control)])
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.vocab_size = self.tokenizer.get_vocab_size()
         self.find_ids()
 
         # Our characters: the tokenizer finds special tokens first, then drops these, then goes on.
@@ -771,7 +770,13 @@ class ChatTokenizer(ChatTemplate):
         self.tokenizer.normalizer = normalizers.Sequence([drop, *own])
         self.tokenizer.post_processor = None
         self.tokenizer.add_special_tokens([AddedToken(BORDER, normalized=False)])
-        self.border_id = self.tokenizer.token_to_id(BORDER)
+
+        # A new token's id is the number of tokens: where ids leave a gap, it is that of another.
+        ids = self.tokenizer.get_vocab()
+        check(len(set(ids.values())) == len(ids),
+              f"{folder}: the ids of its tokens leave a gap: number them from 0 on without one")
+        self.border_id = ids.pop(BORDER)
+        self.vocab_size = 1 + max(ids.values())
 
     def read(self, name: str) -> dict:
         """A JSON file of the checkpoint, empty if there is none."""

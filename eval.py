@@ -450,8 +450,8 @@ def logprobs_command(c: Logprobs) -> None:
 
     # A file without supervised tokens has no loss.
     print(f"{len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()), sep=", ")
-    loss = total / weights if weights else math.nan
-    print(f"loss {loss:.6f} nats per supervised token, perplexity {math.exp(loss):.4f}")
+    loss = torch.tensor(total / weights if weights else math.nan, dtype=torch.float64)
+    print(f"loss {loss:.6f} nats per supervised token, perplexity {loss.exp():.4f}")
 
 
 # ---- skip on a first reading: answers, and a conversation ----------------------------------------

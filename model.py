@@ -763,7 +763,7 @@ def adjust_scores(logits: Tensor, seen: Tensor, how: Sampling) -> Tensor:
     # Nucleus (arXiv:1904.09751): the smallest set of likeliest tokens that reaches top_p.
     if how.top_p < 1:
         ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
+        before = F.pad(ordered.softmax(-1).cumsum(-1), (1, -1))  # mass of the likelier tokens
         outside = (before >= how.top_p).gather(1, index.argsort())  # [B, V] in the old order
         logits = logits.masked_fill(outside, -torch.inf)
     return logits

@@ -79,9 +79,9 @@ def hindsight_rows(mask_past: float, rng: random.Random, where: str, value) -> l
     check(row.chosen and asked, f"{where}: expected a question, chosen and rejected answers")
     if why := why_no_pair(row):
         return [(None, why)]
-    rows = []
+    rows, tools = [], {"tools": row.tools} if row.tools else {}
     for messages in feedback_conversations(row, mask_past, rng):
-        rows.append(({"messages": messages}, ""))
+        rows.append(({"messages": messages, **tools}, ""))
     return rows
 
 

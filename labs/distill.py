@@ -71,7 +71,7 @@ class Config(train_sft.Config):
     # what differs from train_sft.py
     teacher: str = ""  # checkpoint with the same tokenizer
     divergence: Literal["forward", "reverse", "jsd"] = "forward"  # between teacher and student
-    beta: float = 0.5  # of jsd: near 0 like forward, near 1 like reverse
+    beta: float = 0.5  # of jsd: near 0 like beta * forward, near 1 like (1 - beta) * reverse
     temperature: float = 1.0  # T, of both; above 1 unlikely tokens count for more
     alpha: float = 0.0  # a, the share of the ordinary loss
     own: float = 0.0  # share of the examples whose last answer the student samples itself
@@ -211,8 +211,9 @@ def check_flags(c: Config) -> None:
     for name in ("alpha", "own"):
         check(0 <= getattr(c, name) <= 1, f"--{name} must be in [0, 1], not {getattr(c, name)}")
     check(c.max_new_tokens > 0, f"--max_new_tokens must be above 0, not {c.max_new_tokens}")
-    check(c.dropout == [0.0] and not c.neftune_alpha and not c.eot,
-          "--dropout, --neftune_alpha and --eot are for train_sft.py")
+    check(not (any(c.dropout) or c.lora_dropout or c.neftune_alpha or c.eot),
+          "--dropout, --lora_dropout, --neftune_alpha and --eot are for train_sft.py")
+    check(not (c.alpha and c.own), "--alpha and --own: what the student wrote itself is no label")
 
     # The same tokens by number: p and q are of the same vocabulary.
     mine, theirs = data.ChatTokenizer(c.model).tokenizer, data.ChatTokenizer(c.teacher).tokenizer

@@ -122,7 +122,7 @@ def reject_reason(c: Config, tokenizer: ChatTokenizer | None, known: dict, value
     if c.answer_matches and final_answer(answers[-1]) != final_answer(reference):
         return "another final answer"
     question = row.messages if row.chosen else row.messages[:-1]
-    right = known.get(prompt_key(question), [-1.0])
+    right = known.get(prompt_key(question, row.tools), [-1.0])
     if c.known and not c.min_known <= sum(right) / len(right) <= c.max_known:
         return "no samples of its question" if right == [-1.0] else "share of right samples"
     said = row.chosen or row.text is not None or any(m["role"] != "system" for m in row.messages)
@@ -182,7 +182,7 @@ def drop_by_perplexity(c: Config, reasons: list[str]) -> None:
 
     model, numbers = evaluation.open_model(c, tokenizer), list(examples)
     for k, logp in evaluation.example_logprobs(model, list(examples.values()), c.micro_tokens):
-        inside = c.min_perplexity <= math.exp(-logp.mean()) <= c.max_perplexity  # False for NaN
+        inside = c.min_perplexity <= (-logp.double().mean()).exp() <= c.max_perplexity  # NaN: no
         reasons[numbers[k]] = "" if inside else "perplexity"
 
 

@@ -233,7 +233,7 @@ def check_input(c: Config) -> None:
 
 
 def main(c: Config) -> None:
-    """Check that everything fits, average, write a checkpoint."""
+    """Check that everything fits, average, write a checkpoint in the type of the last one."""
     check_input(c)
     tokenizer, count = data.ChatTokenizer(c.model[0]), len(c.model)
     weights = ema_weights(count - 1, c.decay) if c.method == "ema" else c.weights or [1.0] * count

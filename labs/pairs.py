@@ -137,15 +137,15 @@ def main(c: Config) -> None:
     scores, prompts, groups = score_answers(c, samples), {}, {}
     for (row, _, _), score in zip(samples, scores, strict=True):
         *prompt, answer = row.messages
-        key = prompt_key(prompt)
-        prompts.setdefault(key, prompt)
+        key = prompt_key(prompt, row.tools)
+        prompts[key] = {"prompt": prompt, **({"tools": row.tools} if row.tools else {})}
         groups.setdefault(key, []).append((answer["content"], score))
 
     # What choosing alone brings is seen from the best answers, with or without a rival.
     pairs, best, most = [], [], 0
     for key, group in groups.items():
         pair, why = best_and_worst(group)
-        pairs.append(({"prompt": prompts[key], **pair}, why))
+        pairs.append(({**prompts[key], **pair}, why))
         best.append(max(score for _, score in group))
         most = max(most, len(group))
     write_rows(c.output, pairs)

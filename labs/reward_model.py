@@ -13,8 +13,7 @@ beta (ln p - ln ref) for r; so what trains here is train_dpo.py's own loop, with
     python -m labs.reward_model               # the demo, after `python train_sft.py`
     python -m labs.reward_model --model out/sft --data pairs.json --output_dir out/reward
 
-Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py, or to choose the best
-of n samples by (rejection sampling).
+Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py or for best-of-n.
 
 What you should see: all 40 held-out pairs in the right order; r is -0.01 in the mean of samples,
 and 0.47 of the best of 8: all that PPO reaches.
@@ -85,15 +84,18 @@ def learn(c: train_dpo.Config, tokenizer, run, facts: dict, start_step: int,
           hardware: Hardware) -> tuple[list[dict], int]:
     """Train on the pairs in the loop of train_dpo.py; its records and exit status."""
     model = load_scalar(c.model, hardware.device, new_head=True)
+    model.set_dropout(c.dropout[0], c.dropout[-1])
+    model.checkpoint_activations = c.checkpoint_activations
     pad = describe_classifier(model, tokenizer)
     zeros = [torch.zeros(len(run.train), 2), torch.zeros(len(run.validation), 2)]
     train_sft.start_run(c, run.steps, facts, hardware)
     records, status = train_dpo.train(c, tokenizer, run, zeros, start_step, model, model, hardware)
 
-    # The tokenizer must pad with the token that config.json names.
-    path = Path(c.output_dir) / "tokenizer_config.json"
-    if path.exists():
-        modeling.write_json(path, {**modeling.read_json(path), "pad_token": pad})
+    # The tokenizer must pad with the token that config.json names. Old ones have it in two files.
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = Path(c.output_dir) / name
+        if path.exists():
+            modeling.write_json(path, {**modeling.read_json(path), "pad_token": pad})
     return records, status
 
 
@@ -104,9 +106,7 @@ def sample(policy, pairs: list[Preference], first: int, seed: int, c, stop_ids: 
            hardware: Hardware) -> list[Example]:
     """An answer to each pair's prompt; answer i is a function of the policy, seed and first + i."""
     # The answers of a pair begin with the prompt's last token.
-    prompts = []
-    for p in pairs:
-        prompts.append([*p.prompt.tolist(), int(p.answers[0][0][0])])
+    prompts = [[*p.prompt.tolist(), int(p.answers[0][0][0])] for p in pairs]
     numbers, how = range(first, first + len(pairs)), modeling.Sampling(1.0, seed=seed)
     found = sample_answers(policy, prompts, numbers, how, c, stop_ids, hardware)
     return [found[i] for i in range(len(pairs))]
@@ -168,8 +168,7 @@ def load_scalar(folder: str | Path, device, new_head: bool = False) -> Scalar:
     weights = {}
     for path in modeling.weight_files(Path(folder)):
         with modeling.open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
-                weights[name] = file.get_tensor(name)
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     # It is saved in the type that it came in; an adapter's own folder holds no whole model.
     model.stored_dtype = next(iter(weights.values())).dtype
@@ -198,11 +197,14 @@ def describe_classifier(model: Scalar, tokenizer: data.ChatTokenizer) -> str:
     unfit = {tokenizer.border_id, *tokenizer.stop_ids}
     able = [i for i in special if i not in unfit and i < model.config.vocab_size]
     check(able, f"{tokenizer.folder}: no added token is left to pad with; all end an answer")
-    pad = min(able)
-    kind = model.config.model_type.capitalize()
-    model.config.source |= {"architectures": [f"{kind}ForSequenceClassification"],
-                            "id2label": {"0": "reward"}, "label2id": {"reward": 0},
-                            "pad_token_id": pad}
+
+    # Some tools read r before the first pad of a text, so best is one that no text holds.
+    asked = tokenizer.prompt_ids([{"role": "user", "content": "?"}])
+    held, own = tokenizer.source + tokenizer.decode(asked), tokenizer.names.get("pad_token")
+    pad = min(able, key=lambda i: (special[i].content in held, special[i].content != own, i))
+    kind = f"{model.config.model_type.capitalize()}ForSequenceClassification"
+    model.config.source |= {"architectures": [kind], "pad_token_id": pad,
+                            "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return special[pad].content
 
 
@@ -237,10 +239,9 @@ def main() -> None:
         answers = sample(modeling.load(c.model, torch.float32, hardware.device),
                          run.validation * SAMPLES, 0, c.seed, *rest)
         r = rewards_of(load_scalar(c.output_dir, hardware.device), answers, *rest)
-        best = r.view(SAMPLES, -1).amax(0)  # [prompts]
         data.print_table([("held out", "right order", "one sample", f"best of {SAMPLES}"),
                           ("reward model", records[-1]["val_reward_accuracy"],
-                           f"r {r.mean():.2f}", f"r {best.mean():.2f}")])
+                           f"r {r.mean():.2f}", f"r {r.view(SAMPLES, -1).amax(0).mean():.2f}")])
     hardware.leave(status)
 
 

@@ -107,8 +107,11 @@ def attempt(place: str, function: Callable, *arguments):
 
 # ==== read: the final answer of a text ============================================================
 
+BRACES = "[^{}]*"  # what may stand between two braces: eight more pairs, each within the last
+for _ in range(8):
+    BRACES = rf"[^{{}}]*(?:\{{{BRACES}\}}[^{{}}]*)*"
 FINAL_ANSWERS = (
-    r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",  # \boxed{x}, braces within braces
+    rf"\\boxed\{{({BRACES})\}}",  # \boxed{x}
     r"####\s*(.+)",  # GSM8K's mark
     r"(?:答案(?:应该|应当)?[是为选：:]+|(?:所以|故|因此)选|[Aa]nswer(?: is|:)+)\s*"
     r"(.+?)(?=[，。；\n]|[.,;](?:\s|$)|$)",
@@ -121,9 +124,10 @@ def final_answer(text: str) -> str:
 
     Reasoning does not count; an option is its letter; a number is the same however it is written.
     """
-    # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold** and $x$.
+    # What stands behind the reasoning: nothing, if it never ends. Then 1,234, **bold**, \text{x}.
     text = text.rpartition("</think>")[2].partition("<think>")[0]
-    text = re.sub(r"(?<=\d),(?=\d{3})|\*\*|\$", "", text)
+    text = re.sub(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3})|\*\*|\$|\\(?=%)", "", text)
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
 
     # The surest mark that stands there counts, and of that mark the last.
     answer = text
@@ -133,10 +137,11 @@ def final_answer(text: str) -> str:
 
     # One spelling for each answer: width, minus signs, white space, the mark behind a letter.
     answer = unicodedata.normalize("NFKC", answer).replace("\u2212", "-").lower()
-    answer = "".join(answer.split()).strip(".。,;")
+    answer = "".join(answer.split()).lstrip("。,;").rstrip(".。,;")
     if letter := re.match(r"\(?([a-e])(?:[).、:]|$)", answer):
         return letter[1]
-    return f"{float(answer):.15g}" if re.fullmatch(r"-?\d+(\.\d+)?", answer) else answer
+    is_number = re.fullmatch(r"[+-]?(\d+(\.\d+)?|\.\d+)", answer)
+    return f"{float(answer) + 0:.15g}" if is_number else answer  # + 0 makes 0 of -0
 
 
 # ==== read: prompts, and answers to them ==========================================================
@@ -162,11 +167,11 @@ def load_prompts(files: list[str], tokenizer: ChatTokenizer, c, quiet: bool, roo
             if row is None:
                 continue
             check(row.text is None, f"{row.where}: raw text asks nothing")
-            asked, _ = evaluation.ask_row(row, tokenizer, "")
+            asked, plan = evaluation.ask_row(row, tokenizer, "")
             messages, reference = asked["messages"], asked["reference"] or ""
             if ":" not in c.reward:  # a reward of ours, which refuses a row without an answer
                 find_reward(c.reward)(messages, "", reference, row.where)
-            ids = tokenizer.prompt_ids(messages)
+            ids = tokenizer.encode([plan])[0][0].tolist()
             check(len(ids) + room <= c.max_length, f"{row.where}: {len(ids)} tokens leave no "
                   f"room for an answer of {room} in --max_length {c.max_length}")
             prompts.append(Prompt(ids, messages, reference, source, row.where, str(ids)))
@@ -223,10 +228,10 @@ def parse_answer(where: str, value) -> tuple[Row, str]:
     return row, reference or ""
 
 
-def prompt_key(messages: list[dict]) -> str:
+def prompt_key(messages: list[dict], tools: list | None = None) -> str:
     """A conversation as a key: calls and reasoning are part of it, weights in training are not."""
     said = [{k: v for k, v in m.items() if k not in ("train", "weight")} for m in messages]
-    return json.dumps(said, ensure_ascii=False, sort_keys=True)
+    return json.dumps([said, tools], ensure_ascii=False, sort_keys=True)
 
 
 def scores_by_prompt(files, reward: Callable, skip_bad_rows=None) -> dict[str, list[float]]:
@@ -236,7 +241,7 @@ def scores_by_prompt(files, reward: Callable, skip_bad_rows=None) -> dict[str, l
         if parsed:
             row, reference = parsed
             *asked, answer = row.messages
-            group = groups.setdefault(prompt_key(asked), [])
+            group = groups.setdefault(prompt_key(asked, row.tools), [])
             group.append(reward(asked, answer["content"], reference, row.where))
     check(groups, f"{', '.join(files)}: no row to read")
     return groups

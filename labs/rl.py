@@ -180,7 +180,8 @@ def sample(policy, prompts: list[Prompt], n: int, first: int, how: Sampling, c: 
     for score in rewards:
         if isinstance(score, InputError):
             raise score
-    return list(examples), torch.tensor(rewards).view(-1, n)  # [P, n]
+    # In fp64 equal rewards have no deviation. In fp32 their mean is off, and GRPO divides by that.
+    return list(examples), torch.tensor(rewards, dtype=torch.float64).view(-1, n)  # [P, n]
 
 
 def temper(model, temperature: float) -> None:
@@ -211,8 +212,8 @@ def main() -> None:
     train_dpo.check_common(c)
     # A flag that would train another policy than was sampled from is refused, not passed over.
     check(c.samples > 1 and c.max_new_tokens > 0, "--samples must be above 1, --max_new_tokens 0")
-    check(not c.top_k and c.top_p == 1 and c.dropout == [0.0] and not c.neftune_alpha,
-          "--top_k, --top_p, --dropout and --neftune_alpha are refused: they train another policy")
+    check(not (c.top_k or any(c.dropout) or c.lora_dropout or c.neftune_alpha) and c.top_p == 1,
+          "--top_k, --top_p, --dropout, --lora_dropout, --neftune_alpha: they train another policy")
     check(not c.shard, "--shard is refused: ranks whose answers differ in length cannot share work")
     train_dpo.find_demo(c)
     reward, start_step = find_reward(c.reward), train_sft.find_start_step(c)

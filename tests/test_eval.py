@@ -126,6 +126,19 @@ def test_logprobs_of_a_file_are_those_of_transformers_in_its_order(name, family,
     assert str(len(values)) in out
 
 
+def test_perplexity_of_a_broken_checkpoint_is_infinite(checkpoint, tmp_path):
+    """e^710 is more than a double can hold."""
+    model, path = modeling.load(checkpoint), jsonl(tmp_path / "a.jsonl", {"text": "the sea"})
+    model.lm_head.weight.data *= 1e5
+    modeling.save(model, tmp_path)
+    data.ChatTokenizer(checkpoint).save(tmp_path)
+    status, out, err = command("eval.py", "logprobs", "--model", tmp_path, "--data", path)
+    assert status == 0 and "perplexity inf" in out, err
+    flags = ["--max_perplexity", 1e9, "--model", tmp_path, "--output", tmp_path / "b.jsonl"]
+    status, out, err = command("labs/filter.py", path, *flags)
+    assert status == 0 and "dropped 1: perplexity" in out, err
+
+
 def test_loss_of_a_file_weighs_its_messages_as_training_does(letters, tmp_path):
     talk = [HI, assistant("b c", weight=0.25), HI, assistant("the sea")]
     path = jsonl(tmp_path / "a.jsonl", {"messages": talk})

@@ -886,6 +886,10 @@ def test_nucleus_is_full_when_it_reaches_top_p_exactly():
     logits, seen = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.bool)
     assert M.adjust_scores(logits, seen, M.Sampling(top_p=0.5)).isfinite().sum() == 2
 
+    # 0.5 + 0.3 is 0.8 in fp32, but 0.9 - 0.1 is less.
+    logits = torch.tensor([[0.5, 0.3, 0.1, 0.1]]).log()
+    assert M.adjust_scores(logits, seen, M.Sampling(top_p=0.8)).isfinite().sum() == 2
+
 
 def first_tokens(model, prompt, n, **sampling):
     """How often each token was drawn first among n samples."""

@@ -623,3 +623,25 @@ def test_characters_that_we_keep_for_ourselves_leave_a_content_and_move_no_span(
     (ids, spans), (other, moved) = (tokenizer.encode(tokenizer.conversation(messages))[0]
                                     for messages in (clean, dirty))
     assert (ids.tolist(), spans) == (other.tolist(), moved)
+
+
+@pytest.mark.parametrize("moved", ["a token", "a special token"])
+def test_ids_of_a_tokenizer_may_leave_a_gap_but_no_token_of_ours_may_fill_it(tmp_path, moved):
+    """tokenizers numbers a new token by their count, or behind the last special one."""
+    write_tokenizer(tmp_path, "smollm2")
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids, special = file["model"]["vocab"], file["added_tokens"][0]
+    last = max(ids, key=ids.get)
+    if moved == "a token":
+        ids[last] += 1  # there are as many as its id says: BORDER would get the same
+    else:
+        ids[special["content"]] = special["id"] = ids[last] + 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    if moved == "a token":
+        with pytest.raises(modeling.InputError, match="ids of its tokens leave a gap"):
+            data.ChatTokenizer(tmp_path)
+        return
+    tokenizer = data.ChatTokenizer(tmp_path)
+    assert tokenizer.border_id == tokenizer.vocab_size == special["id"] + 1
+    with pytest.raises(modeling.InputError, match="config.json only"):  # though they are fewer
+        tokenizer.check_size(len(ids))

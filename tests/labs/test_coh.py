@@ -76,6 +76,14 @@ def test_chain_of_hindsight_is_a_function_of_its_seed_counts_drops_and_trains_wi
     assert not status and "loss" in out
 
 
+def test_chain_of_hindsight_keeps_the_tools_of_a_row(tmp_path):
+    row = {"prompt": "q", "chosen": "yo", "rejected": "no", "tools": [{"name": "add"}]}
+    path, output = jsonl(tmp_path / "pairs.jsonl", row), tmp_path / "coh.jsonl"
+    command("labs/coh.py", path, "--output", output, "--mask_past", 0.5)
+    for line in output.read_text().splitlines():
+        assert json.loads(line)["tools"] == [{"type": "function", "function": {"name": "add"}}]
+
+
 @pytest.mark.parametrize("rows,flags,said", [
     ([PAIRS["instruction"]], ["--mask_past", 1], "--mask_past"), ([], [], "--output"),
     ([PAIRS["instruction"]], ["--output", "PAIRS"], "is the input"),

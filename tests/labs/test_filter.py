@@ -223,7 +223,10 @@ def test_perplexity_is_that_of_eval_logprobs(tmp_path, checkpoint):
     ("Answer: yes, since", "yes"), ("3:5", "3:5"), ("(1,2)", "(1,2)"), ("5!", "5!"),
     ("B。因为如此", "b"), ("(A)", "a"), ("D", "d"), ("A cat sat.", "acatsat"), ("巴黎。", "巴黎"),
     ("答案是A。不，答案是D", "d"), ("<think>\n答案是A\n</think>\n\nB", "b"),
-    ("maybe \\boxed{3}?</think>\n答案是4", "4"), ("<think>\n答案是A，或者", "")])
+    ("maybe \\boxed{3}?</think>\n答案是4", "4"), ("<think>\n答案是A，或者", ""),
+    ("so \\boxed{\\sqrt{\\frac{\\sqrt{a^{2}}}{b}}}.", "\\sqrt{\\frac{\\sqrt{a^{2}}}{b}}"),
+    ("\\boxed{\\text{E}}", "e"), ("\\boxed{\\mathrm{(B)}}", "b"), ("\\boxed{12{,}345}", "12345"),
+    ("\\boxed{70\\%}", "70%"), ("#### .5", "0.5"), ("答案是-0", "0"), ("答案是+5", "5")])
 def test_final_answer_is_found(text, final):
     assert filter.final_answer(text) == final
 

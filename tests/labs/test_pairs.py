@@ -62,6 +62,15 @@ def test_labelled_answers_to_one_prompt_become_a_pair(tmp_path):
     assert (row["chosen"], row["rejected"]) == ("good", "bad")
 
 
+def test_tools_are_part_of_a_prompt(tmp_path):
+    """Answers of who could call a function are no rivals of those who could not."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = SAMPLES + [{**row, "tools": tools} for row in SAMPLES[:2]]
+    plain, called = run(tmp_path, rows)
+    assert called == {**plain, "tools": tools} and "tools" not in plain
+    assert data.parse_row("here", called).tools == tools
+
+
 def test_function_of_a_file_is_the_reward(tmp_path):
     (tmp_path / "r.py").write_text("def b(messages, answer, reference):\n"
                                    "    return answer.count('b') - len(messages)\n")

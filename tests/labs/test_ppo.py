@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections import Counter
 from types import SimpleNamespace
 
 import families
@@ -120,7 +121,11 @@ def test_reward_model_gives_equal_scores_as_a_sequence_classifier_of_transformer
     """In one padded batch. SmolLM2 pads with the token that ends an answer, which would hide it."""
     from transformers import AutoTokenizer
 
-    families.make_checkpoint(tmp_path / "base", family)
+    families.make_checkpoint(tmp_path / "base", family, style="old")
+    # The file of old checkpoints names the special tokens once more.
+    path = tmp_path / "base" / "tokenizer_config.json"
+    end = json.loads(path.read_text())["eos_token"]
+    (path.parent / "special_tokens_map.json").write_text(json.dumps({"pad_token": end}))
     write_pairs(tmp_path / "pairs.jsonl", 8)
     train(tmp_path, "reward", *inputs(tmp_path), "--steps", 2, "--learning_rate", 1e-2,
           script=reward_model)
@@ -136,6 +141,21 @@ def test_reward_model_gives_equal_scores_as_a_sequence_classifier_of_transformer
             train_dpo.load_preferences([str(tmp_path / "pairs.jsonl")], data.ChatTokenizer(
                 tmp_path / "base"), 512)[0], train_dpo.Config(), HARDWARE).flatten()
     assert ours.std() > 0.01 and torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family,pad", [
+    ("llama3", "<|end_of_text|>"), ("llama3_1", "<|finetune_right_pad_id|>"),
+    ("smollm2", "<|endoftext|>"), ("qwen3", "<|endoftext|>")])
+def test_pad_of_a_reward_model_stands_in_no_text(tmp_path, family, pad):
+    """TRL's get_reward, for one, takes the first pad for the end of a text: BOS would be one."""
+    families.make_checkpoint(tmp_path, family)
+    tokenizer = data.ChatTokenizer(tmp_path)
+    model = reward_model.load_scalar(tmp_path, "cpu", new_head=True)
+    assert reward_model.describe_classifier(model, tokenizer) == pad
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (example,) = data.to_examples([data.Row("", talk)], 0, Counter(), tokenizer)
+    number = model.config.source["pad_token_id"]
+    assert number == tokenizer.tokenizer.token_to_id(pad) and number not in example.ids
 
 
 @pytest.mark.parametrize("rows", [0, 64])
@@ -180,6 +200,15 @@ def test_three_steps_of_the_reward_model_equal_a_plain_transformers_loop(work, t
         optimizer.step()
         optimizer.zero_grad()
     assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-6)  # ln 2: the head is 0
+
+
+def test_dropout_is_in_the_layers_of_a_reward_model(work):
+    given = [*inputs(work), "--steps", 2, "--learning_rate", 1e-2]
+    plain, _ = train(work, "plain_r", *given, script=reward_model)
+    again, _ = train(work, "again_r", *given, "--checkpoint_activations", script=reward_model)
+    noisy, _ = train(work, "noisy_r", *given, "--dropout", 0.5, script=reward_model)
+    assert [r["grad_norm"] for r in again] == [r["grad_norm"] for r in plain]
+    assert noisy[0]["grad_norm"] != plain[0]["grad_norm"]  # under zeros the first loss is ln 2
 
 
 def test_killed_reward_model_resumes_bitwise(work, monkeypatch):

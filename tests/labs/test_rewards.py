@@ -21,6 +21,7 @@ def test_prompts_are_one_if_they_say_and_call_the_same():
     keys = [rewards.prompt_key([question, message])
             for message in (call, other, {**call, "weight": 0.0})]
     assert keys[0] == keys[2] != keys[1]
+    assert rewards.prompt_key([question, call], [call["tool_calls"]]) != keys[0]
 
 
 def test_an_exam_answer_counts_by_its_letter_and_another_one_as_a_whole():
