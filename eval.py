@@ -450,7 +450,8 @@ def logprobs_command(c: Logprobs) -> None:
     # A file without supervised tokens has no loss.
     print(f"{len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()), sep=", ")
     loss = total / weights if weights else math.nan
-    print(f"loss {loss:.6f} nats per supervised token, perplexity {math.exp(loss):.4f}")
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp()  # inf where math.exp would fail
+    print(f"loss {loss:.6f} nats per supervised token, perplexity {perplexity:.4f}")
 
 
 # ---- skip on a first reading: answers, and a conversation ----------------------------------------
@@ -612,6 +613,8 @@ def chat_command(c: Chat) -> None:
     model, messages = open_model(c, tokenizer), []
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then has line editing and a history)
+    with contextlib.suppress(AttributeError):  # what is no UTF-8 is read all the same
+        sys.stdin.reconfigure(errors="surrogateescape")
     print(f"{c.model}, template {tokenizer.template}; /reset forgets, /quit ends")
 
     while True:
@@ -625,10 +628,12 @@ def chat_command(c: Chat) -> None:
 
         # What begins with a slash is a command, not a question.
         question = question.strip()
-        if question == "/quit":
+        if not data.is_text(question):
+            print("that is not UTF-8, which the terminal should be set to")
+        elif question == "/quit":
             print()
             return
-        if question == "/reset":
+        elif question == "/reset":
             messages = []
             print("forgotten")
         elif question.startswith("/"):
@@ -706,6 +711,8 @@ def read_csv(path: Path) -> Iterator[tuple]:
     if table and {"question", "Question"} & set(table[0][1]):
         usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
         names = [usual.get(name, name) for name in table.pop(0)[1]]
+        twice = {name for name in names if names.count(name) > 1} - {"id"}
+        check(not twice, f"{path} has two columns {', '.join(sorted(twice))}")
 
     for number, (line, cells) in enumerate(table, 1):
         row = {"id": str(number - 1), **dict(zip(names, cells, strict=False))}

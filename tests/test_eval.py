@@ -33,6 +33,7 @@ from conftest import (
     user,
 )
 from families import make_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
@@ -157,6 +158,16 @@ def test_logprobs_of_several_files_and_of_none_supervised(letters, tmp_path):
     shown = [tokenizer.decode(row["token_ids"], special=False) for row in rows]
     assert ["two" in shown[1], "one" in shown[2]] == [True, True]
     assert set(rows[0]["logprobs"]) == {None}
+
+
+def test_loss_whose_perplexity_no_number_holds_is_said(letters, tmp_path):
+    shutil.copytree(letters[0], tmp_path / "loud")
+    tensors = load_file(tmp_path / "loud/model.safetensors")
+    tensors["model.norm.weight"] *= 1e5
+    save_file(tensors, tmp_path / "loud/model.safetensors", {"format": "pt"})
+    path = jsonl(tmp_path / "a.jsonl", {"text": "hello"})
+    status, out, _ = command("eval.py", "logprobs", "--model", tmp_path / "loud", "--data", path)
+    assert status == 0 and "perplexity inf" in out
 
 
 def test_logprobs_and_answers_do_not_depend_on_micro_tokens(family, tmp_path):
@@ -361,8 +372,9 @@ def test_chat_keeps_the_history_until_reset_and_ends_with_quit(letters):
     second = reference_answer(model, tokenizer, tokenizer.prompt_ids(talk), 6)
     done = subprocess.run(
         [sys.executable, REPO / "eval.py", "chat", "--model", folder, "--max_new_tokens", "6"],
-        input=b"hi\n\n/nonsense\nand you\n/reset\nhi\n/quit\nhi\n", capture_output=True,
-        env={**os.environ, "PYTHONUTF8": "1"}, timeout=120, check=False)
+        input=b"hi\n\n/nonsense\n\xc4\xe3\nand you\n/reset\nhi\n/quit\nhi\n",  # and GBK
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, timeout=120,
+        check=False)
     out = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
     shown = [f"> {answer}\n" for answer in (first, second, first)]
@@ -371,6 +383,7 @@ def test_chat_keeps_the_history_until_reset_and_ends_with_quit(letters):
         position = out.index(text, position) + len(text)
     assert out.count(shown[0]) == 2  # none after /quit
     assert "/nonsense" in out[: out.index(shown[1])]
+    assert "that is not UTF-8" in out[: out.index(shown[1])]
 
 
 def test_chat_ends_at_the_end_of_its_input_and_begins_with_the_system_flag(letters):
