@@ -424,6 +424,8 @@ class Hardware(NamedTuple):
 
     def leave(self, status: int) -> None:
         """Exit, all ranks together: gloo aborts if one is gone first."""
+        while LOCKED:
+            os.close(LOCKED.popitem()[1])
         self.barrier()
         if self.world > 1:
             dist.destroy_process_group()
@@ -602,7 +604,7 @@ def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
     # template and tokenizer make of them.
     hashes, tokens = {path: hash_file(path) for path in [*c.data, *c.val_data]}, hashlib.sha256()
     for e in (*train, *validation):
-        tokens.update(e.key)
+        tokens.update(repr(e.key).encode())  # bytes, in labs/rl.py a text
     hashes["the template or the tokenizer"] = tokens.hexdigest()
     facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
     return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
@@ -767,17 +769,18 @@ def input_folders(folders) -> list[Path]:
     return inputs + [path.parent for path in inputs if path in step_folders(path.parent)]
 
 
-LOCKED = set()  # folders that this process has locked
+LOCKED = {}  # folders that this process has locked, each with its open file
 
 
 def lock(folder: Path) -> None:
-    """Raise InputError if another process trains into a folder; our lock ends with our process."""
+    """Raise InputError if another process trains into a folder; a lock ends with its process."""
     folder = folder.resolve()
     if not folder.is_dir() or folder in LOCKED or os.environ.get("RANK", "0") != "0":
         return
     try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        LOCKED.add(folder)
+        file = os.open(folder, os.O_RDONLY)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKED[folder] = file
     except BlockingIOError:
         raise InputError(f"another command trains into {folder}; wait until it ends, or choose "
                          "another --output_dir") from None
