@@ -517,6 +517,7 @@ def answer_line(tokenizer: data.ChatTokenizer, asked: dict, k: int, n: int, ids:
 def generate_command(c: Generate) -> None:
     """`eval.py generate`. Sample k is of row k // n; what is drawn for it depends on k alone."""
     check_flags(c)
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "generate is one process, without torchrun")
     tokenizer = data.ChatTokenizer(c.model, c.template)
     asked, prompts, lengths = [], [], []
     # Rows may lack an answer here.
@@ -553,13 +554,13 @@ def generate_command(c: Generate) -> None:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     # Only a whole output gets its name.
-    found = Counter()
-    with open(path, encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            found.update(lines=1, ended=line["finish"] == "stop", tokens=line["tokens"],
-                         repeated=line["repetition"])
-    check(found["lines"] == done, f"{path}: two commands wrote it at once; remove it, run one")
-    os.replace(path, c.output)
+    found, lines = Counter(), whole_lines(path, c.n)
+    check(len(lines) == done, f"{path}: two commands wrote it at once; the same goes on, alone")
+    for line in map(json.loads, lines):
+        found.update(ended=line["finish"] == "stop", tokens=line["tokens"],
+                     repeated=line["repetition"])
+    modeling.write_lines(Path(c.output), lines)
+    path.unlink()
     print(f"{done} samples of {len(prompts)} rows in {c.output}: {found['ended'] / done:.1%} ended "
           f"themselves, {found['tokens'] / done:.1f} tokens and {found['repeated'] / done:.1%} "
           "repetition in the mean")
@@ -574,10 +575,27 @@ def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
     path = output.with_name(f".{output.name}.{key}.partial")
 
     # A stop may have cut the last line.
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    modeling.write_lines(path, [whole])
-    return path, whole.count("\n")
+    whole = whole_lines(path, c.n) if path.exists() else []
+    modeling.write_lines(path, whole)
+    return path, len(whole)
+
+
+def whole_lines(path: Path, n: int) -> list[str]:
+    """The lines of a partial output up to the first that is not whole, or not the next sample."""
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                place = row["row"], row["sample"]
+            except (ValueError, TypeError, KeyError):
+                break
+
+            # Two commands at once write every sample twice.
+            if place != divmod(len(lines), n) or not line.endswith("\n"):
+                break
+            lines.append(line)
+    return lines
 
 
 def warn_of_context(model, tokens: int, what: str) -> None:

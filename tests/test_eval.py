@@ -4,6 +4,7 @@ The reference is transformers in fp32 on tiny random checkpoints (families.py).
 """
 
 import itertools
+import json
 import math
 import os
 import re
@@ -321,11 +322,28 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
     assert not part.exists()
 
 
+def test_samples_that_two_commands_wrote_at_once_are_not_kept(letters, tmp_path, monkeypatch):
+    """Each wrote every sample; a third goes on behind what stands there in order."""
+    wanted = sample(letters, tmp_path, "--n", 2, rows=ASKED[:2])
+    c = evaluation.Generate(n=2, model="m", output=str(tmp_path / "out.jsonl"))
+    monkeypatch.setattr(modeling, "weight_files", lambda _: [])
+    path, _ = evaluation.partial_output(c, [])
+    lines = [json.dumps(row) + "\n" for row in wanted]
+    for text, kept in (([*lines, *lines], 4), ([lines[0], *lines], 1), ([lines[0], "5\n"], 1),
+                       ([lines[1]], 0), ([lines[0], lines[1][:-1]], 1)):
+        path.write_text("".join(text), encoding="utf-8")
+        assert evaluation.partial_output(c, []) == (path, kept)
+        assert path.read_text(encoding="utf-8") == "".join(lines[:kept])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(modeling.InputError, match="without torchrun"):
+        evaluation.generate_command(evaluation.Generate(data=["x"], output=str(tmp_path / "x")))
+
+
 def test_answers_of_other_weights_are_not_gone_on_with(letters, tmp_path):
     folder = shutil.copytree(letters[0], tmp_path / "model")
     c = evaluation.Generate(model=str(folder), output=str(tmp_path / "out.jsonl"))
     path, _ = evaluation.partial_output(c, [[1]])
-    path.write_text("{}\n", encoding="utf-8")
+    path.write_text('{"row": 0, "sample": 0}\n', encoding="utf-8")
     assert evaluation.partial_output(c, [[1]]) == (path, 1)
     os.utime(folder / "model.safetensors", (1, 1))
     assert evaluation.partial_output(c, [[1]])[1] == 0
