@@ -660,6 +660,7 @@ def chat_command(c: Chat) -> None:
             asked = [*messages, {"role": "user", "content": question}]
             prompt = tokenizer.prompt_ids(asked)
             warn_of_context(model, len(prompt) + 1, "the conversation (/reset forgets it)")
+
             # Ctrl-C ends this answer, not the conversation, which then goes on without it.
             with contextlib.suppress(KeyboardInterrupt):
                 answer = stream_answer(model, tokenizer, prompt, c)
