@@ -372,7 +372,7 @@ def as_truth(value) -> bool:
 
 def as_weight(value) -> float:
     """How much a message counts in the loss."""
-    known = type(value) in (int, float) and 0 <= value < 2**53
+    known = type(value) in (int, float) and (value == 0 or 2**-53 < value < 2**53)
     check(known, f"expected a number from 0 on, found {value!r:.40}")
     return value
 
@@ -825,8 +825,11 @@ class ChatTokenizer(ChatTemplate):
         self.bos_ids = first if first == [to_id(names.get("bos_token", ""))] else []
 
         # Any of these ends an answer: a checkpoint may list more than its template writes.
-        listed = self.read("generation_config.json").get("eos_token_id")
+        settings = {**self.read("config.json"), **self.read("generation_config.json")}
+        listed = settings.get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
+        check(all(x is None or type(x) is int for x in listed),
+              f"{self.folder}: eos_token_id is {listed}, not an id or a list of ids")
         self.stop_ids = sorted({self.stop_id, self.eos_id, *listed} - {None})
 
     def check_size(self, vocab_size: int) -> None:
@@ -1097,7 +1100,7 @@ def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int 
     rates = np.array(counts, dtype=np.float64)
     if mix == "temperature":
         rates = np.minimum(rates, cap or np.inf)
-        rates = (rates / rates.sum()) ** (1 / temperature)
+        rates = (rates / rates.max()) ** (1 / temperature)  # with the sum a small T would give 0
     return rates / rates.sum()
 
 
@@ -1511,7 +1514,7 @@ def run_command(commands: dict, usage: str) -> None:
     function(c)
 
 
-# No number is below 0, and some are not below these.
+# No number is below 0, and some are not below these. None reaches 2^63, which torch cannot hold.
 LEAST = {"batch_size": 1, "micro_tokens": 1, "log_every": 1, "max_length": 2, "n": 1, "shots": -1,
          "max_new_tokens": 1, "thinking_tokens": 1}
 
@@ -1520,8 +1523,8 @@ def check_numbers(c) -> None:
     """Raise InputError for a flag whose number is too small, or not finite."""
     for f in fields(c):
         value, least = getattr(c, f.name), LEAST.get(f.name, 0)
-        check(not isinstance(value, int | float) or least <= value < math.inf,
-              f"--{f.name} must be {least} or more, is {value}")
+        check(not isinstance(value, int | float) or least <= value < 2**63,
+              f"--{f.name} must be {least} or more, is {value} (2^63 is too much)")
 
 
 @contextmanager
@@ -1555,6 +1558,9 @@ def one_line_errors():
         # or Python would complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:  # a disk that is full, a file that may not be read
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:

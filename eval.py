@@ -448,10 +448,8 @@ def logprobs_command(c: Logprobs) -> None:
     if c.output:
         modeling.write_lines(Path(c.output), lines)
 
-    # A file without supervised tokens has no loss.
+    # A file without supervised tokens has no loss. Past 709 nats math.exp would raise an error.
     print(f"{len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()), sep=", ")
-    loss = torch.tensor(total / weights if weights else math.nan, dtype=torch.float64)
-    print(f"loss {loss:.6f} nats per supervised token, perplexity {loss.exp():.4f}")
 
 
 # ---- skip on a first reading: answers, and a conversation ----------------------------------------
@@ -517,6 +515,7 @@ def answer_line(tokenizer: data.ChatTokenizer, asked: dict, k: int, n: int, ids:
 def generate_command(c: Generate) -> None:
     """`eval.py generate`. Sample k is of row k // n; what is drawn for it depends on k alone."""
     check_flags(c)
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "generate is one process, without torchrun")
     tokenizer = data.ChatTokenizer(c.model, c.template)
     asked, prompts, lengths = [], [], []
     # Rows may lack an answer here.
@@ -553,13 +552,13 @@ def generate_command(c: Generate) -> None:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     # Only a whole output gets its name.
-    found = Counter()
-    with open(path, encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            found.update(lines=1, ended=line["finish"] == "stop", tokens=line["tokens"],
-                         repeated=line["repetition"])
-    check(found["lines"] == done, f"{path}: two commands wrote it at once; remove it, run one")
-    os.replace(path, c.output)
+    found, lines = Counter(), whole_lines(path, c.n)
+    check(len(lines) == done, f"{path}: two commands wrote it at once; the same goes on, alone")
+    for line in map(json.loads, lines):
+        found.update(ended=line["finish"] == "stop", tokens=line["tokens"],
+                     repeated=line["repetition"])
+    modeling.write_lines(Path(c.output), lines)
+    path.unlink()
     print(f"{done} samples of {len(prompts)} rows in {c.output}: {found['ended'] / done:.1%} ended "
           f"themselves, {found['tokens'] / done:.1f} tokens and {found['repeated'] / done:.1%} "
           "repetition in the mean")
@@ -574,10 +573,27 @@ def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
     path = output.with_name(f".{output.name}.{key}.partial")
 
     # A stop may have cut the last line.
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    modeling.write_lines(path, [whole])
-    return path, whole.count("\n")
+    whole = whole_lines(path, c.n) if path.exists() else []
+    modeling.write_lines(path, whole)
+    return path, len(whole)
+
+
+def whole_lines(path: Path, n: int) -> list[str]:
+    """The lines of a partial output up to the first that is not whole, or not the next sample."""
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                place = row["row"], row["sample"]
+            except (ValueError, TypeError, KeyError):
+                break
+
+            # Two commands at once write every sample twice.
+            if place != divmod(len(lines), n) or not line.endswith("\n"):
+                break
+            lines.append(line)
+    return lines
 
 
 def warn_of_context(model, tokens: int, what: str) -> None:
@@ -613,6 +629,8 @@ def chat_command(c: Chat) -> None:
     model, messages = open_model(c, tokenizer), []
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then has line editing and a history)
+    with contextlib.suppress(AttributeError):  # what is no UTF-8 is read all the same
+        sys.stdin.reconfigure(errors="surrogateescape")
     print(f"{c.model}, template {tokenizer.template}; /reset forgets, /quit ends")
 
     while True:
@@ -626,10 +644,12 @@ def chat_command(c: Chat) -> None:
 
         # What begins with a slash is a command, not a question.
         question = question.strip()
-        if question == "/quit":
+        if not data.is_text(question):
+            print("that is not UTF-8, which the terminal should be set to")
+        elif question == "/quit":
             print()
             return
-        if question == "/reset":
+        elif question == "/reset":
             messages = []
             print("forgotten")
         elif question.startswith("/"):
@@ -638,6 +658,7 @@ def chat_command(c: Chat) -> None:
             asked = [*messages, {"role": "user", "content": question}]
             prompt = tokenizer.prompt_ids(asked)
             warn_of_context(model, len(prompt) + 1, "the conversation (/reset forgets it)")
+
             # Ctrl-C ends this answer, not the conversation, which then goes on without it.
             with contextlib.suppress(KeyboardInterrupt):
                 answer = stream_answer(model, tokenizer, prompt, c)
@@ -707,6 +728,8 @@ def read_csv(path: Path) -> Iterator[tuple]:
     if table and {"question", "Question"} & set(table[0][1]):
         usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
         names = [usual.get(name, name) for name in table.pop(0)[1]]
+        twice = {name for name in names if names.count(name) > 1} - {"id"}
+        check(not twice, f"{path} has two columns {', '.join(sorted(twice))}")
 
     for number, (line, cells) in enumerate(table, 1):
         row = {"id": str(number - 1), **dict(zip(names, cells, strict=False))}

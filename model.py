@@ -1026,17 +1026,36 @@ def read_config(source: dict) -> ModelConfig:
     check(act == "silu", f"hidden_act {act} is not supported, only silu")
 
     # What is missing means what it means in transformers.
+    fields = ModelConfig.__dataclass_fields__.values()
     values = {"max_position_embeddings": 2048, **FAMILIES[family], **source, "source": source}
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
-        values[name] = int(source[name])  # a KeyError names what is missing
-    heads = int(source["num_attention_heads"])
+    heads, width = int(source["num_attention_heads"]), int(source["hidden_size"])
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+    values["head_dim"] = values.get("head_dim") or width // max(heads, 1)
+    for name in (f.name for f in fields if f.type is int):
+        values[name] = int(values[name])  # a KeyError names what is missing
     values["windows"], values["rope"] = read_windows(values), read_rope(values)
 
     # Keys that do not shape the computation stay in `source` alone.
-    fields = ModelConfig.__dataclass_fields__
-    return ModelConfig(**{name: values[name] for name in fields if name in values})
+    config = ModelConfig(**{f.name: values[f.name] for f in fields if f.name in values})
+    check_values(config)
+    return config
+
+
+def check_values(config: ModelConfig) -> None:
+    """Raise InputError for a text or null where a number belongs, or for a number not above 0."""
+    fields, rope = ModelConfig.__dataclass_fields__.values(), config.rope
+    needed = "rope_theta", "original_max_position_embeddings", *ROPE_NEEDS[rope["rope_type"]]
+    numbers = [(f.name, getattr(config, f.name)) for f in fields if f.type in (int, float)]
+    numbers += [(name, rope[name]) for name in needed]
+    numbers += [("sliding_window", window) for window in config.windows if window]
+    for name, value in numbers:
+        check(isinstance(value, int | float) and value > 0,
+              f"expected a number above 0 as {name}, found {value!r}")
+
+    # A text such as "false" would be true.
+    for name in (f.name for f in fields if f.type is bool):
+        value = getattr(config, name)
+        check(value in (True, False, None), f"expected true or false as {name}, found {value!r}")
 
 
 def read_windows(values: dict) -> list[int | None]:
@@ -1050,6 +1069,8 @@ def read_windows(values: dict) -> list[int | None]:
 
     # Newer files list the layers, older ones say where the windows begin.
     kinds, first = values.get("layer_types"), values.get("max_window_layers", 28)
+    check(not kinds or len(kinds) >= layers, f"layer_types names {len(kinds or ())} layers, "
+          f"num_hidden_layers is {layers}")
     slides = [kinds[i] == "sliding_attention" if kinds else i >= first for i in range(layers)]
     return [window if s else None for s in slides]
 
@@ -1161,7 +1182,8 @@ def weight_files(folder: str | Path) -> list[Path]:
         check((base / INDEX).exists(), f"no {names[0]} or {INDEX} in {base} (weights in .bin files "
               "must be converted to safetensors first)")
         listed = read_json(base / INDEX).get("weight_map")
-        check(isinstance(listed, dict), f"{base / INDEX} has no weight_map")
+        check(isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values()),
+              f"{base / INDEX} has no weight_map of files' names")
         names = sorted(set(listed.values()))
     paths = [checkpoint_file(base, name) for name in names]
     return [*paths, checkpoint_file(Path(folder), ADAPTER_WEIGHTS)] if adapter else paths
@@ -1171,13 +1193,13 @@ def load_config(folder: str | Path) -> ModelConfig:
     """The ModelConfig of a checkpoint folder; InputError if it is missing or not supported."""
     path = read_adapter(folder)[0] / "config.json"
     source = read_json(path)
-    kind = (source.get("quantization_config") or {}).get("quant_method")
-    check(not kind, f"{path}: the weights are quantised ({kind}); take the checkpoint in 16 bits")
     try:
+        kind = (source.get("quantization_config") or {}).get("quant_method")
+        check(not kind, f"the weights are quantised ({kind}); take the checkpoint in 16 bits")
         return read_config(source)
     except KeyError as error:
         raise InputError(f"{path}: key {error} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
@@ -1454,8 +1476,9 @@ def read_adapter(folder: str | Path) -> tuple[Path, dict]:
     if adapter.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         odd += ["init_lora_weights"]  # PiSSA and its like begin by changing the base
     check(kind == "LORA" and not odd, f"{path}: {odd or kind} is not supported, only plain LoRA")
-    check(adapter.get("r") and adapter.get("lora_alpha") and isinstance(targets, list),
-          f"{path}: expected r, lora_alpha and a list of target_modules")
+    r, alpha = adapter.get("r"), adapter.get("lora_alpha")
+    known = isinstance(r, int) and isinstance(alpha, int | float) and isinstance(targets, list)
+    check(known and r > 0 and alpha, f"{path}: expected r, lora_alpha and a list of target_modules")
 
     # Written as seen from where PEFT ran, or from the adapter; often it is a name of the hub.
     base = str(adapter.get("base_model_name_or_path"))

@@ -11,6 +11,7 @@ micro-batches and dealt to ranks.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -423,6 +424,8 @@ class Hardware(NamedTuple):
 
     def leave(self, status: int) -> None:
         """Exit, all ranks together: gloo aborts if one is gone first."""
+        while LOCKED:
+            os.close(LOCKED.popitem()[1])
         self.barrier()
         if self.world > 1:
             dist.destroy_process_group()
@@ -571,6 +574,11 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     rate *= 10 if c.lora_rank else 1  # an adapter wants about ten times as much: B begins with 0
     c.learning_rate = c.learning_rate or rate * 4096 / config.hidden_size
     run, facts = prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
+
+    # With LoRA the state lacks the frozen weights. Their beginning tells whether they are others.
+    for path in modeling.weight_files(c.model) if c.lora_rank else ():
+        with open(path, "rb") as file:
+            facts["data_hashes"][str(path)] = hashlib.sha256(file.read(2**24)).hexdigest()
     return tokenizer, run._replace(exam_floors=floors), facts
 
 
@@ -595,8 +603,12 @@ def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
     pairs = [(e.source, e.targets) for e in train]
     mixer, mix = data.mix_files(c, c.data, pairs, draws, quiet)
 
-    # By its hashes a resumed run knows whether the files are still those it began with.
-    hashes = {path: hash_file(path) for path in [*c.data, *c.val_data]}
+    # By its hashes a resumed run knows whether all is still as it began: the files, and what
+    # template and tokenizer make of them.
+    hashes, tokens = {path: hash_file(path) for path in [*c.data, *c.val_data]}, hashlib.sha256()
+    for e in (*train, *validation):
+        tokens.update(repr(e.key).encode())  # bytes, in labs/rl.py a text
+    hashes["the template or the tokenizer"] = tokens.hexdigest()
     facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
     return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
 
@@ -760,6 +772,25 @@ def input_folders(folders) -> list[Path]:
     return inputs + [path.parent for path in inputs if path in step_folders(path.parent)]
 
 
+LOCKED = {}  # folders that this process has locked, each with its open file
+
+
+def lock(folder: Path) -> None:
+    """Raise InputError if another process trains into a folder; a lock ends with its process."""
+    folder = folder.resolve()
+    if not folder.is_dir() or folder in LOCKED or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        file = os.open(folder, os.O_RDONLY)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKED[folder] = file
+    except BlockingIOError:
+        raise InputError(f"another command trains into {folder}; wait until it ends, or choose "
+                         "another --output_dir") from None
+    except OSError:  # a file system without locks
+        pass
+
+
 def find_start_step(c: Config) -> int:
     """The step to start after: 0, or with --resume the last one saved.
 
@@ -779,6 +810,7 @@ def find_start_step(c: Config) -> int:
               f"{path} is an input, and a run into {folder} would replace it; choose another place")
 
     # The state says how far the run came that stands there. A new run removes it.
+    lock(folder)
     states, new = step_folders(folder / STATE), folder / STATE / "new"
     step = int(states[-1].name[5:]) if states else 0
     others = (folder / STATE).is_file() or set((folder / STATE).glob("*")) - {*states, new}
@@ -797,7 +829,7 @@ def find_start_step(c: Config) -> int:
     if step and not run.exists():
         what = f"the state of a run, at step {step}, but no run.json"
     elif step:
-        steps = modeling.read_json(run)["steps"]
+        steps = modeling.read_json(run).get("steps", "?")
         what = "a finished run" if step == steps else (
             f"a run that stopped at step {step} of {steps} (--resume goes on with it)")
     check(not what, f"{folder} holds {what}; choose another --output_dir, or add --overwrite to "
@@ -809,16 +841,21 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
     """Write run.json; a resumed run must find the data it began with."""
     path = Path(c.output_dir) / "run.json"
     if c.resume:
-        before = modeling.read_json(path)["data_hashes"]
+        before = modeling.read_json(path).get("data_hashes", {})
         for name, digest in facts["data_hashes"].items():
-            check(before.get(name) == digest, f"--resume: {name} has changed since the run began")
+            check(before.get(name, digest) == digest,
+                  f"--resume: {name} has changed since the run began")
     if hardware.rank > 0:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock(path.parent)
 
     # A new run must not be resumed from an older run's state, nor count its checkpoints as kept.
     if not c.resume:
-        for old in (path.parent / STATE, *step_folders(path.parent)):
+        state = path.parent / STATE  # it may be a link to another disk, and stays
+        for old in (*step_folders(state), state / "new", *step_folders(path.parent)):
             shutil.rmtree(old, ignore_errors=True)
+            check(not old.exists(), f"{old} cannot be removed; choose another --output_dir")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     modeling.write_json(path, {
         "config": {**asdict(c), "resume": False, "overwrite": False}, "steps": steps,
@@ -1083,6 +1120,7 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
         given["resume"] = False
     if given.get("resume"):
         base = resumed_flags(cls, path, given)
+        recipes = {recipe: {}}  # what it said stands in the run's flags
     elif not given.get("model") and not given.get("data"):
         base = demo()
         if "val_fraction" in given:  # instead of the demo's own validation
@@ -1093,9 +1131,11 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
     check(not ("steps" in given and "epochs" in given),
           "--steps and --epochs exclude each other; give one")
 
-    # Above 0, steps win over epochs: where epochs are asked for, the number of steps goes.
+    # Above 0, steps win over epochs: where epochs are asked for, the number of steps goes, but not
+    # that of a run that is resumed.
     preset = {**base, **recipes.get(recipe, {})}
-    if "epochs" in given or ("epochs" in recipes.get(recipe, {}) and "steps" not in given):
+    asked = "epochs" in given or ("epochs" in recipes.get(recipe, {}) and "steps" not in given)
+    if asked and not given.get("resume"):
         preset["steps"] = 0
     config = cls(**{**preset, **given})
     check_config(config)

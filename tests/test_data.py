@@ -331,6 +331,7 @@ def test_temperature_mixing_rates_are_t5s_with_the_cap_before_the_temperature(
 def test_proportional_equal_and_weights_ignore_temperature_and_cap():
     sizes = [8, 1, 1]  # and equal is the limit of a high temperature
     assert mixing_rates(sizes, "temperature", 1e7) == pytest.approx([1 / 3] * 3)
+    assert mixing_rates([9, 9, 1], "temperature", 1e-4) == pytest.approx([0.5, 0.5, 0])
     assert mixing_rates(sizes, "proportional", 2.0, 1) == pytest.approx([0.8, 0.1, 0.1])
     assert mixing_rates(sizes, "equal", 2.0, 1) == pytest.approx([1 / 3] * 3)
     assert mixing_rates(sizes, "weights", 2.0, 1, [2, 1, 1]) == pytest.approx([0.5, 0.25, 0.25])

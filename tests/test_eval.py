@@ -4,6 +4,7 @@ The reference is transformers in fp32 on tiny random checkpoints (families.py).
 """
 
 import itertools
+import json
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from conftest import (
     user,
 )
 from families import make_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
@@ -170,6 +172,16 @@ def test_logprobs_of_several_files_and_of_none_supervised(letters, tmp_path):
     shown = [tokenizer.decode(row["token_ids"], special=False) for row in rows]
     assert ["two" in shown[1], "one" in shown[2]] == [True, True]
     assert set(rows[0]["logprobs"]) == {None}
+
+
+def test_loss_whose_perplexity_no_number_holds_is_said(letters, tmp_path):
+    shutil.copytree(letters[0], tmp_path / "loud")
+    tensors = load_file(tmp_path / "loud/model.safetensors")
+    tensors["model.norm.weight"] *= 1e5
+    save_file(tensors, tmp_path / "loud/model.safetensors", {"format": "pt"})
+    path = jsonl(tmp_path / "a.jsonl", {"text": "hello"})
+    status, out, _ = command("eval.py", "logprobs", "--model", tmp_path / "loud", "--data", path)
+    assert status == 0 and "perplexity inf" in out
 
 
 def test_logprobs_and_answers_do_not_depend_on_micro_tokens(family, tmp_path):
@@ -323,11 +335,28 @@ def test_stopped_generation_goes_on_where_it_was(letters, tmp_path, monkeypatch)
     assert not part.exists()
 
 
+def test_samples_that_two_commands_wrote_at_once_are_not_kept(letters, tmp_path, monkeypatch):
+    """Each wrote every sample; a third goes on behind what stands there in order."""
+    wanted = sample(letters, tmp_path, "--n", 2, rows=ASKED[:2])
+    c = evaluation.Generate(n=2, model="m", output=str(tmp_path / "out.jsonl"))
+    monkeypatch.setattr(modeling, "weight_files", lambda _: [])
+    path, _ = evaluation.partial_output(c, [])
+    lines = [json.dumps(row) + "\n" for row in wanted]
+    for text, kept in (([*lines, *lines], 4), ([lines[0], *lines], 1), ([lines[0], "5\n"], 1),
+                       ([lines[1]], 0), ([lines[0], lines[1][:-1]], 1)):
+        path.write_text("".join(text), encoding="utf-8")
+        assert evaluation.partial_output(c, []) == (path, kept)
+        assert path.read_text(encoding="utf-8") == "".join(lines[:kept])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(modeling.InputError, match="without torchrun"):
+        evaluation.generate_command(evaluation.Generate(data=["x"], output=str(tmp_path / "x")))
+
+
 def test_answers_of_other_weights_are_not_gone_on_with(letters, tmp_path):
     folder = shutil.copytree(letters[0], tmp_path / "model")
     c = evaluation.Generate(model=str(folder), output=str(tmp_path / "out.jsonl"))
     path, _ = evaluation.partial_output(c, [[1]])
-    path.write_text("{}\n", encoding="utf-8")
+    path.write_text('{"row": 0, "sample": 0}\n', encoding="utf-8")
     assert evaluation.partial_output(c, [[1]]) == (path, 1)
     os.utime(folder / "model.safetensors", (1, 1))
     assert evaluation.partial_output(c, [[1]])[1] == 0
@@ -374,8 +403,9 @@ def test_chat_keeps_the_history_until_reset_and_ends_with_quit(letters):
     second = reference_answer(model, tokenizer, tokenizer.prompt_ids(talk), 6)
     done = subprocess.run(
         [sys.executable, REPO / "eval.py", "chat", "--model", folder, "--max_new_tokens", "6"],
-        input=b"hi\n\n/nonsense\nand you\n/reset\nhi\n/quit\nhi\n", capture_output=True,
-        env={**os.environ, "PYTHONUTF8": "1"}, timeout=120, check=False)
+        input=b"hi\n\n/nonsense\n\xc4\xe3\nand you\n/reset\nhi\n/quit\nhi\n",  # and GBK
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, timeout=120,
+        check=False)
     out = done.stdout.decode()
     assert (done.returncode, done.stderr) == (0, b"")
     shown = [f"> {answer}\n" for answer in (first, second, first)]
@@ -384,6 +414,7 @@ def test_chat_keeps_the_history_until_reset_and_ends_with_quit(letters):
         position = out.index(text, position) + len(text)
     assert out.count(shown[0]) == 2  # none after /quit
     assert "/nonsense" in out[: out.index(shown[1])]
+    assert "that is not UTF-8" in out[: out.index(shown[1])]
 
 
 def test_chat_ends_at_the_end_of_its_input_and_begins_with_the_system_flag(letters):

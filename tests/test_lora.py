@@ -394,6 +394,8 @@ def test_flags_that_make_no_sense_end_with_one_line(work, tmp_path, flags, said)
     ({"use_dora": True}, "['use_dora'] is not supported, only plain LoRA"),
     ({"alpha_pattern": {"q_proj": 3}}, "['alpha_pattern'] is not supported"),
     ({"init_lora_weights": "pissa"}, "['init_lora_weights'] is not supported"),
+    ({"r": -4}, "expected r, lora_alpha"), ({"r": 4.0}, "expected r, lora_alpha"),
+    ({"lora_alpha": "8"}, "expected r, lora_alpha"),
     ({"r": None}, "expected r, lora_alpha and a list of target_modules"),
     ({"target_modules": ".*_proj"}, "expected r, lora_alpha and a list of target_modules"),
     ({"target_modules": ["q_proj"]}, "no place for weight model.layers.0.mlp.down_proj."),

@@ -1025,6 +1025,7 @@ BROKEN = [  # (what is done to the folder, what the one line must name)
     (written(INDEX, b"{}"), [INDEX]),
     (written(INDEX, b"[]"), [INDEX]),
     (written(INDEX, b'{"weight_map": []}'), [INDEX]),
+    (written(INDEX, b'{"weight_map": {"a": 5, "b": "c"}}'), [INDEX]),
     (written(INDEX, b'{"weight_map": {"a": "lost.safetensors"}}'), ["FOLDER/lost.safetensors"]),
     (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
      ["FOLDER", ".bin", "safetensors"]),
@@ -1039,6 +1040,17 @@ BROKEN = [  # (what is done to the folder, what the one line must name)
     (configured(rope_parameters={"rope_type": "linear"}), ["config.json", "linear", "factor"]),
     (configured(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
      ["config.json", "llama3", "low_freq_factor"]),
+    *((configured(**{key: value}), ["config.json", key]) for key, value in (
+        ("num_attention_heads", 0), ("num_key_value_heads", -2), ("head_dim", -16),
+        ("vocab_size", -1), ("rms_norm_eps", "1e-5"), ("max_position_embeddings", 0),
+        ("tie_word_embeddings", "false"), ("attention_bias", "no"))),
+    (configured(quantization_config="gptq"), ["config.json"]),
+    *((configured(rope_parameters={"rope_type": "linear", "factor": 2, **wrong}),
+       ["config.json", *wrong]) for wrong in ({"rope_theta": "10"}, {"rope_theta": -1},
+                                              {"factor": "2"}, {"factor": 0})),
+    (configured(model_type="mistral", sliding_window="16"), ["config.json", "sliding_window"]),
+    (configured(model_type="qwen3", use_sliding_window=True, layer_types=["full_attention"]),
+     ["config.json", "layer_types"]),
     (configured(partial_rotary_factor=0.5), ["config.json", "partial_rotary_factor"]),
     (shutil.rmtree, ["FOLDER"])]
 

@@ -256,6 +256,7 @@ BAD_ROWS = {  # (row, words of the message)
     "weight below 0": ({"messages": [user("x", weight=-1)]}, "'weight': expected a number"),
     "weight as text": ({"messages": [user("x", weight="1")]}, "'weight': expected a number"),
     "weight not finite": ({"messages": [user("x", weight=float("nan"))]}, "nan"),
+    "weight that fp32 rounds to 0": ({"messages": [HI, assistant("x", weight=1e-320)]}, "1e-320"),
     "label as text": ({**QA, "label": "good"}, "'label': expected true"),
     "label 2": ({**QA, "label": 2}, "found 2"),
     "label of raw text": ({"text": "x", "label": 1}, "'label'"),

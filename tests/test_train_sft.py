@@ -322,7 +322,8 @@ def test_raw_text_and_conversations_train_together(work):
     facts = json.loads((work / "mixed" / "run.json").read_text())
     assert {name: row["examples"] for name, row in facts["mix"].items()} == {"rows": 15, "text": 15}
     assert facts["mix"]["rows"]["rate"] == 0.5
-    assert len(facts["data_hashes"]) == 2 and "of supervised tokens" in text
+    assert len(facts["data_hashes"]) == 3  # two files, and what the tokenizer makes of them
+    assert "of supervised tokens" in text
     assert len(records) == 3 and records[-1]["epoch"] == 1.0
 
 
@@ -438,6 +439,8 @@ def test_explicit_flags_win_over_a_recipe():
     (["--epochs", "many"], "--epochs"), (["--mix", "random"], "--mix"),
     (["--batch_size", "0"], "--batch_size must be 1 or more"),
     (["--learning_rate", "inf"], "--learning_rate must be 0 or more, is inf"),
+    (["--seed", 2**63], f"--seed must be 0 or more, is {2**63} (2^63 is too much)"),
+    (["--micro_tokens", 10**30], "--micro_tokens must be 1 or more"),
     (["--recipe", "gpt"], "known are llama2"), (["--steps", "3", "--epochs", "2"], "exclude"),
     (["--cap", "5"], "--mix temperature"), (["--weights", "1"], "--mix weights"),
     (["--mix", "weights", "--weights", "1", "2"], "each of the 1 files"),
@@ -489,6 +492,62 @@ def test_resume_refuses_changed_flags_and_changed_data(work):
     write_rows(rows, 4, seed=9)
     _, text = train(work, "changing", "--resume", status=2)
     assert "changing.jsonl has changed" in text
+
+
+@pytest.mark.parametrize("flags", [["--recipe", "llama2"], ["--epochs", 3]])
+def test_flags_that_are_given_again_leave_a_resumed_run_as_it_was(work, flags):
+    """The recipe says 2 epochs and a batch of 64; what the run began with won over it."""
+    begun = flags[:2] if flags[0] == "--recipe" else []
+    train(work, "again", *inputs(work), *begun, "--steps", 2, "--batch_size", 4, "--overwrite")
+    before = json.loads((work / "again/run.json").read_text())
+    _, text = train(work, "again", "--resume", *flags)
+    assert json.loads((work / "again/run.json").read_text()) == before and "all 2 steps" in text
+
+
+def test_resume_refuses_another_template_and_other_frozen_weights(work, tmp_path):
+    shutil.copytree(work / "base", tmp_path / "base")
+    form, same = tmp_path / "t.jinja", ["--data", work / "rows.jsonl", "--steps", 1]
+    form.write_text(data.TEMPLATES["chatml"])
+    train(tmp_path, "run", "--model", tmp_path / "base", *same, "--template", form)
+    train(tmp_path, "lora", "--model", tmp_path / "base", *same, "--lora_rank", 2)
+    form.write_text("{{ '<|im_start|>' }}" + data.TEMPLATES["chatml"])
+    _, text = train(tmp_path, "run", "--resume", status=2)
+    assert "the template or the tokenizer has changed" in text
+
+    conftest.perturbed(tmp_path / "base", tmp_path / "other")
+    shutil.copyfile(tmp_path / "other/model.safetensors", tmp_path / "base/model.safetensors")
+    _, text = train(tmp_path, "lora", "--resume", status=2)
+    assert "model.safetensors has changed since the run began" in text
+
+
+def test_two_commands_do_not_train_into_one_folder(work):
+    """The first has saved nothing yet: nothing but its lock tells the second of it."""
+    flags = [*inputs(work), "--steps", 500, "--batch_size", 2, "--log_every", 1]
+    first = subprocess.Popen(launcher(work, "both", *flags), stdout=subprocess.PIPE, text=True,
+                             cwd=work, env=conftest.environment(), stderr=subprocess.DEVNULL)
+    while not first.stdout.readline().startswith("step 1/"):
+        assert first.poll() is None
+    before = (work / "both/run.json").read_text()
+    _, text = train(work, "both", *inputs(work), "--steps", 1, status=2)
+    first.kill()
+    first.communicate()
+    assert "another command trains into" in text and text.count("\n") == 1
+    assert (work / "both/run.json").read_text() == before
+
+    # A lock ends with its process, however that ends.
+    assert [r["step"] for r in train(work, "both", *inputs(work), "--steps", 1)[0]] == [1]
+
+
+def test_new_run_removes_an_old_state_from_behind_a_link_before_it_trains(work, tmp_path,
+                                                                          monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/state").symlink_to(tmp_path / "disk")
+    train(tmp_path, "run", *inputs(work), "--steps", 3)
+    assert (tmp_path / "disk/step-00003").exists()
+    monkeypatch.setattr(train_sft, "save_run", lambda *_: None)
+    train(tmp_path, "run", *inputs(work), "--steps", 1, "--overwrite")
+    assert not list((tmp_path / "disk").iterdir())
 
 
 def test_bad_rows_stop_or_are_skipped_and_listed(work):
@@ -618,6 +677,7 @@ def test_metrics_that_hold_something_else_do_not_stop_a_resumed_run(work, refere
     ("base", "is the input"), ("./nowhere/../base", "is the input"), ("link", "is the input"),
     ("finished", "holds a finished run; choose another --output_dir, or add --overwrite"),
     ("lost", "holds the state of a run, at step 1, but no run.json"),
+    ("strange", "holds a run that stopped at step 1 of ? (--resume"),
     ("foreign", "holds a checkpoint (config.json)"), ("adapter", "holds a checkpoint (adapter_con"),
     ("shards", "holds a checkpoint (w.safe"), ("rows.jsonl", "is a file"),
     ("rows.jsonl/below", "is a file"), ("/proc/here", "cannot be written"),
@@ -633,6 +693,8 @@ def test_output_that_would_replace_something_or_has_no_place_is_refused(work, ou
         train(work, "finished", *inputs(work), "--steps", 1)
         shutil.copytree(work / "finished", work / "lost")
         (work / "lost/run.json").unlink()
+        shutil.copytree(work / "finished", work / "strange")
+        (work / "strange/run.json").write_text("{}")
         (work / "notes/state").mkdir(parents=True)
         (work / "notes/state/precious.txt").write_text("mine")
     before = contents(work)
@@ -665,6 +727,15 @@ def test_disk_that_is_full_is_said_in_one_line(work):
     status, text = isolated(work, code)
     assert status == 2 and "cannot be written: " in text.splitlines()[-1]
     assert "Traceback" not in text and not (work / "full/model.safetensors").exists()
+
+
+def test_what_the_system_refuses_is_said_in_one_line(work, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "step-new")
+
+    monkeypatch.setattr(train_sft, "keep_checkpoint", full)
+    _, text = train(work, "spaceless", *inputs(work), "--steps", 1, "--keep", 1, status=2)
+    assert text.endswith("No space left on device: 'step-new'\n") and "Traceback" not in text
 
 
 def test_generation_config_names_the_token_that_begins_a_text(tmp_path):
