@@ -837,6 +837,14 @@ class ChatTokenizer(ChatTemplate):
         check(self.vocab_size <= vocab_size, f"{self.folder}: the tokenizer has {self.vocab_size} "
               f"tokens, config.json only {vocab_size} (vocab_size)")
 
+    def check_reader(self, folder: str | Path) -> None:
+        """Raise InputError if another checkpoint, which is to read our tokens, has others."""
+        self.check_size(modeling.load_config(folder).vocab_size)
+        if (Path(folder) / "tokenizer.json").exists():
+            mine, theirs = self.tokenizer.get_vocab(), open_tokenizer(Path(folder)).get_vocab()
+            check(all(mine.get(text, i) == i for text, i in theirs.items()),
+                  f"{folder} numbers its tokens in another way than {self.folder}")
+
     def decode(self, ids, special: bool = True) -> str:
         """Text of token ids, special tokens included unless `special` is False."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)

@@ -450,6 +450,8 @@ def logprobs_command(c: Logprobs) -> None:
 
     # A file without supervised tokens has no loss. Past 709 nats math.exp would raise an error.
     print(f"{len(examples)} examples", *(f"{n} {what}" for what, n in counts.items()), sep=", ")
+    loss = torch.tensor(total / weights if weights else math.nan, dtype=torch.float64)
+    print(f"loss {loss:.6f} nats per supervised token, perplexity {loss.exp():.4f}")
 
 
 # ---- skip on a first reading: answers, and a conversation ----------------------------------------

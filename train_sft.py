@@ -565,7 +565,7 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     tokenizer = data.ChatTokenizer(c.model, c.template, c.eot, c.system)
     tokenizer.check_size(config.vocab_size + tokenizer.eot_is_new)
     if reference := getattr(c, "reference", ""):  # of train_dpo.py; it reads the same tokens
-        tokenizer.check_size(modeling.load_config(reference).vocab_size)
+        tokenizer.check_reader(reference)
     check(not (adapter_keys(c) and tokenizer.eot_is_new),
           f"--eot {c.eot} is a new token, which --lora_rank cannot train; take a known one")
     floors = try_exams(c, tokenizer, config, quiet)

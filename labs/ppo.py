@@ -227,7 +227,7 @@ def main() -> None:
     check(hardware.world == 1, "labs.ppo runs in one process, without torchrun")
     tokenizer, run, facts = train_dpo.prepare(c, reward_model.load_pairs, hardware)
     for folder in (c.reward_model, *c.beside):
-        tokenizer.check_size(modeling.load_config(folder).vocab_size)
+        tokenizer.check_reader(folder)
     check(run.validation or not c.beside, "--beside needs --val_data, pairs to compare on")
 
     critic, score = (reward_model.load_scalar(c.reward_model, hardware.device) for _ in range(2))

@@ -34,7 +34,6 @@ from conftest import (
     user,
 )
 from families import make_checkpoint
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
@@ -172,16 +171,6 @@ def test_logprobs_of_several_files_and_of_none_supervised(letters, tmp_path):
     shown = [tokenizer.decode(row["token_ids"], special=False) for row in rows]
     assert ["two" in shown[1], "one" in shown[2]] == [True, True]
     assert set(rows[0]["logprobs"]) == {None}
-
-
-def test_loss_whose_perplexity_no_number_holds_is_said(letters, tmp_path):
-    shutil.copytree(letters[0], tmp_path / "loud")
-    tensors = load_file(tmp_path / "loud/model.safetensors")
-    tensors["model.norm.weight"] *= 1e5
-    save_file(tensors, tmp_path / "loud/model.safetensors", {"format": "pt"})
-    path = jsonl(tmp_path / "a.jsonl", {"text": "hello"})
-    status, out, _ = command("eval.py", "logprobs", "--model", tmp_path / "loud", "--data", path)
-    assert status == 0 and "perplexity inf" in out
 
 
 def test_logprobs_and_answers_do_not_depend_on_micro_tokens(family, tmp_path):

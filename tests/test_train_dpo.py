@@ -421,6 +421,18 @@ def test_reference_is_another_where_other_tokens_are_supervised(work):
     assert one != other
 
 
+def test_reference_that_numbers_its_tokens_in_another_way_is_refused(work):
+    """It would read other words: as many tokens are not the same tokens."""
+    shutil.copytree(work / "base", work / "swapped")
+    file = json.loads((work / "swapped/tokenizer.json").read_text())
+    vocabulary = file["model"]["vocab"]
+    one, two = list(vocabulary)[:2]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (work / "swapped/tokenizer.json").write_text(json.dumps(file))
+    _, text = run(work, "other_tokens", *inputs(work), "--reference", work / "swapped", status=2)
+    assert "numbers its tokens in another way" in text and text.count("\n") == 1
+
+
 def test_reference_in_another_precision_is_computed_anew(work):
     for count, dtype in enumerate(("fp32", "bf16"), 1):
         _, text = run(work, "kinds", *inputs(work), "--steps", 1, "--overwrite", "--dtype", dtype)

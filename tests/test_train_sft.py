@@ -64,6 +64,13 @@ def reference(work):
     return train(work, "reference", *inputs(work), *BASIC)
 
 
+@pytest.fixture(scope="module")
+def killed(work):
+    """A function that copies a run which was killed after it had saved step 2."""
+    interrupt(work, "killed_at_3", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
+    return lambda name: shutil.copytree(work / "killed_at_3", work / name)
+
+
 # ------------------------------------------------------------------------------------ the loss
 
 
@@ -207,8 +214,8 @@ def test_layers_are_compiled_on_a_gpu_in_bf16_or_where_asked(monkeypatch, flags,
     assert train_sft.compiles(train_sft.Config(**flags), hardware) is wanted
 
 
-def test_a_run_that_has_lost_its_metrics_goes_on_with_its_weights(work, reference):
-    interrupt(work, "no_metrics", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
+def test_a_run_that_has_lost_its_metrics_goes_on_with_its_weights(work, reference, killed):
+    killed("no_metrics")
     (work / "no_metrics/metrics.jsonl").unlink()
     records, _ = train(work, "no_metrics", "--resume")
     assert curve(records) == curve(reference[0])[-len(records):]
@@ -218,8 +225,8 @@ def test_a_run_that_has_lost_its_metrics_goes_on_with_its_weights(work, referenc
     assert "is complete" in train(work, "no_metrics", "--resume")[1]
 
 
-def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference):
-    interrupt(work, "ranks", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
+def test_resume_with_another_number_of_ranks_continues_the_curve(work, reference, killed):
+    killed("ranks")
     records, _ = train(work, "ranks", "--resume", ranks=2)
     assert curve(records) == pytest.approx(curve(reference[0]), abs=1e-5)
 
@@ -664,8 +671,9 @@ def test_resume_without_a_state_does_not_begin_over_a_checkpoint(work):
 
 
 @pytest.mark.parametrize("lost", [b"\xff\xfe\n", b"5\n", b"{}\n", b"null\n"])
-def test_metrics_that_hold_something_else_do_not_stop_a_resumed_run(work, reference, lost):
-    interrupt(work, "odd", *inputs(work), *BASIC, "--save_every", 2, at="step 3/")
+def test_metrics_that_hold_something_else_do_not_stop_a_resumed_run(work, reference, killed,
+                                                                    lost):
+    killed("odd")
     with open(work / "odd/metrics.jsonl", "ab") as file:
         file.write(lost)
     records, _ = train(work, "odd", "--resume")
