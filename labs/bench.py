@@ -10,9 +10,9 @@ one attention call per example, the LM head at supervised positions only, a prom
 both answers (an exam's shots once for all questions), a reference known before. Both run the same
 random model on the same random tokens, in lengths as chats have them. Speed counts a prompt once.
 
-Two x86-64 cores, --dtype bf16 --steps 6, 50M parameters (of the exam 3M too), ours over bare:
+Two x86-64 cores, --dtype bf16, 50M parameters (of the exam 3M too), ours over bare:
 
-    SFT 1.23, 1.24    DPO 1.20, 1.12    exam 1.09, 1.05 (3M), 1.18, 1.16 (50M), on two days
+    SFT 1.23, 1.24, 1.28    DPO 1.20, 1.12, 1.17    exam 1.17, 1.41 (3M), 1.18, 1.23 (50M)
 
 Exercise. Both loops use torch's kernels. Where can ours be faster?
     Solution: fewer casts, passes over logits and norms; fp32 attention where 16 bits are slower.

@@ -219,8 +219,9 @@ def main() -> None:
     # What would sample from another policy than is trained is refused, not passed over.
     check(c.passes and max(c.gamma, c.gae_lambda) <= 1,
           "--passes must be at least 1, --gamma and --gae_lambda at most 1")
-    check(not (any(c.dropout) or c.neftune_alpha or c.exam_every or c.lora_rank or c.keep),
-          "--dropout, --neftune_alpha, --exam_every, --lora_rank and --keep are not for labs.ppo")
+    unread = c.neftune_alpha, c.exam_every, c.eval_every, c.lora_rank, c.keep
+    check(not any((*c.dropout, *unread)), "--dropout, --neftune_alpha, --exam_every, --eval_every, "
+          "--lora_rank and --keep are not for labs.ppo")
     train_dpo.find_demo(c)
     modeling.check_output("--output_dir", c.output_dir, train_sft.input_folders(c.beside))
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)

@@ -224,8 +224,9 @@ def main() -> None:
     start_step, hardware = train_sft.find_start_step(c), train_sft.setup_hardware(c.dtype)
     train_dpo.check_preferences(c)
     check(hardware.world == 1, "labs.reward_model runs in one process, without torchrun")
-    check(not (c.nll_weight or c.length_normalize or c.reference or c.exam_data or c.lora_rank),
-          "--nll_weight, --length_normalize, --reference, --exam_data, --lora_rank: for policies")
+    unread = c.nll_weight, c.length_normalize, c.reference, c.exam_data, c.lora_rank, c.compile
+    check(not any(unread), "--nll_weight, --length_normalize, --reference, --exam_data, "
+          "--lora_rank and --compile are for policies")
     train_dpo.find_demo(c)
     tokenizer, run, facts = train_dpo.prepare(c, load_pairs, hardware)
 

@@ -399,7 +399,8 @@ def test_run_that_is_asked_to_stop_saves_its_step_says_so_and_goes_on_bitwise(wo
     ({"reward_model": "base"}, "weight score.weight is missing"),
     ({"reward_model": "nowhere"}, "there is no folder"),
     ({"beside": "base"}, "--beside needs --val_data"), ({"output_dir": "reward"}, "is the input"),
-    ({"max_new_tokens": 0}, "--max_new_tokens"), ({"lora_rank": 2}, "--lora_rank")])
+    ({"max_new_tokens": 0}, "--max_new_tokens"), ({"lora_rank": 2}, "--lora_rank"),
+    ({"eval_every": 2}, "--eval_every")])
 def test_what_ppo_cannot_use_is_refused_in_one_line(work, more, words):
     for name in ("reward_model", "beside", "output_dir"):
         if name in more:
@@ -410,8 +411,9 @@ def test_what_ppo_cannot_use_is_refused_in_one_line(work, more, words):
 
 
 @pytest.mark.parametrize("more,words", [
-    (["--nll_weight", 1], "for policies"), (["--loss", "ipo"], "--loss"),
-    (["--exam_data", "x"], "for policies"), (["--label_smoothing", 0.6], "--label_smoothing")])
+    (["--nll_weight", 1], "for policies"), (["--compile"], "for policies"),
+    (["--exam_data", "x"], "for policies"), (["--loss", "ipo"], "--loss"),
+    (["--label_smoothing", 0.6], "--label_smoothing")])
 def test_what_a_reward_model_cannot_use_is_refused_in_one_line(work, more, words):
     _, said = train(work, "bad", *inputs(work), *more, status=2, script=reward_model)
     assert words in said and said.count("\n") == 1 and not (work / "bad").exists()
