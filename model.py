@@ -1000,6 +1000,40 @@ def yarn(rope: dict, d: int) -> tuple[Tensor, float]:
     return kept, rope.get("attention_factor") or factor
 
 
+def stretch(config: ModelConfig, context: int, kind: str, factor: float) -> ModelConfig:
+    """The config of the same model with more positions: `context` of them, or `factor` as many.
+
+    Without a `kind` of RoPE scaling, NTK-aware: theta * s^(Dh/(Dh-2)), s = context / positions now,
+    which turns the slowest pair s times slower and the fastest not at all. It stays RoPE of type
+    default, so that every tool loads it. Raises InputError where RoPE is scaled already.
+    """
+    rope, positions = config.rope, config.max_position_embeddings
+    check(rope["rope_type"] == "default", f"the checkpoint's RoPE is scaled already "
+          f"({rope['rope_type']}): --context and --rope_scaling need one that is not")
+    check(kind or context > positions, f"--context {context} must be above the {positions} "
+          "positions that the checkpoint has")
+
+    # Dynamic RoPE grows from the number of positions that stands there, so that number stays.
+    theta, new = rope["rope_theta"], {"rope_type": kind or "default"}
+    if kind:
+        context = positions if kind == "dynamic" else round(positions * factor)
+        new["factor"] = factor
+    else:
+        theta *= (context / positions) ** (config.head_dim / (config.head_dim - 2))
+    if kind in ("yarn", "llama3"):
+        new["original_max_position_embeddings"] = positions
+    if kind == "llama3":
+        new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's
+
+    # Written in the style, old or new, of the file it came from.
+    source = {**config.source, "max_position_embeddings": context}
+    if "rope_parameters" in source:
+        source["rope_parameters"] = {"rope_theta": theta, **new}
+    else:
+        source |= {"rope_theta": theta, "rope_scaling": new if kind else None}
+    return read_config(source)
+
+
 # ---- skip on a first reading: config.json --------------------------------------------------------
 
 # what a missing key of config.json means in transformers 5; Yi, DeepSeek-LLM, SmolLM2 are "llama"

@@ -524,10 +524,7 @@ def stretched(c: Config, config: modeling.ModelConfig) -> modeling.ModelConfig:
     """The config with the positions that --context or --rope_scaling ask for."""
     if not (c.context or c.rope_scaling):
         return config
-    import eval as evaluation  # which finds the lab
-
-    lab = evaluation.lab("context", "--context or --rope_scaling")
-    return lab.stretch(config, c.context, c.rope_scaling, c.rope_factor)
+    return modeling.stretch(config, c.context, c.rope_scaling, c.rope_factor)
 
 
 def adapter_keys(c: Config) -> dict:

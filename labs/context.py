@@ -46,6 +46,7 @@ import torch
 import data
 import eval as evaluation
 import model as modeling
+import train_sft
 from labs import world
 from model import check, check_output
 
@@ -63,44 +64,6 @@ class Config:
 
 
 TEXTS = 2000  # to train a stage on, at most
-
-# ==== read: how RoPE is stretched =================================================================
-
-
-def stretch(config: modeling.ModelConfig, context: int, kind: str,
-            factor: float) -> modeling.ModelConfig:
-    """The config of the same model with more positions: `context` of them, or `factor` as many.
-
-    Without a `kind` of RoPE scaling, NTK-aware: theta * s^(Dh/(Dh-2)), s = context / positions now,
-    which turns the slowest pair s times slower and the fastest not at all. It stays RoPE of type
-    default, so that every tool loads it. Raises InputError where RoPE is scaled already.
-    """
-    rope, positions = config.rope, config.max_position_embeddings
-    check(rope["rope_type"] == "default", f"the checkpoint's RoPE is scaled already "
-          f"({rope['rope_type']}): --context and --rope_scaling need one that is not")
-    check(kind or context > positions, f"--context {context} must be above the {positions} "
-          "positions that the checkpoint has")
-
-    # Dynamic RoPE grows from the number of positions that stands there, so that number stays.
-    theta, new = rope["rope_theta"], {"rope_type": kind or "default"}
-    if kind:
-        context = positions if kind == "dynamic" else round(positions * factor)
-        new["factor"] = factor
-    else:
-        theta *= (context / positions) ** (config.head_dim / (config.head_dim - 2))
-    if kind in ("yarn", "llama3"):
-        new["original_max_position_embeddings"] = positions
-    if kind == "llama3":
-        new |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's
-
-    # Written in the style, old or new, of the file it came from.
-    source = {**config.source, "max_position_embeddings": context}
-    if "rope_parameters" in source:
-        source["rope_parameters"] = {"rope_theta": theta, **new}
-    else:
-        source |= {"rope_theta": theta, "rope_scaling": new if kind else None}
-    return modeling.read_config(source)
-
 
 # ==== read: the loss by position ==================================================================
 
@@ -166,7 +129,7 @@ def run_stage(c: Config, name: str, length: int, steps: int, flags: list[str], f
                "--steps", str(steps), "--max_length", str(length), "--batch_size", str(size),
                "--seed", str(c.seed), "--adam_beta2", "0.98", "--log_every", "200", "--overwrite"]
     print("python", *command, flush=True)
-    subprocess.run([sys.executable, Path(data.__file__).parent / command[0], *command[1:]],
+    subprocess.run([sys.executable, Path(train_sft.__file__).parent / command[0], *command[1:]],
                    check=True, stdout=subprocess.DEVNULL)
 
 
@@ -233,7 +196,7 @@ def main(c: Config) -> None:
                         ("stage2", "stage2")):
         model = modeling.load(f"{c.output_dir}/{name}")
         if label == "only stretched":
-            model.config = stretch(model.config, 4 * c.positions, "", 0)
+            model.config = modeling.stretch(model.config, 4 * c.positions, "", 0)
         curves[label] = loss_by_position(model, examples, c.bucket)
 
     rows = [("up to position", *curves)]

@@ -9,7 +9,6 @@ from families import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 import model as modeling
-from labs import context
 
 SHAPE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 128, "intermediate_size": 9,
          "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 16}
@@ -19,9 +18,9 @@ SHAPE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 128, "intermedia
     (2, 20221.26), (4, 40889.94), (6, 61730.94), (8, 82684.62), (24, 252417.44)])
 def test_ntk_aware_theta_worked_out_by_hand_and_two_stages_are_one(times, theta):
     config = modeling.read_config(SHAPE)
-    once = context.stretch(config, 16 * times, "", 0)
+    once = modeling.stretch(config, 16 * times, "", 0)
     assert once.rope["rope_theta"] == pytest.approx(theta, abs=5e-3)
-    twice = context.stretch(context.stretch(config, 20, "", 0), 16 * times, "", 0)
+    twice = modeling.stretch(modeling.stretch(config, 20, "", 0), 16 * times, "", 0)
     assert twice.rope["rope_theta"] == pytest.approx(theta, abs=5e-3)
     assert (once.rope["rope_type"], once.max_position_embeddings) == ("default", 16 * times)
 
@@ -48,7 +47,7 @@ def test_stretched_checkpoint_has_the_same_logits_in_transformers(flags, style, 
 
 
 def test_llama3_scaling_has_the_bounds_of_llama_3_1():
-    rope = context.stretch(modeling.read_config(SHAPE), 0, "llama3", 8.0).rope
+    rope = modeling.stretch(modeling.read_config(SHAPE), 0, "llama3", 8.0).rope
     assert (rope["low_freq_factor"], rope["high_freq_factor"]) == (1.0, 4.0)
 
 
