@@ -373,7 +373,7 @@ def as_truth(value) -> bool:
 def as_weight(value) -> float:
     """How much a message counts in the loss."""
     known = type(value) in (int, float) and (value == 0 or 2**-53 < value < 2**53)
-    check(known, f"expected a number from 0 on, found {value!r:.40}")
+    check(known, f"expected a number, 0 or between 2^-53 and 2^53, found {value!r:.40}")
     return value
 
 
@@ -771,10 +771,12 @@ class ChatTokenizer(ChatTemplate):
         self.tokenizer.post_processor = None
         self.tokenizer.add_special_tokens([AddedToken(BORDER, normalized=False)])
 
-        # A new token's id is the number of tokens: where ids leave a gap, it is that of another.
+        # A new token's id is the number of tokens. Where ids leave a gap, another token has it, and
+        # would leave all texts as a BORDER.
         ids = self.tokenizer.get_vocab()
         check(len(set(ids.values())) == len(ids),
-              f"{folder}: the ids of its tokens leave a gap: number them from 0 on without one")
+              f"{folder}: the ids of its tokens leave a gap, into which one of ours would fall: "
+              "number them from 0 on")
         self.border_id = ids.pop(BORDER)
         self.vocab_size = 1 + max(ids.values())
 
@@ -838,7 +840,7 @@ class ChatTokenizer(ChatTemplate):
               f"tokens, config.json only {vocab_size} (vocab_size)")
 
     def check_reader(self, folder: str | Path) -> None:
-        """Raise InputError if another checkpoint, which is to read our tokens, has others."""
+        """Raise InputError if a checkpoint that is to read our tokens numbers them otherwise."""
         self.check_size(modeling.load_config(folder).vocab_size)
         if (Path(folder) / "tokenizer.json").exists():
             mine, theirs = self.tokenizer.get_vocab(), open_tokenizer(Path(folder)).get_vocab()
@@ -1108,7 +1110,7 @@ def mixing_rates(sizes: list[int], mix: str, temperature: float = 1.0, cap: int 
     rates = np.array(counts, dtype=np.float64)
     if mix == "temperature":
         rates = np.minimum(rates, cap or np.inf)
-        rates = (rates / rates.max()) ** (1 / temperature)  # with the sum a small T would give 0
+        rates = (rates / rates.max()) ** (1 / temperature)  # the sum's would all be 0 at a small T
     return rates / rates.sum()
 
 
@@ -1531,8 +1533,9 @@ def check_numbers(c) -> None:
     """Raise InputError for a flag whose number is too small, or not finite."""
     for f in fields(c):
         value, least = getattr(c, f.name), LEAST.get(f.name, 0)
-        check(not isinstance(value, int | float) or least <= value < 2**63,
-              f"--{f.name} must be {least} or more, is {value} (2^63 is too much)")
+        if isinstance(value, int | float):
+            check(value < 2**63, f"--{f.name} must be below 2^63, is {value}")
+            check(value >= least, f"--{f.name} must be {least} or more, is {value}")
 
 
 @contextmanager

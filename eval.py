@@ -554,12 +554,13 @@ def generate_command(c: Generate) -> None:
             raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
     # Only a whole output gets its name.
-    found, lines = Counter(), whole_lines(path, c.n)
-    check(len(lines) == done, f"{path}: two commands wrote it at once; the same goes on, alone")
-    for line in map(json.loads, lines):
-        found.update(ended=line["finish"] == "stop", tokens=line["tokens"],
+    found = Counter()
+    for line in map(json.loads, whole_lines(path, c.n)):
+        found.update(lines=1, ended=line["finish"] == "stop", tokens=line["tokens"],
                      repeated=line["repetition"])
-    modeling.write_lines(Path(c.output), lines)
+    check(found["lines"] == done, f"{path}: two commands wrote it at once; run one of them again, "
+          "alone: it goes on behind the lines that are in order")
+    modeling.write_lines(Path(c.output), whole_lines(path, c.n))
     path.unlink()
     print(f"{done} samples of {len(prompts)} rows in {c.output}: {found['ended'] / done:.1%} ended "
           f"themselves, {found['tokens'] / done:.1f} tokens and {found['repeated'] / done:.1%} "
@@ -575,27 +576,24 @@ def partial_output(c: Generate, prompts: list[list[int]]) -> tuple[Path, int]:
     path = output.with_name(f".{output.name}.{key}.partial")
 
     # A stop may have cut the last line.
-    whole = whole_lines(path, c.n) if path.exists() else []
-    modeling.write_lines(path, whole)
-    return path, len(whole)
+    modeling.write_lines(path, whole_lines(path, c.n) if path.exists() else [])
+    return path, sum(1 for _ in whole_lines(path, c.n))
 
 
-def whole_lines(path: Path, n: int) -> list[str]:
+def whole_lines(path: Path, n: int) -> Iterator[str]:
     """The lines of a partial output up to the first that is not whole, or not the next sample."""
-    lines = []
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for number, line in enumerate(file):
             try:
                 row = json.loads(line)
                 place = row["row"], row["sample"]
             except (ValueError, TypeError, KeyError):
-                break
+                return
 
             # Two commands at once write every sample twice.
-            if place != divmod(len(lines), n) or not line.endswith("\n"):
-                break
-            lines.append(line)
-    return lines
+            if place != divmod(number, n) or not line.endswith("\n"):
+                return
+            yield line
 
 
 def warn_of_context(model, tokens: int, what: str) -> None:

@@ -93,8 +93,8 @@ class RMSNorm(nn.Module):
         kind = torch.promote_types(x.dtype, self.weight.dtype)
         x, weight, narrow = x.to(kind), self.weight.to(kind), product_dtype(self.weight)
 
-        # On a CPU CPUNorm gives the same, with a faster gradient; squares of 16-bit inputs it would
-        # sum in 16 bits.
+        # On a CPU CPUNorm, far below, gives the same with a faster gradient. Squares of 16-bit
+        # inputs it would sum in 16 bits.
         by_hand = x.device.type == "cpu" and kind == torch.float32
         if by_hand and not torch.compiler.is_compiling():
             return CPUNorm.apply(x, weight, self.eps, narrow)
@@ -222,8 +222,9 @@ class Block(nn.Module):
         Tokens that are not wanted still serve the others as keys and values.
         """
         q, k, v = self.before(x, layout.cos, layout.sin, noise)
-        if keep_kv and wanted is not None and not len(wanted):
-            return x[:0], (k, v)  # the last layer of a prefix: nobody asks what its tokens see
+        # The last layer of a prefix, if nobody asks for a state: keys and values are all there is.
+        if keep_kv and wanted is not None and len(wanted) == 0:
+            return x[:0], (k, v)
         attended = layout.attention(q, k, v, past, layout, self.window)  # [T, H, Dh]
 
         # From here on tokens are on their own: those that nobody asks for may go.
@@ -243,7 +244,8 @@ class Llama(nn.Module):
         self.stop_ids = ()  # the tokens that end an answer; `load` fills them in
         self.adapter = {}  # with LoRA the keys of PEFT's adapter_config.json; see `add_adapter`
 
-        # As nn.Embedding draws them. It would import torch's compiler, for seconds, inside `load`.
+        # nn.Embedding(V, D) draws the same numbers, but on the meta device of `load` it would first
+        # import torch's compiler, for two seconds.
         embedding = torch.randn(config.vocab_size, config.hidden_size)
 
         # The names are those of the checkpoint, where these weights begin with `model.`.
@@ -510,10 +512,10 @@ class Layout:
         # Worked out in the first layer, used by all.
         key = L, S, window, q.dtype
         if key not in self.masks:
-            unseen = q.new_full((L, S), -torch.inf)
-            self.masks[key] = unseen.triu(S - L + 1)  # tokens that come later
+            self.masks[key] = q.new_full((L, S), -torch.inf).triu(S - L + 1)  # later tokens
             if window:
-                self.masks[key] += unseen.tril(S - L - window)  # and those too far back
+                far = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L - window)
+                self.masks[key].masked_fill_(far, -torch.inf)
         return self.masks[key]
 
 
@@ -795,8 +797,8 @@ def read_prompts(model: Llama, texts: list[list[int]]) -> tuple[Tensor, Cache]:
 
 
 def eager():
-    """Here compiled layers run as written: for lengths that are new each time."""
-    # torch's compiler takes seconds to import. Where it was not, nothing is compiled.
+    """A context in which compiled layers run as they are written: for ever new lengths."""
+    # torch's compiler takes seconds to import. Where it was not imported, nothing is compiled.
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
@@ -893,9 +895,9 @@ class CPUNorm(torch.autograd.Function):
 
 @lru_cache
 def find_varlen() -> tuple:
-    """torch's `varlen_attn` and the names of its arguments; newer torch has it, then more of them.
+    """torch's `varlen_attn` and the names of its arguments, which grow by version; or (None, ()).
 
-    Imported where it is needed alone, since that takes two seconds.
+    It is imported only where it is needed, since that takes two seconds.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -1066,7 +1068,9 @@ def read_config(source: dict) -> ModelConfig:
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values["head_dim"] = values.get("head_dim") or width // max(heads, 1)
     for name in (f.name for f in fields if f.type is int):
-        values[name] = int(values[name])  # a KeyError names what is missing
+        given = values[name]  # a KeyError names what is missing
+        values[name] = int(given)
+        check(values[name] == given, f"expected a whole number as {name}, found {given!r}")
     values["windows"], values["rope"] = read_windows(values), read_rope(values)
 
     # Keys that do not shape the computation stay in `source` alone.
@@ -1079,12 +1083,16 @@ def check_values(config: ModelConfig) -> None:
     """Raise InputError for a text or null where a number belongs, or for a number not above 0."""
     fields, rope = ModelConfig.__dataclass_fields__.values(), config.rope
     needed = "rope_theta", "original_max_position_embeddings", *ROPE_NEEDS[rope["rope_type"]]
-    numbers = [(f.name, getattr(config, f.name)) for f in fields if f.type in (int, float)]
+    numbers = [(f.name, getattr(config, f.name)) for f in fields if f.type in (int, float)
+               and f.name != "initializer_range"]  # which shapes no computation
     numbers += [(name, rope[name]) for name in needed]
-    numbers += [("sliding_window", window) for window in config.windows if window]
     for name, value in numbers:
         check(isinstance(value, int | float) and value > 0,
               f"expected a number above 0 as {name}, found {value!r}")
+
+    for window in set(config.windows) - {None, 0}:
+        check(isinstance(window, int) and window > 0,
+              f"expected a whole number above 0 as sliding_window, found {window!r}")
 
     # A text such as "false" would be true.
     for name in (f.name for f in fields if f.type is bool):

@@ -572,10 +572,9 @@ def prepare(c: Config, load, hardware: Hardware, rate: float = 2e-5) -> tuple:
     c.learning_rate = c.learning_rate or rate * 4096 / config.hidden_size
     run, facts = prepare_data(c, lambda files: load(files, tokenizer, c, quiet), quiet)
 
-    # With LoRA the state lacks the frozen weights. Their beginning tells whether they are others.
+    # With LoRA the state lacks the frozen weights, and no run must go on over others.
     for path in modeling.weight_files(c.model) if c.lora_rank else ():
-        with open(path, "rb") as file:
-            facts["data_hashes"][str(path)] = hashlib.sha256(file.read(2**24)).hexdigest()
+        facts["data_hashes"][str(path)] = hash_samples(path)
     return tokenizer, run._replace(exam_floors=floors), facts
 
 
@@ -601,10 +600,10 @@ def prepare_data(c: Config, load, quiet: bool) -> tuple[RunData, dict]:
     mixer, mix = data.mix_files(c, c.data, pairs, draws, quiet)
 
     # By its hashes a resumed run knows whether all is still as it began: the files, and what
-    # template and tokenizer make of them.
+    # template and tokenizer make of them. They are named as `start_run` says what has changed.
     hashes, tokens = {path: hash_file(path) for path in [*c.data, *c.val_data]}, hashlib.sha256()
     for e in (*train, *validation):
-        tokens.update(repr(e.key).encode())  # bytes, in labs/rl.py a text
+        tokens.update(e.key if isinstance(e.key, bytes) else e.key.encode())  # labs/rl.py: a text
     hashes["the template or the tokenizer"] = tokens.hexdigest()
     facts = {"mix": mix, "counts": counts, "validation": len(validation), "data_hashes": hashes}
     return RunData(train, validation, mixer, draws, -(-draws // c.batch_size)), facts
@@ -614,6 +613,16 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_samples(path: str | Path) -> str:
+    """SHA-256 of 64 pieces from all over a large file, of 16 MB together."""
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    with open(path, "rb") as file:
+        for k in range(64):
+            file.seek(k * size // 64)
+            digest.update(file.read(2**18))
+    return digest.hexdigest()
 
 
 def try_exams(c: Config, tokenizer, config, quiet: bool) -> dict[str, float]:
@@ -769,23 +778,26 @@ def input_folders(folders) -> list[Path]:
     return inputs + [path.parent for path in inputs if path in step_folders(path.parent)]
 
 
-LOCKED = {}  # folders that this process has locked, each with its open file
+LOCKED = {}  # folders that this process has locked, each with its descriptor
 
 
-def lock(folder: Path) -> None:
-    """Raise InputError if another process trains into a folder; a lock ends with its process."""
+def lock(folder: Path) -> bool:
+    """Lock a folder until this process ends; False: it was ours already, or is not there yet.
+
+    Raises InputError if another process of this machine trains into it.
+    """
     folder = folder.resolve()
     if not folder.is_dir() or folder in LOCKED or os.environ.get("RANK", "0") != "0":
-        return
+        return False
+    LOCKED[folder] = descriptor = os.open(folder, os.O_RDONLY)
     try:
-        file = os.open(folder, os.O_RDONLY)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        LOCKED[folder] = file
-    except BlockingIOError:
-        raise InputError(f"another command trains into {folder}; wait until it ends, or choose "
-                         "another --output_dir") from None
-    except OSError:  # a file system without locks
-        pass
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some file systems know no locks.
+        os.close(LOCKED.pop(folder))
+        check(not isinstance(error, BlockingIOError), f"another command trains into {folder}; wait "
+              "until it ends, or choose another --output_dir")
+    return True
 
 
 def find_start_step(c: Config) -> int:
@@ -845,7 +857,8 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
     if hardware.rank > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock(path.parent)
+    if lock(path.parent):
+        find_start_step(c)  # once more: another command may have made the folder, and ended, since
 
     # A new run must not be resumed from an older run's state, nor count its checkpoints as kept.
     if not c.resume:
@@ -1117,7 +1130,7 @@ def resolve_config(cls, argv: list[str], recipes: dict, demo):
         given["resume"] = False
     if given.get("resume"):
         base = resumed_flags(cls, path, given)
-        recipes = {recipe: {}}  # what it said stands in the run's flags
+        recipes = {recipe: {}}  # the run's flags hold what it said, and what won over it
     elif not given.get("model") and not given.get("data"):
         base = demo()
         if "val_fraction" in given:  # instead of the demo's own validation

@@ -201,6 +201,7 @@ def describe_classifier(model: Scalar, tokenizer: data.ChatTokenizer) -> str:
     # Some tools read r before the first pad of a text, so best is one that no text holds.
     asked = tokenizer.prompt_ids([{"role": "user", "content": "?"}])
     held, own = tokenizer.source + tokenizer.decode(asked), tokenizer.names.get("pad_token")
+    # False comes first: in no text, then the checkpoint's own, then the smallest id.
     pad = min(able, key=lambda i: (special[i].content in held, special[i].content != own, i))
     kind = f"{model.config.model_type.capitalize()}ForSequenceClassification"
     model.config.source |= {"architectures": [kind], "pad_token_id": pad,
