@@ -762,9 +762,14 @@ class ChatTokenizer(ChatTemplate):
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.find_ids()
+        self.add_own_characters()
 
-        # Our characters: the tokenizer finds special tokens first, then drops these, then goes on.
-        # BORDER is a token of our own. Without a post-processor offsets hold a token's space too.
+    def add_own_characters(self) -> None:
+        """Make BORDER a token, and let the other characters of our own vanish from texts.
+
+        The tokenizer finds special tokens first, then drops these characters, then goes on.
+        """
+        # Without a post-processor offsets hold a token's space too.
         drop = normalizers.Replace(Regex(f"[{SIGN}{BEGIN}{END}]"), "")
         own = [self.tokenizer.normalizer] if self.tokenizer.normalizer else []
         self.tokenizer.normalizer = normalizers.Sequence([drop, *own])
@@ -775,8 +780,8 @@ class ChatTokenizer(ChatTemplate):
         # would leave all texts as a BORDER.
         ids = self.tokenizer.get_vocab()
         check(len(set(ids.values())) == len(ids),
-              f"{folder}: the ids of its tokens leave a gap, into which one of ours would fall: "
-              "number them from 0 on")
+              f"{self.folder}: the ids of its tokens leave a gap, into which one of ours would "
+              "fall: number them from 0 on")
         self.border_id = ids.pop(BORDER)
         self.vocab_size = 1 + max(ids.values())
 
