@@ -97,7 +97,9 @@ def test_both_trainers_say_what_they_will_take_and_how_long(script, tmp_path):
 def test_out_of_memory_ends_with_one_line_that_names_the_flag(tmp_path):
     make_checkpoint(tmp_path / "base", "qwen2")
     rows = jsonl(tmp_path / "a.jsonl", *(asked("q " * 900, "a " * 900) for _ in range(64)))
-    limit = ("import resource, sys; sys.argv = sys.argv[1:]; import train_sft, data\n"
+    # What training imports later is imported before the limit: it is about tensors.
+    limit = ("import resource, sys; sys.argv = sys.argv[1:]\n"
+             "import train_sft, data, torch._dynamo\n"
              "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
              "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)\n"
              "with data.one_line_errors(): train_sft.main()")
