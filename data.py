@@ -831,12 +831,14 @@ class ChatTokenizer(ChatTemplate):
         first = self.tokenizer.encode("").ids[:1]
         self.bos_ids = first if first == [to_id(names.get("bos_token", ""))] else []
 
-        # Any of these ends an answer: a checkpoint may list more than its template writes.
+        # Any of these ends an answer: a checkpoint may list more than its template writes. (For
+        # transformers config.json counts only where generation_config.json is missing.)
         settings = {**self.read("config.json"), **self.read("generation_config.json")}
         listed = settings.get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
         check(all(x is None or type(x) is int for x in listed),
-              f"{self.folder}: eos_token_id is {listed}, not an id or a list of ids")
+              f"{self.folder}: eos_token_id in generation_config.json, or else in config.json, is "
+              f"{listed}; expected an id or a list of ids")
         self.stop_ids = sorted({self.stop_id, self.eos_id, *listed} - {None})
 
     def check_size(self, vocab_size: int) -> None:
@@ -850,7 +852,8 @@ class ChatTokenizer(ChatTemplate):
         if (Path(folder) / "tokenizer.json").exists():
             mine, theirs = self.tokenizer.get_vocab(), open_tokenizer(Path(folder)).get_vocab()
             check(all(mine.get(text, i) == i for text, i in theirs.items()),
-                  f"{folder} numbers its tokens in another way than {self.folder}")
+                  f"{folder} numbers its tokens in another way than {self.folder}: what reads them "
+                  "must come from a checkpoint with the same tokenizer")
 
     def decode(self, ids, special: bool = True) -> str:
         """Text of token ids, special tokens included unless `special` is False."""

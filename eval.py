@@ -517,7 +517,8 @@ def answer_line(tokenizer: data.ChatTokenizer, asked: dict, k: int, n: int, ids:
 def generate_command(c: Generate) -> None:
     """`eval.py generate`. Sample k is of row k // n; what is drawn for it depends on k alone."""
     check_flags(c)
-    check(os.environ.get("WORLD_SIZE", "1") == "1", "generate is one process, without torchrun")
+    check(os.environ.get("WORLD_SIZE", "1") == "1",
+          "generate runs in one process: start it with python, not with torchrun")
     tokenizer = data.ChatTokenizer(c.model, c.template)
     asked, prompts, lengths = [], [], []
     # Rows may lack an answer here.
@@ -729,7 +730,7 @@ def read_csv(path: Path) -> Iterator[tuple]:
         usual = {"": "id", "Question": "question", "Answer": "answer"}  # CMMLU's
         names = [usual.get(name, name) for name in table.pop(0)[1]]
         twice = {name for name in names if names.count(name) > 1} - {"id"}
-        check(not twice, f"{path} has two columns {', '.join(sorted(twice))}")
+        check(not twice, f"{path}: two columns are called {', '.join(sorted(twice))}: remove one")
 
     for number, (line, cells) in enumerate(table, 1):
         row = {"id": str(number - 1), **dict(zip(names, cells, strict=False))}

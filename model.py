@@ -222,6 +222,7 @@ class Block(nn.Module):
         Tokens that are not wanted still serve the others as keys and values.
         """
         q, k, v = self.before(x, layout.cos, layout.sin, noise)
+
         # The last layer of a prefix, if nobody asks for a state: keys and values are all there is.
         if keep_kv and wanted is not None and len(wanted) == 0:
             return x[:0], (k, v)
@@ -509,7 +510,7 @@ class Layout:
 
     def mask(self, L: int, S: int, window: int | None, q: Tensor) -> Tensor:
         """[L, S] what to add to the scores of the last L of S tokens: 0, or -inf where unseen."""
-        # Worked out in the first layer, used by all.
+        # Worked out in the first layer, used by all. `visible` says the same, but slower.
         key = L, S, window, q.dtype
         if key not in self.masks:
             self.masks[key] = q.new_full((L, S), -torch.inf).triu(S - L + 1)  # later tokens

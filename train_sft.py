@@ -424,9 +424,9 @@ class Hardware(NamedTuple):
 
     def leave(self, status: int) -> None:
         """Exit, all ranks together: gloo aborts if one is gone first."""
-        while LOCKED:
-            os.close(LOCKED.popitem()[1])
         self.barrier()
+        while LOCKED:  # a notebook lives on; see `lock`
+            os.close(LOCKED.popitem()[1])
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -850,6 +850,7 @@ def start_run(c: Config, steps: int, facts: dict, hardware: Hardware) -> None:
     """Write run.json; a resumed run must find the data it began with."""
     path = Path(c.output_dir) / "run.json"
     if c.resume:
+        # What an older run.json does not name cannot be compared.
         before = modeling.read_json(path).get("data_hashes", {})
         for name, digest in facts["data_hashes"].items():
             check(before.get(name, digest) == digest,

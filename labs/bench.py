@@ -211,7 +211,7 @@ def compare(task: str, settings: dict, c: Config, hardware: train_sft.Hardware) 
     loops = {"ours": (our_step, model, train_sft.make_optimizer(model, config)),
              "bare": (bare_step, bare, adam)}
 
-    size, seconds = SIZE[task], {"ours": [], "bare": []}
+    size, seconds = SIZE[task], {name: [] for name in loops}
     items = rows(task, settings["vocab_size"], size * (c.steps + 1))
     for first in range(0, len(items), size):
         found = []
@@ -229,6 +229,7 @@ def compare(task: str, settings: dict, c: Config, hardware: train_sft.Hardware) 
     count = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{task}, {c.steps} steps of {size}: {count:.1f}M parameters, {hardware.dtype}, "
           f"{hardware.device}, {torch.get_num_threads()} threads")
+
     # The first step warms up.
     total = sum(map(tokens, items[size:]))
     spent = {name: np.array(times[1:]) for name, times in seconds.items()}

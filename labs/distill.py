@@ -213,7 +213,7 @@ def check_flags(c: Config) -> None:
     check(c.max_new_tokens > 0, f"--max_new_tokens must be above 0, not {c.max_new_tokens}")
     check(not (any(c.dropout) or c.lora_dropout or c.neftune_alpha or c.eot),
           "--dropout, --lora_dropout, --neftune_alpha and --eot are for train_sft.py")
-    check(not (c.alpha and c.own), "--alpha and --own: what the student wrote itself is no label")
+    check(not (c.alpha and c.own), "--alpha or --own, not both: what the student wrote is no label")
 
     # The same tokens by number: p and q are of the same vocabulary.
     mine, theirs = data.ChatTokenizer(c.model).tokenizer, data.ChatTokenizer(c.teacher).tokenizer

@@ -13,7 +13,8 @@ beta (ln p - ln ref) for r; so what trains here is train_dpo.py's own loop, with
     python -m labs.reward_model               # the demo, after `python train_sft.py`
     python -m labs.reward_model --model out/sft --data pairs.json --output_dir out/reward
 
-Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py or for best-of-n.
+Out comes Hugging Face's sequence classifier with one label, for labs/ppo.py, or to choose the best
+of n samples by (rejection sampling).
 
 What you should see: all 40 held-out pairs in the right order; r is -0.01 in the mean of samples,
 and 0.47 of the best of 8: all that PPO reaches.
@@ -168,7 +169,8 @@ def load_scalar(folder: str | Path, device, new_head: bool = False) -> Scalar:
     weights = {}
     for path in modeling.weight_files(Path(folder)):
         with modeling.open_tensors(path) as file:
-            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                weights[name] = file.get_tensor(name)
 
     # It is saved in the type that it came in; an adapter's own folder holds no whole model.
     model.stored_dtype = next(iter(weights.values())).dtype
@@ -241,9 +243,10 @@ def main() -> None:
         answers = sample(modeling.load(c.model, torch.float32, hardware.device),
                          run.validation * SAMPLES, 0, c.seed, *rest)
         r = rewards_of(load_scalar(c.output_dir, hardware.device), answers, *rest)
+        best = r.view(SAMPLES, -1).amax(0)  # [prompts]
         data.print_table([("held out", "right order", "one sample", f"best of {SAMPLES}"),
                           ("reward model", records[-1]["val_reward_accuracy"],
-                           f"r {r.mean():.2f}", f"r {r.view(SAMPLES, -1).amax(0).mean():.2f}")])
+                           f"r {r.mean():.2f}", f"r {best.mean():.2f}")])
     hardware.leave(status)
 
 

@@ -107,7 +107,9 @@ def attempt(place: str, function: Callable, *arguments):
 
 # ==== read: the final answer of a text ============================================================
 
-BRACES = "[^{}]*"  # what may stand between two braces: eight more pairs, each within the last
+# What may stand between two braces: pairs of braces, in these others, and so on, eight deep. (A
+# regular expression cannot count.)
+BRACES = "[^{}]*"
 for _ in range(8):
     BRACES = rf"[^{{}}]*(?:\{{{BRACES}\}}[^{{}}]*)*"
 FINAL_ANSWERS = (

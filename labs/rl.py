@@ -213,7 +213,8 @@ def main() -> None:
     # A flag that would train another policy than was sampled from is refused, not passed over.
     check(c.samples > 1 and c.max_new_tokens > 0, "--samples must be above 1, --max_new_tokens 0")
     check(not (c.top_k or any(c.dropout) or c.lora_dropout or c.neftune_alpha) and c.top_p == 1,
-          "--top_k, --top_p, --dropout, --lora_dropout, --neftune_alpha: they train another policy")
+          "leave out --top_k, --top_p, --dropout, --lora_dropout and --neftune_alpha: they train "
+          "another policy")
     check(not c.shard, "--shard is refused: ranks whose answers differ in length cannot share work")
     train_dpo.find_demo(c)
     reward, start_step = find_reward(c.reward), train_sft.find_start_step(c)

@@ -337,7 +337,7 @@ def test_samples_that_two_commands_wrote_at_once_are_not_kept(letters, tmp_path,
         assert evaluation.partial_output(c, []) == (path, kept)
         assert path.read_text(encoding="utf-8") == "".join(lines[:kept])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(modeling.InputError, match="without torchrun"):
+    with pytest.raises(modeling.InputError, match="not with torchrun"):
         evaluation.generate_command(evaluation.Generate(data=["x"], output=str(tmp_path / "x")))
 
 

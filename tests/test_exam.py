@@ -525,7 +525,7 @@ REFUSED = {  # name: (a file of the exam, what is done to it, flags, what the me
     "missing answers of one subject": (LAW, deleted(0, 6), "", ["val", "answer"]),
     "duplicate id": (LAW, cell(3, 0, "1"), "", [LAW, "row 3", "id 1", "row 2"]),
     "a column twice": (LAW, lambda t: [cells.append(cells[6]) for cells in t], "",
-                       [LAW, "two columns answer"]),
+                       [LAW, "two columns are called answer"]),
     "empty cell": (LAW, cell(2, 4, " "), "", [LAW, "row 2", "column C", "--skip_bad_rows"]),
     "empty question": (LAW, cell(1, 1, ""), "", [LAW, "row 1", "column question"]),
     "empty answer": (LAW, cell(1, 6, ""), "", [LAW, "row 1", "column answer"]),

@@ -253,13 +253,13 @@ def test_an_answer_stops_at_the_end_of_a_turn_and_at_every_eos_of_the_checkpoint
     assert data.ChatTokenizer(tmp_path).stop_ids == sorted({
         0, tokenizer.stop_id, tokenizer.eos_id})
 
-    # As in transformers, config.json says it where generation_config.json does not.
+    # config.json says it where generation_config.json does not.
     (tmp_path / "config.json").write_text('{"eos_token_id": [0, 1]}')
     (tmp_path / "generation_config.json").write_text('{"top_k": 5}')
     assert data.ChatTokenizer(tmp_path).stop_ids == sorted({
         0, 1, tokenizer.stop_id, tokenizer.eos_id})
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "2"}')
-    with pytest.raises(InputError, match="not an id or a list of ids"):
+    with pytest.raises(InputError, match="expected an id or a list of ids"):
         data.ChatTokenizer(tmp_path)
 
 

@@ -548,7 +548,7 @@ def test_folder_that_another_run_made_and_finished_meanwhile_is_looked_at_once_m
     with pytest.raises(modeling.InputError, match="holds a finished run"):
         train_sft.start_run(c, 2, {}, train_sft.Hardware(0, 1, "cpu", torch.float32))
     assert contents(work / "late") == before
-    train_sft.LOCKED.clear()
+    os.close(train_sft.LOCKED.popitem()[1])
 
 
 def test_two_commands_do_not_train_into_one_folder(work):

@@ -203,7 +203,7 @@ def test_demo_student_has_half_the_width(work, tmp_path):
     ({"alpha": 2}, "--alpha must be in [0, 1]"),
     ({"own": 1.5}, "--own must be in [0, 1]"), ({"neftune_alpha": 5}, "--neftune_alpha"),
     ({"lora_rank": 2, "lora_dropout": 0.5}, "--lora_dropout"),
-    ({"own": 0.5, "alpha": 0.1}, "--alpha and --own"),
+    ({"own": 0.5, "alpha": 0.1}, "--alpha or --own"),
     ({"max_new_tokens": 0}, "--max_new_tokens"), ({"teacher": "nowhere"}, "nowhere")])
 def test_bad_flags_end_with_one_line(work, more, words):
     _, said = train(work, "bad", *flags(work, **more), status=2, script=distill)
